@@ -1,0 +1,128 @@
+# `make` lists the targets. Each sets up what it needs in .venv; nothing outside the repository is
+# touched. Needed beforehand: Python 3.10 or newer with venv and headers, a C++17 compiler, make.
+#
+#   PYTHON=python3.12         the Python that .venv is made with
+#   PYDIST_CUDA=0|1           without CUDA, or an error where nvcc is missing (default: if found)
+#   CMAKE_CUDA_ARCHITECTURES  default: the cards of this machine; without one, 90 alone
+#   ARGS="..."                more arguments for the demo, pytest or the benchmark
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENV_STAMP := $(VENV)/.stamp-env
+BUILD_STAMP := $(VENV)/.stamp-build-$(PYDIST_CUDA)
+BUILD_REQUIRES := setuptools pybind11 cmake ninja
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+TORCH_VERSIONS ?= 2.9.1 2.14.1
+
+# Six architectures take minutes. One is enough to develop with where there is no card to run on.
+ifeq ($(CMAKE_CUDA_ARCHITECTURES)$(TORCH_CUDA_ARCH_LIST)$(shell command -v nvidia-smi 2>/dev/null),)
+export CMAKE_CUDA_ARCHITECTURES := 90
+endif
+export PYDIST_CUDA CMAKE_CUDA_ARCHITECTURES TORCH_CUDA_ARCH_LIST
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
+
+# ----------------------------------------------------------------- set-up
+
+.PHONY: build
+build: $(BUILD_STAMP) ## .venv with everything in it, and the compiled module
+
+.PHONY: prerequisites
+prerequisites:
+	@command -v $(PYTHON) >/dev/null || { echo "pydist: $(PYTHON) was not found; set PYTHON" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "pydist: $(PYTHON) is older than Python 3.10; set PYTHON to a newer one" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "pydist: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; h = sysconfig.get_path("include") + "/Python.h"; \
+	  sys.exit(not os.path.exists(h))' || { \
+	  echo "pydist: $(PYTHON) has no headers; on Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "pydist: no C++ compiler ($${CXX:-c++}); on Debian and Ubuntu: apt install g++" >&2; exit 1; }
+
+$(ENV_STAMP): pyproject.toml constraints.txt | prerequisites
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "pydist: installing what the build, the tests and the demo need into $(VENV)"
+	@$(PIP) install --quiet -c constraints.txt $(BUILD_REQUIRES)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Incremental: CMake and Ninja compile what changed. The stamp's name holds the choice of CUDA.
+$(BUILD_STAMP): $(ENV_STAMP) setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIVE)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -f $(VENV)/.stamp-build-*
+	@touch $@
+
+# ----------------------------------------------------------------- run
+
+.PHONY: demo test test-gpu soak test-matrix bench
+demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
+	@$(BIN)/python examples/language_model/demo.py $(ARGS)
+
+test: $(BUILD_STAMP) ## the tests that every machine can run
+	@$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+
+test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m "gpu and not soak" $(ARGS)
+
+soak: $(BUILD_STAMP) ## the long tests
+	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+
+bench: $(BUILD_STAMP) ## every kernel against the memory roofline
+	@$(BIN)/python bench/kernels.py $(ARGS)
+
+# One environment of several GB a version, all with the same wheel; reports what pip can't install.
+test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VERSIONS="2.9.1 2.14.1"
+	@rm -rf build/lib* build/wheels
+	@$(PIP) wheel --quiet --no-build-isolation --no-deps -w build/wheels .
+	@grep -v '^torch==' constraints.txt >build/constraints-matrix.txt
+	@failed=0; tested=0; report=""; \
+	for version in $(TORCH_VERSIONS); do \
+	  venv=.venv-torch$$version; \
+	  if $(PYTHON) -m venv $$venv && $$venv/bin/python -m pip --disable-pip-version-check install \
+	    --quiet -c build/constraints-matrix.txt torch==$$version numpy pytest pytest-timeout \
+	    hypothesis psutil rich matplotlib && $$venv/bin/python -m pip install --quiet --no-deps \
+	    --force-reinstall build/wheels/pydist-*.whl; then \
+	    tested=$$((tested + 1)); \
+	    if $$venv/bin/pytest -m "not soak and not gpu" $(ARGS); then verdict=passed; \
+	    else verdict=FAILED; failed=1; fi; \
+	  else verdict="could not be installed here"; fi; \
+	  report="$$report\n  torch $$version: $$verdict"; \
+	done; \
+	printf "pydist under other versions of torch:$$report\n"; \
+	[ $$failed = 0 ] && [ $$tested -gt 0 ]
+
+# ----------------------------------------------------------------- care
+
+.PHONY: fmt lint package clean
+fmt: $(ENV_STAMP) ## rewrite the sources in the common style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+lint: $(ENV_STAMP) ## style and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
+
+package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment without torch
+	@rm -rf build/lib* build/package-venv dist
+	$(BIN)/python -m build --outdir dist .
+	@$(PYTHON) -m venv build/package-venv
+	@build/package-venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	cd build/package-venv && bin/pydist info
+
+clean: ## remove what was built; keeps .venv and its packages
+	rm -rf build dist *.egg-info pydist/*.so $(VENV)/.stamp-*
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
