@@ -1,0 +1,167 @@
+// pydist._C, the table of contents. Raw addresses, sizes and a stream handle; no torch.
+// Arguments are checked in Python (pydist/ops.py, pydist/arrays.py); the GIL is released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/driver.h"
+#include "cpu/float_mode.h"
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+using namespace pydist;
+
+namespace {
+
+template <typename T>
+T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
+                            double one_minus_beta2, uint32_t zero_bit, double inv_range,
+                            uint32_t seed, uint32_t key1, uint32_t step) {
+  const cpu::DefaultFloatMode mode;
+  using cpu::round_scalar;
+  return {round_scalar(beta1),
+          round_scalar(one_minus_beta1),
+          round_scalar(beta2),
+          round_scalar(one_minus_beta2),
+          zero_bit,
+          round_scalar(inv_range),
+          seed,
+          key1,
+          step};
+}
+
+LionApplyArgs lion_apply_args(double decay, double step, int planes, int64_t plane_words,
+                              int64_t ranks) {
+  const cpu::DefaultFloatMode mode;
+  return {cpu::round_scalar(decay), cpu::round_scalar(step), planes, plane_words, ranks};
+}
+
+VoteArgs vote_args(uint64_t payloads, int64_t stride, int64_t ranks, uint64_t out,
+                   int64_t plane_bytes, int ties, uint32_t seed, int64_t step) {
+  return {at<const unsigned char>(payloads), stride, ranks, at<unsigned char>(out), plane_bytes,
+          static_cast<Ties>(ties),           seed,   step};
+}
+
+Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t ranks, float divisor) {
+  return {at<const unsigned char>(planes), plane_bytes, count, ranks, divisor};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of pydist over raw addresses.";
+  m.attr("WIRE_VERSION") = kWireVersion;
+  m.attr("MAX_RANKS") = kMaxRanks;
+
+  py::class_<LionPackArgs>(m, "LionPackArgs").def(py::init(&lion_pack_args));
+  py::class_<LionApplyArgs>(m, "LionApplyArgs")
+      .def(py::init(&lion_apply_args));
+  py::class_<VoteArgs>(m, "VoteArgs").def(py::init(&vote_args));
+  py::class_<Unpack>(m, "Unpack").def(py::init(&unpack_args));
+
+  m.def("supported_isas", &cpu::supported_isas);
+  m.def("current_isa", &cpu::current_isa);
+  m.def("select_isa", &cpu::select_isa);
+
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::module_ c = m.def_submodule("cpu");
+  c.def(
+      "pack_signs",
+      [](uint64_t rows, int64_t n, int dtype, uint64_t payload, uint32_t zero_bit, uint64_t flags,
+         int threads) {
+        cpu::pack_signs(at<Row>(rows), n, DType(dtype), at<unsigned char>(payload), zero_bit,
+                        at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "lion_pack",
+      [](uint64_t rows, int64_t n, int grad, int momentum, uint64_t payload,
+         const LionPackArgs& args, uint64_t flags, int threads) {
+        cpu::lion_pack(at<Row>(rows), n, DType(grad), DType(momentum), at<unsigned char>(payload),
+                       args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "lion_apply",
+      [](uint64_t rows, int64_t n, int dtype, uint64_t planes, const LionApplyArgs& args,
+         uint64_t skip, int threads) {
+        if (skip && *at<const uint32_t>(skip)) return;
+        cpu::lion_apply(at<Row>(rows), n, DType(dtype), at<unsigned char>(planes), args, threads);
+      },
+      nogil);
+  c.def(
+      "unpack_votes",
+      [](uint64_t rows, int64_t n, int dtype, const Unpack& args, int threads) {
+        cpu::unpack_votes(at<Row>(rows), n, DType(dtype), args, threads);
+      },
+      nogil);
+  c.def(
+      "count_votes",
+      [](uint64_t rows, int64_t n, const VoteArgs& args, int threads) {
+        cpu::count_votes(at<Row>(rows), n, args, threads);
+      },
+      nogil);
+  c.def(
+      "majority_vote",
+      [](uint64_t rows, int64_t n, const VoteArgs& args, int threads) {
+        cpu::majority_vote(at<Row>(rows), n, args, threads);
+      },
+      nogil);
+
+#if defined(PYDIST_CUDA)
+  // Rows are in device memory, or, where `rows` is 0, the one row given inline.
+  m.attr("CUDA_BUILD") = cuda::build_description();
+  py::module_ g = m.def_submodule("cuda");
+  g.def("device_count", &cuda::device_count);
+  g.def("device_name", &cuda::device_name);
+  g.def(
+      "pack_signs",
+      [](const cuda::Rows& rows, int dtype, uint64_t payload, uint32_t zero_bit, uint64_t flags,
+         uint64_t stream) {
+        cuda::pack_signs(rows, DType(dtype), at<unsigned char>(payload), zero_bit,
+                         at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "lion_pack",
+      [](const cuda::Rows& rows, int grad, int momentum, uint64_t payload, const LionPackArgs& args,
+         uint64_t flags, uint64_t stream) {
+        cuda::lion_pack(rows, DType(grad), DType(momentum), at<unsigned char>(payload), args,
+                        at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "lion_apply",
+      [](const cuda::Rows& rows, int dtype, uint64_t planes, const LionApplyArgs& args,
+         uint64_t skip, uint64_t stream) {
+        cuda::lion_apply(rows, DType(dtype), at<unsigned char>(planes), args,
+                         at<const uint32_t>(skip), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "unpack_votes",
+      [](const cuda::Rows& rows, int dtype, const Unpack& args, uint64_t stream) {
+        cuda::unpack_votes(rows, DType(dtype), args, at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "count_votes",
+      [](const cuda::Rows& rows, const VoteArgs& args, uint64_t stream) {
+        cuda::count_votes(rows, args, at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "majority_vote",
+      [](const cuda::Rows& rows, const VoteArgs& args, uint64_t stream) {
+        cuda::majority_vote(rows, args, at<void>(stream));
+      },
+      nogil);
+  py::class_<cuda::Rows>(g, "Rows").def(
+      py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
+#else
+  m.attr("CUDA_BUILD") = py::none();
+#endif
+}

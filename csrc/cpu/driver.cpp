@@ -1,0 +1,156 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "float_mode.h"
+#include "thread_pool.h"
+
+namespace pydist::cpu {
+namespace {
+
+// ------------------------------------------------------------ which instruction set
+
+std::vector<const Kernels*> supported_tables() {
+  std::vector<const Kernels*> tables = {&kScalar};
+#if defined(PYDIST_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2) tables.push_back(&kAvx2);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    tables.push_back(&kAvx512);
+  }
+#endif
+  return tables;
+}
+
+const Kernels* find_table(const std::string& name) {
+  std::string known;
+  for (const Kernels* table : supported_tables()) {
+    if (name == table->name) return table;
+    known += known.empty() ? table->name : std::string(", ") + table->name;
+  }
+  throw std::invalid_argument("PYDIST_ISA: '" + name +
+                              "' is not an instruction set of this build and processor; have " +
+                              known);
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+const Kernels& kernels() {
+  if (const Kernels* table = active.load()) return *table;
+  const char* forced = std::getenv("PYDIST_ISA");
+  const Kernels* table = forced && *forced ? find_table(forced) : supported_tables().back();
+  active.store(table);
+  return *table;
+}
+
+// ------------------------------------------------------------ rows to pieces
+
+constexpr int64_t kTaskWords = 4096;  // 131,072 elements: small enough to share out, large enough
+                                      // that taking a task costs nothing
+
+// Calls piece(row) for every row, cut at task boundaries; `elements` bytes advance by `width`.
+template <typename Piece>
+void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece) {
+  std::vector<int64_t> start(n_rows + 1, 0);  // words before each row
+  for (int64_t r = 0; r < n_rows; ++r) start[r + 1] = start[r] + words_for(rows[r].n);
+  const int64_t total = start[n_rows];
+  const auto task = [&](int64_t t) {
+    const DefaultFloatMode mode;
+    const int64_t begin = t * kTaskWords;
+    const int64_t end = std::min(total, begin + kTaskWords);
+    int64_t r = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
+    for (; r < n_rows && start[r] < end; ++r) {
+      const int64_t from = std::max<int64_t>(begin - start[r], 0) * kWordBits;
+      const int64_t to = std::min(rows[r].n, (end - start[r]) * kWordBits);
+      if (from < to) piece(rows[r], from, to - from);
+    }
+  };
+  parallel_for((total + kTaskWords - 1) / kTaskWords, threads, task);
+}
+
+int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+void raise_flags(uint32_t* flags, uint32_t value) {
+  if (flags && value) __atomic_fetch_or(flags, value, __ATOMIC_RELAXED);
+}
+
+// The words of a vote as a row of its own: a piece of `row` of n elements from element `from`.
+Row vote_piece(const Row& row, int64_t from, int64_t n) {
+  Row part = row;
+  part.n = n;
+  part.word += from / kWordBits;
+  part.first += from;
+  return part;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* table : supported_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+std::string current_isa() { return kernels().name; }
+
+void select_isa(const std::string& name) { active.store(find_table(name)); }
+
+void pack_signs(const Row* rows, int64_t n_rows, DType dtype, unsigned char* payload,
+                uint32_t zero_bit, uint32_t* flags, int threads) {
+  const auto kernel = kernels().pack_signs[static_cast<int>(dtype)];
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    const void* x = reinterpret_cast<const void*>(row.x + from * width_of(dtype));
+    raise_flags(flags, kernel(x, n, payload + 4 * (row.word + from / kWordBits), zero_bit));
+  });
+}
+
+void lion_pack(const Row* rows, int64_t n_rows, DType grad, DType momentum, unsigned char* payload,
+               const LionPackArgs& args, uint32_t* flags, int threads) {
+  const auto kernel =
+      kernels().lion_pack[static_cast<int>(grad)][momentum == DType::kFloat32 ? 0 : 1];
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    Row part = vote_piece(row, from, n);
+    part.x += from * width_of(grad);
+    part.momentum += from * width_of(momentum);
+    part.momentum_out += from * width_of(momentum);
+    raise_flags(flags, kernel(part, payload + 4 * part.word, args));
+  });
+}
+
+void lion_apply(const Row* rows, int64_t n_rows, DType dtype, const unsigned char* planes,
+                const LionApplyArgs& args, int threads) {
+  const auto kernel = kernels().lion_apply[static_cast<int>(dtype)];
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    void* param = reinterpret_cast<void*>(row.x + from * width_of(dtype));
+    kernel(param, n, planes + 4 * (row.word + from / kWordBits), args);
+  });
+}
+
+void unpack_votes(const Row* rows, int64_t n_rows, DType dtype, const Unpack& args, int threads) {
+  const auto kernel = kernels().unpack_votes[static_cast<int>(dtype)];
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    void* out = reinterpret_cast<void*>(row.x + from * width_of(dtype));
+    kernel(out, n, args.planes + 4 * (row.word + from / kWordBits), args);
+  });
+}
+
+void count_votes(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads) {
+  const auto kernel = kernels().count_votes;
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    kernel(args, vote_piece(row, from, n));
+  });
+}
+
+void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads) {
+  const auto kernel = kernels().majority_vote;
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
+    kernel(args, vote_piece(row, from, n));
+  });
+}
+
+}  // namespace pydist::cpu

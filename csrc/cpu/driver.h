@@ -1,0 +1,28 @@
+// From rows to kernels: splits rows into pieces, pieces over threads, and guards the float mode.
+// Raw addresses in, nothing allocated for the caller, no Python.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pydist::cpu {
+
+// Instruction sets compiled in and supported by this processor, slowest first.
+std::vector<std::string> supported_isas();
+// The one in use. PYDIST_ISA in the environment forces it; an unknown or unsupported one throws.
+std::string current_isa();
+void select_isa(const std::string& name);
+
+void pack_signs(const Row* rows, int64_t n_rows, DType dtype, unsigned char* payload,
+                uint32_t zero_bit, uint32_t* flags, int threads);
+void lion_pack(const Row* rows, int64_t n_rows, DType grad, DType momentum, unsigned char* payload,
+               const LionPackArgs& args, uint32_t* flags, int threads);
+void lion_apply(const Row* rows, int64_t n_rows, DType dtype, const unsigned char* planes,
+                const LionApplyArgs& args, int threads);
+void unpack_votes(const Row* rows, int64_t n_rows, DType dtype, const Unpack& args, int threads);
+void count_votes(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads);
+void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads);
+
+}  // namespace pydist::cpu

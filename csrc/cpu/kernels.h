@@ -1,0 +1,35 @@
+// The table of CPU kernels. Each instruction set compiles the same sources into one such table.
+//
+// A kernel here works on one piece: elements that are contiguous in memory and start on a payload
+// word. Splitting rows into pieces and pieces over threads is the driver's work (driver.h).
+#pragma once
+
+#include "../wire/lion.h"
+#include "../wire/votes.h"
+
+namespace pydist::cpu {
+
+struct Kernels {
+  const char* name;
+  // Signs of x[0, n) into words. Returns flags. Indexed by DType.
+  uint32_t (*pack_signs[3])(const void* x, int64_t n, unsigned char* words, uint32_t zero_bit);
+  // Direction, sign and momentum in one pass. Indexed by gradient DType, then momentum
+  // (0: float32, 1: bfloat16).
+  uint32_t (*lion_pack[3][2])(const Row& row, unsigned char* words, const LionPackArgs& args);
+  // Decay and update in one pass. Indexed by parameter DType.
+  void (*lion_apply[3])(void* param, int64_t n, const unsigned char* planes,
+                        const LionApplyArgs& args);
+  // Values of a vote into out[0, n). Indexed by DType.
+  void (*unpack_votes[3])(void* out, int64_t n, const unsigned char* planes, const Unpack& args);
+  // Both read words [word, word + words_for(n)) of every rank.
+  void (*count_votes)(const VoteArgs& args, const Row& row);
+  void (*majority_vote)(const VoteArgs& args, const Row& row);
+};
+
+extern const Kernels kScalar;
+#if defined(PYDIST_X86)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace pydist::cpu

@@ -1,0 +1,23 @@
+// The kernels of one instruction set, as a table. PYDIST_ISA and PYDIST_TABLE come from CMake.
+#include "table.h"
+
+#define PYDIST_STRING_(x) #x
+#define PYDIST_STRING(x) PYDIST_STRING_(x)
+
+namespace pydist::cpu {
+
+namespace isa = PYDIST_ISA;
+
+extern const Kernels PYDIST_TABLE = {
+    PYDIST_STRING(PYDIST_ISA),
+    {isa::pack_signs<float>, isa::pack_signs<Half>, isa::pack_signs<BFloat>},
+    {{isa::lion_pack<float, float>, isa::lion_pack<float, BFloat>},
+     {isa::lion_pack<Half, float>, isa::lion_pack<Half, BFloat>},
+     {isa::lion_pack<BFloat, float>, isa::lion_pack<BFloat, BFloat>}},
+    {isa::lion_apply<float>, isa::lion_apply<Half>, isa::lion_apply<BFloat>},
+    {isa::unpack_votes<float>, isa::unpack_votes<Half>, isa::unpack_votes<BFloat>},
+    isa::count_votes,
+    isa::majority_vote,
+};
+
+}  // namespace pydist::cpu

@@ -1,0 +1,19 @@
+// What each kernel source defines for its instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+template <typename T>
+uint32_t pack_signs(const void* x, int64_t n, unsigned char* words, uint32_t zero_bit);
+template <typename G, typename M>
+uint32_t lion_pack(const Row& row, unsigned char* words, const LionPackArgs& args);
+template <typename P>
+void lion_apply(void* param, int64_t n, const unsigned char* planes, const LionApplyArgs& args);
+template <typename T>
+void unpack_votes(void* out, int64_t n, const unsigned char* planes, const Unpack& args);
+void count_votes(const VoteArgs& args, const Row& row);
+void majority_vote(const VoteArgs& args, const Row& row);
+
+}  // namespace pydist::cpu::PYDIST_ISA

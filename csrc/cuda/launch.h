@@ -1,0 +1,44 @@
+// Launchers of the CUDA kernels: pointers, sizes, a stream; grid, launch, check. Plain C++ in the
+// interface, so that the bindings need no CUDA header. Arguments live in cpu/kernels.h.
+#pragma once
+
+#if defined(PYDIST_CUDA)
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace pydist::cuda {
+
+// A table of rows in device memory, sorted by word, or one row carried in the launch itself. Each
+// row's `reserved` is the number of words of all rows before it (for the one row: 0), and its
+// address is a multiple of the element size.
+struct Rows {
+  const Row* table;  // device memory; null: use `only`
+  int64_t count;     // rows; 0 with no table is an empty tensor
+  int64_t words;     // payload words of all rows together (the work there is)
+  Row only;
+
+  Rows(uint64_t table_address, int64_t n_rows, int64_t total_words,
+       const std::vector<int64_t>& inline_row);
+};
+
+std::string build_description();  // CUDA version and the architectures compiled for
+int device_count();               // 0 without a driver; never throws
+std::string device_name(int device);
+
+void pack_signs(const Rows& rows, DType dtype, unsigned char* payload, uint32_t zero_bit,
+                uint32_t* flags, void* stream);
+void lion_pack(const Rows& rows, DType grad, DType momentum, unsigned char* payload,
+               const LionPackArgs& args, uint32_t* flags, void* stream);
+void lion_apply(const Rows& rows, DType dtype, const unsigned char* planes,
+                const LionApplyArgs& args, const uint32_t* skip, void* stream);
+void unpack_votes(const Rows& rows, DType dtype, const Unpack& args, void* stream);
+void count_votes(const Rows& rows, const VoteArgs& args, void* stream);
+void majority_vote(const Rows& rows, const VoteArgs& args, void* stream);
+
+}  // namespace pydist::cuda
+
+#endif
