@@ -1,0 +1,129 @@
+# Types of the compiled module, after csrc/bindings.cpp. Arguments are positional: integers that are
+# addresses come first as `int`, dtypes are indices into pydist.kernels.FLOATS.
+
+WIRE_VERSION: int
+MAX_RANKS: int
+CUDA_BUILD: str | None  # None: built without CUDA, and then there is no `cuda`
+
+def supported_isas() -> list[str]: ...
+def current_isa() -> str: ...
+def select_isa(name: str, /) -> None: ...
+
+class LionPackArgs:
+    def __init__(
+        self,
+        beta1: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        zero_bit: int,
+        inv_range: float,
+        seed: int,
+        key1: int,
+        step: int,
+        /,
+    ) -> None: ...
+
+class LionApplyArgs:
+    def __init__(
+        self, decay: float, step: float, planes: int, plane_words: int, ranks: int, /
+    ) -> None: ...
+
+class VoteArgs:
+    def __init__(
+        self,
+        payloads: int,
+        stride: int,
+        ranks: int,
+        out: int,
+        plane_bytes: int,
+        ties: int,
+        seed: int,
+        step: int,
+        /,
+    ) -> None: ...
+
+class Unpack:
+    def __init__(
+        self, planes: int, plane_bytes: int, count: int, ranks: int, divisor: float, /
+    ) -> None: ...
+
+# The submodules, as classes: a stub file can't hold a module.
+
+class cpu:
+    @staticmethod
+    def pack_signs(
+        rows: int,
+        n: int,
+        dtype: int,
+        payload: int,
+        zero_bit: int,
+        flags: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def lion_pack(
+        rows: int,
+        n: int,
+        grad: int,
+        momentum: int,
+        payload: int,
+        args: LionPackArgs,
+        flags: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def lion_apply(
+        rows: int,
+        n: int,
+        dtype: int,
+        planes: int,
+        args: LionApplyArgs,
+        skip: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def unpack_votes(rows: int, n: int, dtype: int, args: Unpack, threads: int, /) -> None: ...
+    @staticmethod
+    def count_votes(rows: int, n: int, args: VoteArgs, threads: int, /) -> None: ...
+    @staticmethod
+    def majority_vote(rows: int, n: int, args: VoteArgs, threads: int, /) -> None: ...
+
+class cuda:
+    class Rows:
+        def __init__(
+            self, table: int, n_rows: int, total_words: int, inline_row: list[int], /
+        ) -> None: ...
+
+    @staticmethod
+    def device_count() -> int: ...
+    @staticmethod
+    def device_name(device: int, /) -> str: ...
+    @staticmethod
+    def pack_signs(
+        rows: Rows, dtype: int, payload: int, zero_bit: int, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def lion_pack(
+        rows: Rows,
+        grad: int,
+        momentum: int,
+        payload: int,
+        args: LionPackArgs,
+        flags: int,
+        stream: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def lion_apply(
+        rows: Rows, dtype: int, planes: int, args: LionApplyArgs, skip: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def unpack_votes(rows: Rows, dtype: int, args: Unpack, stream: int, /) -> None: ...
+    @staticmethod
+    def count_votes(rows: Rows, args: VoteArgs, stream: int, /) -> None: ...
+    @staticmethod
+    def majority_vote(rows: Rows, args: VoteArgs, stream: int, /) -> None: ...

@@ -1,0 +1,58 @@
+"""pydist: data-parallel training where the network is slow.
+
+Gradients and Lion updates travel as 1 to 8 bits a parameter. ``import pydist`` needs NumPy alone;
+what needs torch is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from pydist.wire import WIRE_VERSION, segments
+
+if TYPE_CHECKING:
+    from pydist import arrays, collectives, ops, reference
+    from pydist.codecs import Sign
+    from pydist.collectives import all_reduce
+
+try:
+    __version__ = version("pydist")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_MODULES = {"arrays", "codecs", "collectives", "errors", "ops", "optim", "reference"}
+_HOMES = {
+    "Sign": "codecs",
+    "all_reduce": "collectives",
+    "PydistError": "errors",
+    "MismatchError": "errors",
+}
+
+__all__ = [
+    "WIRE_VERSION",
+    "MismatchError",
+    "PydistError",
+    "Sign",
+    "all_reduce",
+    "arrays",
+    "codecs",
+    "collectives",
+    "ops",
+    "optim",
+    "reference",
+    "segments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pydist.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pydist' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,91 @@
+"""The command line: ``pydist info | check``, also as ``python -m pydist``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pydist import __version__, environment, selfcheck
+
+
+def _cuda_line(facts: dict[str, Any]) -> str:
+    if facts["cuda_build"] is None:
+        return "not built (no nvcc was found, or PYDIST_CUDA=0)"
+    if facts["cuda_devices"]:
+        return str(facts["cuda_build"])
+    return f"{facts['cuda_build']}; built, but this machine shows no device, so it was not tried"
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what was built and what is here; 1 where ``PYDIST_ISA`` cannot be followed."""
+    facts = environment.describe()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 1 if facts["isa_error"] else 0
+    lines = {
+        "pydist": facts["version"],
+        "wire version": facts["wire_version"],
+        "python": facts["python"],
+        "numpy": facts["numpy"] or "not installed",
+        "torch": facts["torch"] or "not installed",
+        "instruction set": facts["isa"] or f"error: {facts['isa_error']}",
+        "supported": ", ".join(facts["supported_isas"]),
+        "cuda": _cuda_line(facts),
+        "devices": ", ".join(["cpu", *facts["cuda_devices"]]),
+    }
+    for name, value in lines.items():
+        print(f"{name:<16} {value}")
+    return 1 if facts["isa_error"] else 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Compares every kernel on every backend with the reference; 1 where a bit differs."""
+    facts = environment.describe()
+    if facts["isa_error"]:
+        print(f"pydist check: {facts['isa_error']}", file=sys.stderr)
+        return 1
+    failures = 0
+    for run, kernel, cases, difference in selfcheck.check_all():
+        print(f"{run.name:<16} {kernel:<14} {cases:>5} cases  {'DIFFERS' if difference else 'ok'}")
+        if difference:
+            failures += 1
+            print(f"  {difference}", file=sys.stderr)
+    if facts["cuda_build"] is None or not facts["cuda_devices"]:
+        print(f"{'cuda':<16} not checked: {_cuda_line(facts)}")
+    elif not (environment.torch_sees_cuda() or environment.has_cupy()):
+        print(f"{'cuda':<16} not checked: needs torch with CUDA or CuPy")
+    return 1 if failures else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command line."""
+    main_parser = argparse.ArgumentParser(
+        prog="pydist", description="Data-parallel training where the network is slow."
+    )
+    main_parser.add_argument("--version", action="version", version=f"pydist {__version__}")
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="command")
+    described = commands.add_parser("info", help="what was built and what this machine has")
+    described.add_argument("--json", action="store_true", help="print JSON")
+    described.set_defaults(run=info)
+    checked = commands.add_parser(
+        "check", help="compare every kernel on every backend with the reference, to the bit"
+    )
+    checked.set_defaults(run=check)
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; default those of the process.
+
+    Returns:
+        The exit status: 0, 1 where something is wrong, 2 for wrong usage.
+    """
+    args = parser().parse_args(argv)
+    status: int = args.run(args)
+    return status

@@ -1,0 +1,316 @@
+"""The registration of ``torch.ops.pydist.*``: schemas, implementations, fake kernels.
+
+Registered with ``torch.library.Library.define/impl`` (about 8 µs a call; the ``custom_op``
+decorator costs about 14 µs). What the operators do is documented where people call them, in
+:mod:`pydist.ops`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydist import _C, kernels, wire
+from pydist.kernels import LionOptions, Target, View
+
+_C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
+
+_LIBRARY = torch.library.Library("pydist", "DEF")
+
+_SCHEMAS = """
+pack_signs(Tensor x, *, int zero_bit=1, Tensor(a!)? flags=None, Tensor? segments=None) -> Tensor
+unpack_votes(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, ScalarType? dtype=None) -> Tensor
+count_votes(Tensor payloads) -> Tensor
+majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None) -> Tensor
+lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None) -> Tensor
+lion_apply_(Tensor(a!) param, Tensor planes, *, float lr, float weight_decay=0.0, int? ranks=None, Tensor? skip=None, Tensor? segments=None) -> ()
+"""  # noqa: E501  (a schema is one line)
+
+for _schema in _SCHEMAS.strip().splitlines():
+    _LIBRARY.define(_schema)
+
+
+# --------------------------------------------------------------------------- tensors to views
+
+
+def view_of(name: str, x: Tensor) -> View:
+    """Describes a contiguous tensor."""
+    return View(name, x.data_ptr(), tuple(x.shape), str(x.dtype)[6:], str(x.device))
+
+
+def _optional(name: str, x: Tensor | None) -> View | None:
+    return None if x is None else view_of(name, x.contiguous())
+
+
+def target_of(x: Tensor) -> Target:
+    """Where kernels on this tensor run: its device's current stream, or torch's CPU threads."""
+    if x.is_cuda:
+        return Target(
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            upload=lambda rows: upload_rows(rows, x.device).data_ptr(),
+        )
+    return Target(threads=torch.get_num_threads())
+
+
+def upload_rows(rows: wire.IntArray, device: torch.device) -> Tensor:
+    """Copies a table of rows to the device without waiting for it.
+
+    Both allocators are stream-ordered, so the copy and the kernel that reads it may outlive the
+    two tensors.
+    """
+    return torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+
+
+def _on_device_of(x: Tensor) -> torch.cuda.device | _Nothing:
+    return torch.cuda.device(x.device) if x.is_cuda else _Nothing()
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def dense_of(name: str, x: Tensor) -> Tensor:
+    """A contiguous tensor with the values of one that is written in place."""
+    if x.numel() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{name} has strides {list(x.stride())}: several elements share one place in memory, "
+            "so it cannot be written in place"
+        )
+    return x.contiguous()
+
+
+def _check_apart(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Raises ValueError where strided tensors reach into each other's memory."""
+    if a.is_contiguous() and b.is_contiguous():
+        return  # kernels.check_disjoint sees it
+    spans = []
+    for x in (a, b):
+        reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        spans.append((x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()))
+    if a.numel() and b.numel() and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]:
+        raise ValueError(f"{name_a} and {name_b} overlap in memory")
+
+
+def written(target: Tensor, dense: Tensor) -> None:
+    """Ends a write behind autograd's back: copies ``dense`` back, or bumps the version.
+
+    A tensor that backward has saved is then known to have changed, as after any in-place operation.
+    """
+    if dense.data_ptr() != target.data_ptr() or dense.stride() != target.stride():
+        target.copy_(dense.view_as(target))
+    elif not target.is_inference():
+        torch.autograd.graph.increment_version(target)
+
+
+def _payload(like: Tensor, table: wire.IntArray) -> Tensor:
+    """Memory for the payload of a segment table; gaps between segments are padding, so zero."""
+    size = wire.segments_words(table) * wire.WORD_BYTES
+    whole = len(table) == 1 and table[0, 0] == 0
+    new = like.new_empty if whole else like.new_zeros
+    return new(size, dtype=torch.uint8)
+
+
+def _table(segments: Tensor | None) -> wire.IntArray | None:
+    return None if segments is None else kernels.as_table(segments.numpy(force=True))
+
+
+# --------------------------------------------------------------------------- implementations
+
+
+def _pack_signs(
+    x: Tensor, *, zero_bit: int = 1, flags: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    x = x.contiguous()
+    table = _table(segments)
+    view = view_of("x", x)
+    table = kernels.check_table(table, view.size, "x")
+    payload = _payload(x, table)
+    with _on_device_of(x):
+        kernels.pack_signs(
+            target_of(x), view, view_of("payload", payload),
+            zero_bit=zero_bit, flags=_optional("flags", flags), segments=table,
+        )  # fmt: skip
+    return payload
+
+
+def _unpack_votes(
+    planes: Tensor,
+    n: int,
+    *,
+    ranks: int | None = None,
+    mean: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    kernels.check_n(n)
+    dtype = dtype or torch.float32
+    if str(dtype)[6:] not in kernels.FLOATS:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    planes = planes.contiguous()
+    out = planes.new_empty(n, dtype=dtype)
+    with _on_device_of(planes):
+        kernels.unpack_votes(
+            target_of(planes),
+            view_of("planes", planes),
+            view_of("out", out),
+            ranks=ranks,
+            mean=mean,
+        )
+    return out
+
+
+def _count_votes(payloads: Tensor) -> Tensor:
+    payloads = payloads.contiguous()
+    view = view_of("payloads", payloads)
+    ranks, size = kernels.check_payloads(view)
+    planes = payloads.new_empty((wire.planes_for(ranks), size))
+    with _on_device_of(payloads):
+        kernels.count_votes(target_of(payloads), view, view_of("planes", planes))
+    return planes
+
+
+def _majority_vote(
+    payloads: Tensor,
+    *,
+    ties: str = "hash",
+    seed: int = 0,
+    step: int = 0,
+    n: int | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    payloads = payloads.contiguous()
+    view = view_of("payloads", payloads)
+    _, size = kernels.check_payloads(view)
+    planes = payloads.new_zeros((2 if ties == "zero" else 1, size))
+    with _on_device_of(payloads):
+        kernels.majority_vote(
+            target_of(payloads), view, view_of("planes", planes),
+            ties=ties, seed=seed, step=step, n=n, segments=_table(segments),
+        )  # fmt: skip
+    return planes
+
+
+def _lion_pack(
+    grad: Tensor,
+    momentum: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    zero_bit: int = 1,
+    momentum_out: Tensor | None = None,
+    flags: Tensor | None = None,
+    binarization_range: float | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    step: int = 0,
+    segments: Tensor | None = None,
+) -> Tensor:
+    target = momentum if momentum_out is None else momentum_out
+    if momentum_out is not None:
+        _check_apart("momentum", momentum, "momentum_out", momentum_out)
+    dense, old = dense_of("momentum_out" if momentum_out is not None else "momentum", target), None
+    old = dense if target is momentum else momentum.contiguous()
+    grad = grad.contiguous()
+    view = view_of("grad", grad)
+    table = kernels.check_table(_table(segments), view.size, "grad")
+    payload = _payload(grad, table)
+    with _on_device_of(grad):
+        kernels.lion_pack(
+            target_of(grad), view, view_of("momentum", old), view_of("momentum_out", dense),
+            view_of("payload", payload),
+            LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
+            flags=_optional("flags", flags), segments=table,
+        )  # fmt: skip
+    written(target, dense)
+    return payload
+
+
+def _lion_apply(
+    param: Tensor,
+    planes: Tensor,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    ranks: int | None = None,
+    skip: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> None:
+    dense = dense_of("param", param)
+    planes = planes.contiguous()
+    with _on_device_of(param):
+        kernels.lion_apply(
+            target_of(param), view_of("param", dense), view_of("planes", planes),
+            lr=lr, weight_decay=weight_decay, ranks=ranks, skip=_optional("skip", skip),
+            segments=_table(segments),
+        )  # fmt: skip
+    written(param, dense)
+
+
+# --------------------------------------------------------------------------- fake kernels
+
+
+def _fake_payload(n: int | torch.SymInt, like: Tensor, segments: Tensor | None) -> Tensor:
+    if segments is not None:  # the length depends on the table's values
+        size = torch.library.get_ctx().new_dynamic_size()
+        return like.new_empty(size, dtype=torch.uint8)
+    return like.new_empty((n + 31) // 32 * 4, dtype=torch.uint8)
+
+
+def _pack_signs_fake(x, *, zero_bit=1, flags=None, segments=None):  # type: ignore[no-untyped-def]
+    return _fake_payload(x.numel(), x, segments)
+
+
+def _unpack_votes_fake(planes, n, *, ranks=None, mean=False, dtype=None):  # type: ignore[no-untyped-def]
+    return planes.new_empty(n, dtype=dtype or torch.float32)
+
+
+def _count_votes_fake(payloads):  # type: ignore[no-untyped-def]
+    return payloads.new_empty((wire.planes_for(payloads.shape[0]), payloads.shape[1]))
+
+
+def _majority_vote_fake(payloads, *, ties="hash", seed=0, step=0, n=None, segments=None):  # type: ignore[no-untyped-def]
+    return payloads.new_empty((2 if ties == "zero" else 1, payloads.shape[1]))
+
+
+def _lion_pack_fake(grad, momentum, *, segments=None, **options):  # type: ignore[no-untyped-def]
+    return _fake_payload(grad.numel(), grad, segments)
+
+
+def _lion_apply_fake(param, planes, **options):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The dispatcher answers with a fake kernel as soon as one argument is a meta tensor."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **options: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        tensors += [
+            x for name, x in options.items() if isinstance(x, Tensor) and name != "segments"
+        ]
+        devices = sorted({str(x.device) for x in tensors})
+        if len(devices) > 1:
+            raise ValueError(f"tensors are on {', '.join(devices)}: all must be on one device")
+        return fake(*args, **options)
+
+    return checked
+
+
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "pack_signs": (_pack_signs, _pack_signs_fake),
+    "unpack_votes": (_unpack_votes, _unpack_votes_fake),
+    "count_votes": (_count_votes, _count_votes_fake),
+    "majority_vote": (_majority_vote, _majority_vote_fake),
+    "lion_pack_": (_lion_pack, _lion_pack_fake),
+    "lion_apply_": (_lion_apply, _lion_apply_fake),
+}
+for _name, (_implementation, _fake) in _OPERATORS.items():
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"pydist::{_name}", _on_one_device(_fake), lib=_LIBRARY)

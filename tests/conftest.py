@@ -1,0 +1,38 @@
+"""Settings and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from doors import DOORS, Door
+from hypothesis import settings
+from ranks import Worlds
+from wrong import Arrays
+
+# Examples are the same in every run under CI, so that a red run can be repeated; elsewhere they
+# are new each time. Timing on a shared machine says nothing, so there is no deadline.
+settings.register_profile("local", deadline=None, max_examples=60)
+settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(params=DOORS, ids=lambda key: "-".join(key))
+def door(request: pytest.FixtureRequest) -> Door:
+    """Each door with each instruction set of this machine."""
+    return Door(*request.param)
+
+
+@pytest.fixture(params=sorted({kind for kind, _ in DOORS}))
+def a(request: pytest.FixtureRequest) -> Arrays:
+    """Arrays and functions of each door."""
+    return Arrays(request.param)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Worlds]:
+    """Ranks that stay up for the whole session: ``worlds(3).run(case)``."""
+    started = Worlds()
+    yield started
+    started.close()

@@ -1,0 +1,198 @@
+"""Both doors, `pydist.ops` and `pydist.arrays`, as runners of the self-check.
+
+A door can hold its arrays in awkward places: behind an odd offset, or strided. Around each array
+lie guard bytes; a kernel that writes there, or into one of its inputs, fails the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from pydist import _C, arrays, ops
+from pydist.kernels import LionOptions
+from pydist.selfcheck import Bits, assert_same_bits, storage_of
+
+try:
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
+
+DOORS = [(kind, isa) for kind in ("torch", "numpy") for isa in _C.supported_isas()]
+GUARD = 0x5A
+PRESET_FLAG = 4  # some other bit, which kernels must leave alone
+
+
+class Placed:
+    """An array somewhere inside a larger block of guard bytes."""
+
+    def __init__(self, what: str, bits: Bits, layout: str) -> None:
+        self.what, self.original = what, bits
+        offset = {"dense": 64, "offset": bits.itemsize, "unaligned": 1, "strided": 0}[layout]
+        step = 2 if layout == "strided" else 1
+        self.memory = np.full(offset + step * bits.nbytes + 64, GUARD, dtype=np.uint8)
+        self.bits = self._inside(self.memory, offset, step)
+        self.bits[...] = bits
+        before = self.memory.copy()
+        self._before, self._inside_before = before, self._inside(before, offset, step)
+
+    def _inside(self, memory: Any, offset: int, step: int) -> Bits:
+        bits = self.original
+        room = memory[offset : offset + step * bits.nbytes].view(bits.dtype)
+        return room.reshape(*bits.shape, step)[..., 0]
+
+    def unchanged(self) -> None:
+        assert_same_bits(self.memory, self._before, f"{self.what} is an input: memory")
+
+    def result(self) -> Bits:
+        """A copy of what was written, once it is clear that nothing else was."""
+        self._inside_before[...] = self.bits
+        assert_same_bits(self.memory, self._before, f"memory around {self.what}")
+        return self.bits.copy()
+
+
+@dataclasses.dataclass
+class Door:
+    """One door, instruction set, layout of the arrays and number of threads."""
+
+    kind: str
+    isa: str
+    layout: str = "dense"
+    threads: int = 1
+    separate: bool = False  # lion_pack_ with momentum_out
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.isa} {self.layout} threads={self.threads}"
+
+    @property
+    def module(self) -> ModuleType:
+        return ops if self.kind == "torch" else arrays
+
+    @property
+    def storages(self) -> tuple[str, ...]:
+        """NumPy knows bfloat16 only where ml_dtypes is installed."""
+        known = self.kind == "torch" or ml_dtypes is not None
+        return ("float32", "float16", "bfloat16") if known else ("float32", "float16")
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Torch has no tensors whose address is not a multiple of the element's size."""
+        return ("offset", "strided") + (() if self.kind == "torch" else ("unaligned",))
+
+    def using(self, **changes: Any) -> Door:
+        return dataclasses.replace(self, **changes)
+
+    def native(self, bits: Bits | None) -> Any:
+        """The same memory as an array of this door."""
+        if bits is None:
+            return None
+        if self.kind == "torch":
+            tensor = torch.from_numpy(bits)
+            return tensor.view(torch.bfloat16) if bits.dtype == np.uint16 else tensor
+        return bits.view(ml_dtypes.bfloat16) if bits.dtype == np.uint16 else bits
+
+    def call(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function of the door; tensors that come back are NumPy arrays."""
+        isa, threads = _C.current_isa(), torch.get_num_threads()
+        _C.select_isa(self.isa)
+        if self.kind == "torch":
+            torch.set_num_threads(self.threads)
+        else:
+            kwargs["threads"] = self.threads
+        try:
+            result = getattr(self.module, function)(*args, **kwargs)
+        finally:
+            _C.select_isa(isa)
+            torch.set_num_threads(threads)
+        if isinstance(result, torch.Tensor):
+            result = result.view(torch.uint16) if result.dtype == torch.bfloat16 else result
+            return result.numpy()
+        if result is not None and result.dtype.name == "bfloat16":
+            return result.view(np.uint16)
+        return result
+
+    # ----------------------------------------------------------------- selfcheck.Runner
+
+    def _place(self, what: str, bits: Bits) -> tuple[Placed, Any]:
+        placed = Placed(what, np.ascontiguousarray(bits), self.layout)
+        return placed, self.native(placed.bits)
+
+    def _flags(self) -> tuple[Any, Any]:
+        flags = np.array([PRESET_FLAG], dtype=np.int32)
+        return flags, self.native(flags)
+
+    @staticmethod
+    def _raised(flags: Any) -> int:
+        assert flags[0] & PRESET_FLAG, "a flag that was there before is gone"
+        return int(flags[0]) & ~PRESET_FLAG
+
+    def pack_signs(self, x: Bits, *, zero_bit: int, segments: Any) -> tuple[Any, int]:
+        placed, native = self._place("x", x)
+        flags, native_flags = self._flags()
+        payload = self.call(
+            "pack_signs", native,
+            zero_bit=zero_bit, flags=native_flags, segments=self.native(segments),
+        )  # fmt: skip
+        placed.unchanged()
+        return payload, self._raised(flags)
+
+    def _dtype(self, storage: str) -> Any:
+        if self.kind == "torch":
+            return getattr(torch, storage)
+        return ml_dtypes.bfloat16 if storage == "bfloat16" else storage
+
+    def unpack_votes(self, planes: Any, n: int, *, ranks: Any, mean: bool, storage: str) -> Any:
+        placed, native = self._place("planes", planes)
+        dtype = self._dtype(storage)
+        values = self.call("unpack_votes", native, n, ranks=ranks, mean=mean, dtype=dtype)
+        placed.unchanged()
+        return values
+
+    def count_votes(self, payloads: Any) -> Any:
+        placed, native = self._place("payloads", payloads)
+        planes = self.call("count_votes", native)
+        placed.unchanged()
+        return planes
+
+    def majority_vote(
+        self, payloads: Any, *, ties: str, seed: int, step: int, n: Any, segments: Any
+    ) -> Any:
+        placed, native = self._place("payloads", payloads)
+        planes = self.call(
+            "majority_vote", native,
+            ties=ties, seed=seed, step=step, n=n, segments=self.native(segments),
+        )  # fmt: skip
+        placed.unchanged()
+        return planes
+
+    def lion_pack(
+        self, grad: Bits, momentum: Bits, options: LionOptions, segments: Any
+    ) -> tuple[Any, Bits, int]:
+        g, native_g = self._place("grad", grad)
+        m, native_m = self._place("momentum", momentum)
+        out, native_out = self._place("momentum_out", np.zeros_like(momentum))
+        flags, native_flags = self._flags()
+        payload = self.call(
+            "lion_pack_", native_g, native_m,
+            momentum_out=native_out if self.separate else None, flags=native_flags,
+            segments=self.native(segments), **dataclasses.asdict(options),
+        )  # fmt: skip
+        g.unchanged()
+        if self.separate:
+            m.unchanged()
+        return payload, (out if self.separate else m).result(), self._raised(flags)
+
+    def lion_apply(
+        self, param: Bits, planes: Any, *, lr: float, weight_decay: float, ranks: Any
+    ) -> Bits:
+        x, native_x = self._place("param", param)
+        p, native_p = self._place("planes", planes)
+        self.call("lion_apply_", native_x, native_p, lr=lr, weight_decay=weight_decay, ranks=ranks)
+        p.unchanged()
+        assert storage_of(x.bits) == storage_of(param)
+        return x.result()

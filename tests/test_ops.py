@@ -1,0 +1,191 @@
+"""The torch operators: schemas, fake kernels, tracing and compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor
+
+from pydist import ops, wire
+
+N = 37
+BETAS = {"beta1": 0.9, "beta2": 0.99}
+
+
+def table(*lengths: int) -> Tensor:
+    return torch.from_numpy(wire.segments(lengths))
+
+
+def flags() -> Tensor:
+    return torch.zeros(1, dtype=torch.int32)
+
+
+def votes(rows: int, n: int = N) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    shape = (rows, wire.payload_bytes(n))
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def values(n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+# (operator, arguments, keyword arguments)
+CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "pack_signs": ("pack_signs", (values(),), {}),
+    "pack_signs flags": ("pack_signs", (values(),), {"flags": flags(), "zero_bit": 0}),
+    "pack_signs 2-d": ("pack_signs", (values(35).view(5, 7).t(),), {}),
+    "pack_signs empty": ("pack_signs", (values(0),), {}),
+    "unpack_votes": ("unpack_votes", (votes(1), N), {}),
+    "unpack_votes mean": (
+        "unpack_votes",
+        (votes(3), N),
+        {"ranks": 5, "mean": True, "dtype": torch.bfloat16},
+    ),
+    "count_votes": ("count_votes", (votes(4),), {}),
+    "majority_vote": ("majority_vote", (votes(4),), {"n": N, "seed": 3, "step": 5}),
+    "majority_vote zero": ("majority_vote", (votes(4),), {"ties": "zero"}),
+    "majority_vote segments": (
+        "majority_vote",
+        (votes(4, 64),),
+        {"segments": table(5, 32)},
+    ),
+    "lion_pack_": ("lion_pack_", (values(), values(N)), BETAS),
+    "lion_pack_ out": (
+        "lion_pack_",
+        (values(dtype=torch.bfloat16), values()),
+        {**BETAS, "momentum_out": values(), "flags": flags(), "binarization_range": 1.0},
+    ),
+    "lion_apply_": ("lion_apply_", (values(), votes(1)), {"lr": 0.1}),
+    "lion_apply_ strided": ("lion_apply_", (values(2 * N)[::2], votes(1)), {"lr": 0.1}),
+    "lion_apply_ counts": (
+        "lion_apply_",
+        (values(dtype=torch.float16), votes(3)),
+        {"lr": 0.1, "weight_decay": 0.1, "ranks": 5, "skip": flags()},
+    ),
+    "lion_apply_ segments": (
+        "lion_apply_",
+        (values(), votes(1, 64)),
+        {"lr": 0.1, "segments": table(5, 32)},
+    ),
+    # The length of these payloads depends on the table's values.
+    "pack_signs segments": ("pack_signs", (values(),), {"segments": table(5, 32)}),
+    "lion_pack_ segments": (
+        "lion_pack_",
+        (values(), values()),
+        {**BETAS, "segments": table(5, 32)},
+    ),
+}
+
+
+def cloned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of their own for each run; strides are kept."""
+
+    def clone(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        return copy.copy_(x)
+
+    return [clone(x) for x in args], {name: clone(x) for name, x in kwargs.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    name, args, kwargs = CASES[case]
+    positional, named = cloned(args, kwargs)
+    operator = getattr(torch.ops.pydist, name).default
+    torch.library.opcheck(operator, tuple(positional), named)
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    if not isinstance(actual, Tensor):
+        return bool(actual == expected)
+    raw = [x.contiguous().view(-1).view(torch.uint8) for x in (actual, expected)]
+    return actual.shape == expected.shape and torch.equal(*raw)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "pack_signs empty"])
+def test_compiled_equals_eager(case: str) -> None:
+    name, args, kwargs = CASES[case]
+    function: Callable[..., Any] = getattr(ops, name)
+    positional, named = cloned(args, kwargs)
+    expected = function(*positional, **named)
+    traced, traced_named = cloned(args, kwargs)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        result = compiled(*traced, **traced_named)
+    assert _same(result, expected)
+    for place, (actual, wanted) in enumerate(zip(traced, positional, strict=True)):
+        assert _same(actual, wanted), f"argument {place}"
+    for key, wanted in named.items():
+        assert _same(traced_named[key], wanted), key
+
+
+@pytest.mark.soak  # half a minute of compilation
+def test_compiled_by_inductor() -> None:
+    def step(x: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
+        payload = ops.lion_pack_(grad * 2.0, momentum, **BETAS)
+        planes = ops.majority_vote(torch.stack([payload, payload]), n=x.numel())
+        ops.lion_apply_(x, planes, lr=0.1)
+        return x + 1.0
+
+    eager, traced = ([values(), values(N), values()] for _ in range(2))
+    expected = step(*eager)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1):  # a pool of compilers starts slowly
+        result = torch.compile(step, fullgraph=True)(*traced)
+    assert _same(result, expected)
+    assert all(_same(a, e) for a, e in zip(traced, eager, strict=True))
+
+
+def test_traced_with_symbolic_lengths() -> None:
+    torch._dynamo.reset()
+    seen: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(len(graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(ops.pack_signs, fullgraph=True, dynamic=True, backend=count)
+    for n in (5, 33, 1001):
+        assert torch.equal(compiled(values(n)), ops.pack_signs(values(n)))
+    assert len(seen) == 1, "compiled anew for another length"
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+@pytest.mark.parametrize("name", ["lion_apply_", "lion_pack_"])
+def test_changes_in_place_are_seen_by_autograd(name: str) -> None:
+    weight = values().requires_grad_()
+    changed = weight if name == "lion_apply_" else weight.detach()
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        if name == "lion_apply_":
+            ops.lion_apply_(changed, votes(1), lr=0.1)
+        else:
+            ops.lion_pack_(values(), changed, **BETAS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_payloads_need_no_gradient() -> None:
+    assert not ops.pack_signs(values().requires_grad_()).requires_grad
+    with torch.inference_mode():
+        assert ops.pack_signs(torch.ones(3)).tolist() == [7, 0, 0, 0]
+
+
+def test_in_place_on_a_lazily_negated_view() -> None:
+    complex_values = torch.view_as_complex(values(2 * 32).view(32, 2))
+    view = complex_values.conj().imag
+    assert view.is_neg()
+    expected = view.clone()
+    ops.lion_apply_(expected, votes(1, 32), lr=0.1)
+    ops.lion_apply_(view, votes(1, 32), lr=0.1)
+    assert torch.equal(view, expected)
