@@ -57,8 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_RANKS") = kMaxRanks;
 
   py::class_<LionPackArgs>(m, "LionPackArgs").def(py::init(&lion_pack_args));
-  py::class_<LionApplyArgs>(m, "LionApplyArgs")
-      .def(py::init(&lion_apply_args));
+  py::class_<LionApplyArgs>(m, "LionApplyArgs").def(py::init(&lion_apply_args));
   py::class_<VoteArgs>(m, "VoteArgs").def(py::init(&vote_args));
   py::class_<Unpack>(m, "Unpack").def(py::init(&unpack_args));
 

@@ -186,7 +186,9 @@ def _majority_vote(
     payloads = payloads.contiguous()
     view = view_of("payloads", payloads)
     _, size = kernels.check_payloads(view)
-    planes = payloads.new_zeros((2 if ties == "zero" else 1, size))
+    whole = segments is None and (n is None or wire.payload_bytes(n) == size)  # no gaps to clear
+    new = payloads.new_empty if whole else payloads.new_zeros
+    planes = new((2 if ties == "zero" else 1, size))
     with _on_device_of(payloads):
         kernels.majority_vote(
             target_of(payloads), view, view_of("planes", planes),

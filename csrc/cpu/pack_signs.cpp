@@ -21,6 +21,7 @@ static uint32_t pack_piece(const T* x, int64_t n, unsigned char* words) {
   Mask finite = mask_from(kLaneMask);
   const int64_t full = n / kWordBits;
   for (int64_t w = 0; w < full; ++w) {
+    prefetch_word(x + kWordBits * w);
     store_word(words + 4 * w, sign_word(x + kWordBits * w, kZeroBit, &finite));
   }
   if (const int64_t rest = n - full * kWordBits) {  // the tail, padded with zeros

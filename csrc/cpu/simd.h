@@ -66,15 +66,37 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
 }
 
-// 64-bit lanes of which multiplication reads the low halves: the products Philox is made of.
+// 64-bit lanes: bits to be counted, or the products that Philox is made of (multiplication reads
+// the low halves). wide_groups() says which Philox group each lane holds, such that store_groups()
+// can write the low halves of the four counters group by group: kWideLanes groups of four words.
 constexpr int kWideLanes = 8;
 using Wide = __m512i;
-PYDIST_INLINE Wide wide_load(const uint64_t* p) { return _mm512_loadu_si512(p); }
-PYDIST_INLINE void wide_store(uint64_t* p, Wide x) { _mm512_storeu_si512(p, x); }
+PYDIST_INLINE Wide wide_load(const void* p) { return _mm512_loadu_si512(p); }
+PYDIST_INLINE void wide_store(void* p, Wide x) { _mm512_storeu_si512(p, x); }
+PYDIST_INLINE void wide_stream(void* p, Wide x) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), x);
+}
 PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
 PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
 PYDIST_INLINE Wide wide_high(Wide x) { return _mm512_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm512_and_si512(a, b); }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm512_or_si512(a, b); }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm512_andnot_si512(b, a); }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0xE8);
+}
+PYDIST_INLINE Wide wide_groups() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  const Wide low = _mm512_mask_blend_epi32(0xAAAA, v0, _mm512_slli_epi64(v1, 32));
+  const Wide high = _mm512_mask_blend_epi32(0xAAAA, v2, _mm512_slli_epi64(v3, 32));
+  _mm512_storeu_si512(p, _mm512_unpacklo_epi64(low, high));
+  _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(low, high));
+}
 
 // ---------------------------------------------------------------- AVX2
 #elif defined(__AVX2__)
@@ -139,16 +161,34 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
 
 constexpr int kWideLanes = 4;
 using Wide = __m256i;
-PYDIST_INLINE Wide wide_load(const uint64_t* p) {
+PYDIST_INLINE Wide wide_load(const void* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-PYDIST_INLINE void wide_store(uint64_t* p, Wide x) {
+PYDIST_INLINE void wide_store(void* p, Wide x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+PYDIST_INLINE void wide_stream(void* p, Wide x) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), x);
 }
 PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
 PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
 PYDIST_INLINE Wide wide_high(Wide x) { return _mm256_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm256_and_si256(a, b); }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm256_or_si256(a, b); }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm256_andnot_si256(b, a); }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return wide_xor(wide_xor(a, b), c); }
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
+  return wide_or(wide_and(a, b), wide_and(c, wide_or(a, b)));
+}
+PYDIST_INLINE Wide wide_groups() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  const Wide low = _mm256_blend_epi32(v0, _mm256_slli_epi64(v1, 32), 0xAA);
+  const Wide high = _mm256_blend_epi32(v2, _mm256_slli_epi64(v3, 32), 0xAA);
+  wide_store(p, _mm256_unpacklo_epi64(low, high));
+  wide_store(p + 8, _mm256_unpackhi_epi64(low, high));
+}
 
 // ---------------------------------------------------------------- scalar
 #else
@@ -187,12 +227,30 @@ PYDIST_INLINE void stream_end() {}
 
 constexpr int kWideLanes = 1;
 using Wide = uint64_t;
-PYDIST_INLINE Wide wide_load(const uint64_t* p) { return *p; }
-PYDIST_INLINE void wide_store(uint64_t* p, Wide x) { *p = x; }
+PYDIST_INLINE Wide wide_load(const void* p) {
+  Wide x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+PYDIST_INLINE void wide_store(void* p, Wide x) { std::memcpy(p, &x, sizeof(x)); }
+PYDIST_INLINE void wide_stream(void* p, Wide x) { wide_store(p, x); }
 PYDIST_INLINE Wide wide_set1(uint64_t x) { return x; }
 PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
 PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return a ^ b; }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return a + b; }
 PYDIST_INLINE Wide wide_high(Wide x) { return x >> 32; }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return a & b; }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return a | b; }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return a & ~b; }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a | b)); }
+PYDIST_INLINE Wide wide_groups() { return 0; }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  p[0] = static_cast<uint32_t>(v0);
+  p[1] = static_cast<uint32_t>(v1);
+  p[2] = static_cast<uint32_t>(v2);
+  p[3] = static_cast<uint32_t>(v3);
+}
 
 #endif
 
@@ -213,6 +271,19 @@ PYDIST_INLINE bool can_stream(const T*, int64_t) {
 template <typename T>
 PYDIST_INLINE void stream(T* p, Vec x) {
   store(p, x);
+}
+
+// Brings in the cache line that a loop reaches kAhead bytes later. The processor's own prefetcher
+// stops at the end of every 4 KiB page; asking across it keeps memory busy.
+constexpr int kAhead = 2048;
+PYDIST_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead);
+}
+template <typename T>
+PYDIST_INLINE void prefetch_word(const T* x) {  // the lines of kWordBits elements
+  for (size_t b = 0; b < kWordBits * sizeof(T); b += 64) {
+    prefetch(reinterpret_cast<const char*>(x) + b);
+  }
 }
 
 // Payloads are little-endian and need not be aligned.

@@ -1,7 +1,5 @@
-// count_votes and majority_vote: bit-sliced addition over ranks, 32 elements a machine word.
-//
-// The loops over kTile words have a constant trip count and no branches, so that the compiler turns
-// them into whole vectors for the instruction set at hand.
+// count_votes and majority_vote: bit-sliced carry-save addition over ranks, eight ranks at a time,
+// as many elements side by side as a vector has bits.
 #include "simd.h"
 #include "table.h"
 
@@ -10,34 +8,76 @@ namespace pydist::cpu::PYDIST_ISA {
 constexpr int kTile = 64;           // words a pass: 2,048 elements
 constexpr int kGroups = kTile / 4;  // Philox groups that make kTile tie words
 
+constexpr int kStep = 2 * kWideLanes;  // words in a vector
+constexpr int kBatch = 8;              // ranks added at once
+
 using Tile = uint32_t[kTile];
 
-static void load_tile(const unsigned char* p, int words, uint32_t* tile) {
-  if (words == kTile) {
-    std::memcpy(tile, p, sizeof(Tile));
-  } else {
-    std::memset(tile, 0, sizeof(Tile));
-    std::memcpy(tile, p, 4 * static_cast<size_t>(words));
+// One tile of up to kBatch ranks; ranks that are not there voted -1.
+struct Batch {
+  const unsigned char* votes[kBatch];
+  Tile copies[kBatch];  // where a tile is cut off by the end of the row
+};
+
+static void load_batch(const VoteArgs& a, int64_t rank, int64_t word, int words, Batch* batch) {
+  static const Tile none = {};
+  for (int r = 0; r < kBatch; ++r) {
+    batch->votes[r] = reinterpret_cast<const unsigned char*>(none);
+    if (rank + r >= a.ranks) continue;
+    const unsigned char* votes = a.payloads + (rank + r) * a.stride + 4 * word;
+    if (words == kTile) {
+      batch->votes[r] = votes;
+    } else {
+      std::memset(batch->copies[r], 0, sizeof(Tile));
+      std::memcpy(batch->copies[r], votes, 4 * static_cast<size_t>(words));
+      batch->votes[r] = reinterpret_cast<const unsigned char*>(batch->copies[r]);
+    }
   }
 }
 
-// Adds one bit an element to the counters held in planes[0, used): a ripple of half adders.
-static void add_votes(Tile* planes, int used, uint32_t* carry) {
-  for (int k = 0; k < used; ++k) {
-    for (int i = 0; i < kTile; ++i) {
-      const uint32_t both = planes[k][i] & carry[i];
-      planes[k][i] ^= carry[i];
-      carry[i] = both;
+// sum + 2 * return = sum + b + c, bit by bit.
+PYDIST_INLINE Wide full_add(Wide* sum, Wide b, Wide c) {
+  const Wide carry = wide_majority(*sum, b, c);
+  *sum = wide_xor3(*sum, b, c);
+  return carry;
+}
+
+// Adds the votes of a batch to counters of `count` planes (kBatch ranks need four at the least):
+// seven full adders a batch (Harley and Seal), then a ripple into the planes of 8 and above.
+static void add_batch(const Batch& batch, Tile* planes, int count) {
+  for (int w = 0; w < kTile; w += kStep) {
+    const auto vote = [&](int r) {
+      prefetch(batch.votes[r] + 4 * w);
+      return wide_load(batch.votes[r] + 4 * w);
+    };
+    Wide ones = wide_load(planes[0] + w);
+    Wide twos = wide_load(planes[1] + w);
+    Wide fours = wide_load(planes[2] + w);
+    const Wide twos_a = full_add(&ones, vote(0), vote(1));
+    const Wide twos_b = full_add(&ones, vote(2), vote(3));
+    const Wide fours_a = full_add(&twos, twos_a, twos_b);
+    const Wide twos_c = full_add(&ones, vote(4), vote(5));
+    const Wide twos_d = full_add(&ones, vote(6), vote(7));
+    const Wide fours_b = full_add(&twos, twos_c, twos_d);
+    Wide carry = full_add(&fours, fours_a, fours_b);
+    wide_store(planes[0] + w, ones);
+    wide_store(planes[1] + w, twos);
+    wide_store(planes[2] + w, fours);
+    for (int k = 3; k < count; ++k) {
+      const Wide plane = wide_load(planes[k] + w);
+      wide_store(planes[k] + w, wide_xor(plane, carry));
+      carry = wide_and(plane, carry);
     }
   }
 }
 
 static void count_tile(const VoteArgs& a, int64_t word, int words, Tile* planes, int count) {
-  for (int k = 0; k < count; ++k) std::memset(planes[k], 0, sizeof(Tile));
-  Tile carry;
-  for (int64_t rank = 0; rank < a.ranks; ++rank) {
-    load_tile(a.payloads + rank * a.stride + 4 * word, words, carry);
-    add_votes(planes, planes_for(rank + 1), carry);  // counts so far are at most rank + 1
+  for (int k = 0; k < count || k < 3; ++k) std::memset(planes[k], 0, sizeof(Tile));
+  Batch batch;
+  for (int64_t rank = 0; rank < a.ranks; rank += kBatch) {
+    load_batch(a, rank, word, words, &batch);
+    const int64_t seen = rank + kBatch < a.ranks ? rank + kBatch : a.ranks;
+    add_batch(batch, planes, planes_for(seen));  // counts so far are at most `seen`
   }
 }
 
@@ -45,23 +85,21 @@ static void count_tile(const VoteArgs& a, int64_t word, int words, Tile* planes,
 static void compare_with_half(const Tile* planes, int count, int64_t ranks, uint32_t* above,
                               uint32_t* tied) {
   const int64_t half = ranks / 2;
-  for (int i = 0; i < kTile; ++i) {
-    above[i] = 0;
-    tied[i] = 0xFFFFFFFFu;
-  }
-  for (int k = count - 1; k >= 0; --k) {
-    if ((half >> k) & 1) {
-      for (int i = 0; i < kTile; ++i) tied[i] &= planes[k][i];
-    } else {
-      for (int i = 0; i < kTile; ++i) {
-        above[i] |= tied[i] & planes[k][i];
-        tied[i] &= ~planes[k][i];
+  const Wide zero = wide_set1(0), all = wide_set1(~uint64_t{0});
+  for (int w = 0; w < kTile; w += kStep) {
+    Wide more = zero, same = all;
+    for (int k = count - 1; k >= 0; --k) {
+      const Wide plane = wide_load(planes[k] + w);
+      if ((half >> k) & 1) {
+        same = wide_and(same, plane);
+      } else {
+        more = wide_or(more, wide_and(same, plane));
+        same = wide_and_not(same, plane);
       }
     }
-  }
-  if (ranks % 2) {
-    // half was rounded down: "equal" to it means the minority side.
-    for (int i = 0; i < kTile; ++i) tied[i] = 0;
+    wide_store(above + w, more);
+    // An odd half was rounded down: "equal" to it means the minority side.
+    wide_store(tied + w, ranks % 2 ? zero : same);
   }
 }
 
@@ -69,32 +107,21 @@ static void compare_with_half(const Tile* planes, int count, int64_t ranks, uint
 // hold rubbish that multiplication does not read.
 static void draw_tile(const DrawKey& key, uint64_t group, uint32_t* words) {
   for (int g = 0; g < kGroups; g += kWideLanes) {
-    uint64_t low[kWideLanes], high[kWideLanes];
-    for (int l = 0; l < kWideLanes; ++l) {
-      low[l] = group + g + l;
-      high[l] = low[l] >> 32;
-    }
-    Wide c0 = wide_load(low), c1 = wide_load(high);
+    Wide c0 = wide_add(wide_set1(group + g), wide_groups());
+    Wide c1 = wide_high(c0);
     Wide c2 = wide_set1(key.c2), c3 = wide_set1(key.ordinal);
     uint32_t k0 = key.k0, k1 = key.k1;
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const Wide p0 = wide_mul32(c0, wide_set1(kPhiloxM0));
       const Wide p1 = wide_mul32(c2, wide_set1(kPhiloxM1));
-      c0 = wide_xor(wide_xor(wide_high(p1), c1), wide_set1(k0));
-      c2 = wide_xor(wide_xor(wide_high(p0), c3), wide_set1(k1));
+      c0 = wide_xor3(wide_high(p1), c1, wide_set1(k0));
+      c2 = wide_xor3(wide_high(p0), c3, wide_set1(k1));
       c1 = p1;
       c3 = p0;
       k0 += kPhiloxW0;
       k1 += kPhiloxW1;
     }
-    uint64_t out[4][kWideLanes];
-    wide_store(out[0], c0);
-    wide_store(out[1], c1);
-    wide_store(out[2], c2);
-    wide_store(out[3], c3);
-    for (int l = 0; l < kWideLanes; ++l) {
-      for (int j = 0; j < 4; ++j) words[4 * (g + l) + j] = static_cast<uint32_t>(out[j][l]);
-    }
+    store_groups(words + 4 * g, c0, c1, c2, c3);
   }
 }
 
@@ -111,12 +138,22 @@ static void tie_tile(const VoteArgs& a, int64_t ordinal, int64_t first, uint32_t
   for (int i = 0; i < kTile; ++i) ties[i] ^= parity;
 }
 
+// Planes larger than this go past the caches: what they overwrite is not read first, and they are
+// on their way to the network anyway.
+constexpr int64_t kStreamBytes = int64_t{1} << 20;
+
 // Stores a tile of one plane; padding bits of the row's last word become 0.
 static void store_tile(const VoteArgs& a, int plane, int64_t word, int words, int64_t elements,
                        uint32_t* tile) {
   const int64_t rest = elements - static_cast<int64_t>(words - 1) * kWordBits;
   tile[words - 1] &= word_mask(rest);
-  std::memcpy(a.out + plane * a.plane_bytes + 4 * word, tile, 4 * static_cast<size_t>(words));
+  unsigned char* out = a.out + plane * a.plane_bytes + 4 * word;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Wide) == 0;
+  if (a.plane_bytes >= kStreamBytes && words == kTile && aligned) {
+    for (int w = 0; w < kTile; w += kStep) wide_stream(out + 4 * w, wide_load(tile + w));
+  } else {
+    std::memcpy(out, tile, 4 * static_cast<size_t>(words));
+  }
 }
 
 void count_votes(const VoteArgs& a, const Row& row) {
@@ -129,6 +166,7 @@ void count_votes(const VoteArgs& a, const Row& row) {
     count_tile(a, word, words, planes, count);
     for (int k = 0; k < count; ++k) store_tile(a, k, word, words, elements, planes[k]);
   }
+  stream_end();
 }
 
 void majority_vote(const VoteArgs& a, const Row& row) {
@@ -153,6 +191,7 @@ void majority_vote(const VoteArgs& a, const Row& row) {
       store_tile(a, 1, word, words, elements, tied);
     }
   }
+  stream_end();
 }
 
 }  // namespace pydist::cpu::PYDIST_ISA
