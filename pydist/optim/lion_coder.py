@@ -1,0 +1,221 @@
+"""Distributed Lion's votes on the road: packed from gradients, applied to weights.
+
+Parameters stay where they are. A table of rows (:mod:`pydist.wire`) tells the kernels where each
+gradient, momentum and parameter lies and which bits of the payload are its own, so that one call
+handles thousands of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydist import kernels, wire
+from pydist.codecs.sign import VoteCoder, VoteRule
+from pydist.kernels import FLOATS, LionOptions
+from pydist.wire import IntArray
+
+
+@dataclass
+class Entry:
+    """One parameter's part in a vote.
+
+    Attributes:
+        ordinal: The parameter's place in the optimizer.
+        param: The parameter.
+        grad: Its gradient, with the parameter's strides; ``None`` where this rank has none.
+        momentum: Its momentum, with the parameter's strides.
+        momentum_out: Where the new momentum goes; ``momentum`` itself for in place.
+        beta1: Weight of the old momentum in the vote.
+        beta2: Weight of the old momentum in the new one.
+    """
+
+    ordinal: int
+    param: Tensor
+    grad: Tensor | None
+    momentum: Tensor
+    momentum_out: Tensor
+    beta1: float
+    beta2: float
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What a vote needs beside the tensors.
+
+    Attributes:
+        rank: This rank.
+        ranks: Number of voters.
+        step: Step of the vote.
+        binarization_range: See :class:`pydist.kernels.LionOptions`.
+        threads: CPU threads.
+        ask_usage: Ranks may lack gradients, so they tell each other which they have; where they
+            cannot (DDP without ``find_unused_parameters``), nothing is asked.
+    """
+
+    rank: int
+    ranks: int
+    step: int
+    binarization_range: float | None
+    threads: int
+    ask_usage: bool = True
+
+
+def dtype_name(x: Tensor) -> str:
+    """Such as ``"float32"``."""
+    return str(x.dtype)[6:]
+
+
+class LionCoder(VoteCoder):
+    """The votes of a list of parameters.
+
+    Every rank also says which of the parameters it has a gradient for (one bit each); a parameter
+    that no rank used keeps value and momentum. A rank without a gradient votes as with a gradient
+    of zero as long as others have one.
+
+    Args:
+        entries: The parameters, in the order of their bits.
+        rule: How votes become a result.
+        scalars: Rank, step and the like.
+
+    Attributes:
+        used: Which entries any rank has a gradient for; known when the call is complete.
+        flags: int32[1]: flags of this rank, then of all ranks.
+    """
+
+    def __init__(self, entries: Sequence[Entry], rule: VoteRule, scalars: Scalars) -> None:
+        self.entries = list(entries)
+        table = wire.segments(
+            [entry.param.numel() for entry in self.entries],
+            [entry.ordinal for entry in self.entries],
+        )
+        device = self.entries[0].param.device if self.entries else torch.device("cpu")
+        super().__init__(
+            rule,
+            table,
+            ranks=scalars.ranks,
+            step=scalars.step,
+            device=device,
+            threads=scalars.threads,
+        )
+        self.scalars = scalars
+        self.flags = torch.zeros(1, dtype=torch.int32, device=device)
+        self._with_grad = np.array([entry.grad is not None for entry in self.entries], dtype=bool)
+        self.used: np.ndarray = self._with_grad
+        self._deferred: list[tuple[int, Tensor]] = []
+        self._substitute_missing()
+        self._pack_calls = self._group_for_packing()
+        self._packed: Tensor | None = None
+
+    def _substitute_missing(self) -> None:
+        """Gives entries without a gradient a zero one.
+
+        Their new momentum is kept aside until it is known that some rank used them.
+        """
+        for i in np.flatnonzero(~self._with_grad):
+            entry = self.entries[i]
+            entry.grad = torch.zeros_like(entry.param)
+            entry.momentum_out = torch.empty_like(entry.momentum)
+            self._deferred.append((int(i), entry.momentum_out))
+
+    def _group_for_packing(self) -> list[tuple[IntArray, str, str, LionOptions]]:
+        """Rows that one kernel call can handle: same dtypes, same betas."""
+        groups: dict[tuple[str, str, float, float], list[int]] = {}
+        for i, entry in enumerate(self.entries):
+            assert entry.grad is not None
+            self.rows[i, wire.X] = entry.grad.data_ptr()
+            self.rows[i, wire.MOMENTUM] = entry.momentum.data_ptr()
+            self.rows[i, wire.MOMENTUM_OUT] = entry.momentum_out.data_ptr()
+            key = (dtype_name(entry.grad), dtype_name(entry.momentum), entry.beta1, entry.beta2)
+            groups.setdefault(key, []).append(i)
+        s = self.scalars
+        calls = []
+        for (grad, momentum, beta1, beta2), indices in groups.items():
+            options = LionOptions(
+                beta1, beta2, (s.rank + s.step) % 2, s.binarization_range,
+                self.rule.seed, s.rank, s.step,
+            )  # fmt: skip
+            calls.append((self.rows[indices], grad, momentum, options))
+        return calls
+
+    # ----------------------------------------------------------------- Coder
+
+    def extra(self) -> Tensor | None:
+        """One bit a parameter: does this rank have a gradient for it?"""
+        if not self.scalars.ask_usage:
+            return None
+        bits = np.packbits(self._with_grad, bitorder="little")
+        padded = np.zeros(wire.payload_bytes(len(self.entries)), dtype=np.uint8)
+        padded[: len(bits)] = bits
+        return torch.from_numpy(padded)
+
+    def merge_extra(self, extras: Tensor) -> None:
+        """A parameter is used where any rank has a gradient for it."""
+        bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
+        self.used = np.unpackbits(bits, count=len(self.entries), bitorder="little").astype(bool)
+
+    def pack(self) -> None:
+        """Packs everything now: the gradients may change as soon as this returns."""
+        self._packed = self._pack(0, self.words)
+
+    def encode(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Votes and new momenta of the elements behind words ``begin`` … ``end``."""
+        if self._packed is not None:
+            return self._packed[begin * wire.WORD_BYTES : end * wire.WORD_BYTES], self.flags
+        return self._pack(begin, end), self.flags
+
+    def _pack(self, begin: int, end: int) -> Tensor:
+        size = (end - begin) * wire.WORD_BYTES
+        payload = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for rows, grad, momentum, options in self._pack_calls:
+            widths = (kernels.ITEMSIZE[grad], kernels.ITEMSIZE[momentum])
+            part = wire.cut_rows(rows, begin, end, widths)
+            part[:, wire.WORD] -= begin
+            kernels.launch(
+                self.target(payload), "lion_pack", part, FLOATS[grad], FLOATS[momentum],
+                payload.data_ptr(), options.native(), self.flags.data_ptr(),
+            )  # fmt: skip
+        return payload
+
+    def finish(self, flags: Tensor) -> None:
+        """Keeps the flags of all ranks; the optimizer applies the planes."""
+        self.flags = flags.to(self.device)
+
+    # ----------------------------------------------------------------- after the vote
+
+    def commit_deferred(self) -> None:
+        """Momenta of parameters that only other ranks used take their step."""
+        for i, momentum in self._deferred:
+            if self.used[i]:
+                self.entries[i].momentum.copy_(momentum)
+
+    def apply(self, scalars: Sequence[tuple[float, float]], skip: Tensor | None) -> None:
+        """Updates the parameters that any rank used.
+
+        Args:
+            scalars: Learning rate and weight decay of each entry.
+            skip: int32[1] on the parameters' device; where it is not 0, nothing is changed.
+        """
+        groups: dict[tuple[str, float, float], list[int]] = {}
+        for i in np.flatnonzero(self.used):
+            param = self.entries[i].param
+            self.rows[i, wire.X] = param.data_ptr()
+            groups.setdefault((dtype_name(param), *scalars[int(i)]), []).append(int(i))
+        ranks = self.ranks if self.rule.average else None
+        address = 0 if skip is None else skip.data_ptr()
+        for (dtype, lr, weight_decay), indices in groups.items():
+            args = kernels.lion_apply_args(
+                lr, weight_decay, self.bits, self.words * wire.WORD_BYTES, ranks
+            )
+            rows = wire.number_rows(self.rows[indices])
+            kernels.launch(
+                self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
+                self.planes.data_ptr(), args, address,
+            )  # fmt: skip
+        torch.autograd.graph.increment_version(
+            [self.entries[i].param for i in np.flatnonzero(self.used)]
+        )
