@@ -173,7 +173,7 @@ class Communicator:
 
     # ----------------------------------------------------------------- agreement
 
-    def agree(self, call: Call) -> None:
+    def agree(self, call: Call, meanwhile: Callable[[], object] | None = None) -> None:
         """Makes sure that all ranks make the same call, before any payload is sent.
 
         1. Everyone sends its 16-byte header to everyone.
@@ -182,21 +182,32 @@ class Communicator:
 
         With NCCL the exchange runs on the host and only for calls not seen before.
 
+        Args:
+            call: What this rank is about to do.
+            meanwhile: Work to do while the headers travel.
+
         Raises:
             MismatchError: Ranks make different calls; names field, values and ranks.
             PydistError: A rank has a problem; names the rank and the problem.
         """
+        meanwhile = meanwhile or (lambda: None)
         if self.world_size == 1:
             if call.problem:
                 raise PydistError(f"{call.name}: {call.problem}")
+            meanwhile()
             return
         if self.device_side and call.digest in self._agreed and not call.problem:
+            meanwhile()
             return
         flags = wire.FLAG_PROBLEM if call.problem else 0
         mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
         sent = torch.frombuffer(bytearray(mine * self.world_size), dtype=torch.uint8)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.control)
+        work = dist.all_to_all_single(received, sent, group=self.control, async_op=True)
+        try:
+            meanwhile()
+        finally:
+            work.wait()
         self.traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
         if call.problem or received.numpy().tobytes() != mine * self.world_size:
             self._raise_difference(call, received.view(self.world_size, -1))

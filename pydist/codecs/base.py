@@ -18,12 +18,14 @@ class Coder(Protocol):
         bits: Bits an element of the reduced message, for the header.
         words: Payload words of the whole call.
         block_words: Words that must stay together.
+        repeatable: Encoding changes nothing but buffers of its own, so it may be done in vain.
     """
 
     codec: int
     bits: int
     words: int
     block_words: int
+    repeatable: bool
 
     def reduced_bytes(self, words: int) -> int:
         """Bytes of the reduced form of ``words`` payload words."""

@@ -68,6 +68,7 @@ class VoteCoder:
 
     codec = wire.CODECS["sign"]
     block_words = 1
+    repeatable = True
 
     def __init__(
         self,

@@ -87,6 +87,8 @@ class LionCoder(VoteCoder):
         flags: int32[1]: flags of this rank, then of all ranks.
     """
 
+    repeatable = False  # packing moves the momenta
+
     def __init__(self, entries: Sequence[Entry], rule: VoteRule, scalars: Scalars) -> None:
         self.entries = list(entries)
         table = wire.segments(
