@@ -1,0 +1,398 @@
+"""Collectives timed on several "hosts" of one machine, joined by links of a chosen speed.
+
+    sudo python bench/cluster.py all-reduce --hosts 4 --rate 1gbit
+    sudo python bench/cluster.py goodput --rate 100mbit
+
+``goodput`` checks the links themselves. The hosts are network namespaces (see ``netns.py``), so
+root is needed; nothing leaves the machine. All ranks share its processor: keep it idle otherwise,
+or add ``--realtime``, or what is measured is how long ranks wait for a turn on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from netns import INTERFACE, Cluster, ClusterError, Shape, check_tools
+
+WARMUP = 3
+BYTE_CALLS = 5
+QUIET_SECONDS = 0.1
+_GOODPUT_PORT = 29600
+_GOODPUT_SECONDS = 2.0
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do the job.
+
+    Attributes:
+        call: Does it once; returns when the result is there.
+        reset: Restores the input; not timed.
+        predicted: Payload bytes that a host ought to send in one call, where known.
+        check: A number that must come out the same on every host.
+    """
+
+    call: Callable[[], object]
+    reset: Callable[[], object]
+    predicted: float | None
+    check: Callable[[], float]
+
+
+# ---------------------------------------------------------------- what runs on each host
+
+
+def ring_bytes(hosts: int, payload: float) -> float:
+    """Bytes a host sends to reduce and redistribute a payload, each shard owned by one host."""
+    return 2 * (hosts - 1) / hosts * payload
+
+
+def reduce_methods(numel: int, hosts: int, rank: int) -> dict[str, Method]:
+    """All-reduce of one tensor: by gloo in fp32 and fp16, and by pydist where it is there."""
+    import torch
+    import torch.distributed as dist
+
+    source = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
+
+    def method(
+        dtype: torch.dtype, reduce: Callable[[Any], object], predicted: float | None
+    ) -> Method:
+        start = source.to(dtype)
+        work = start.clone()
+        return Method(
+            call=lambda: reduce(work),
+            reset=lambda: work.copy_(start),
+            predicted=predicted,
+            check=lambda: float(work.double().sum()),
+        )
+
+    methods = {
+        "gloo fp32": method(torch.float32, dist.all_reduce, ring_bytes(hosts, 4 * numel)),
+        "gloo fp16": method(torch.float16, dist.all_reduce, ring_bytes(hosts, 2 * numel)),
+    }
+    try:
+        import pydist
+
+        all_reduce, codec = pydist.all_reduce, pydist.Sign(scale=None)
+    except (ImportError, AttributeError) as error:
+        print(f"pydist is not there ({error}): only gloo was measured", file=sys.stderr)
+        return methods
+    votes = ring_bytes(hosts, numel / 8)
+    methods["pydist vote"] = method(
+        torch.float32, lambda tensor: all_reduce(tensor, codec, op="vote"), votes
+    )
+    methods["pydist mean"] = method(
+        torch.float32, lambda tensor: all_reduce(tensor, codec, op="mean"), None
+    )
+    return methods
+
+
+def interleave(methods: Mapping[str, Method], repeats: int) -> dict[str, list[float]]:
+    """Time the methods in turn, so that a slow spell of the machine hits all of them alike."""
+    import torch.distributed as dist
+
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(-WARMUP, repeats):
+        for name, method in methods.items():
+            method.reset()
+            # The second barrier takes the ranks' different arrival at the first out of the time.
+            dist.barrier()
+            dist.barrier()
+            start = time.perf_counter()
+            method.call()
+            took = time.perf_counter() - start
+            # Ranks that share a core: the next reset of a fast one must not delay a slow one.
+            dist.barrier()
+            if repeat >= 0:
+                times[name].append(took)
+    return times
+
+
+def sent_bytes() -> int:
+    """Bytes this host's interface has sent so far."""
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+
+
+def settle() -> None:
+    """Wait until nothing has been sent for a while: calls return before the last byte is out."""
+    before, quiet_since = sent_bytes(), time.monotonic()
+    while time.monotonic() - quiet_since < QUIET_SECONDS:
+        time.sleep(0.01)
+        now = sent_bytes()
+        if now != before:
+            before, quiet_since = now, time.monotonic()
+
+
+def count_bytes(method: Method) -> float:
+    """Bytes this host's interface sends for one call, headers and acknowledgements included."""
+    import torch.distributed as dist
+
+    method.reset()
+    settle()
+    dist.barrier()  # its few hundred bytes are the error of this count
+    before = sent_bytes()
+    for _ in range(BYTE_CALLS):
+        method.call()
+    settle()
+    return (sent_bytes() - before) / BYTE_CALLS
+
+
+def reduce_worker(options: argparse.Namespace) -> Report:
+    """Measure all methods on this host."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, hosts = dist.get_rank(), dist.get_world_size()
+    methods = reduce_methods(options.numel, hosts, rank)
+    times = interleave(methods, options.repeats)
+    report: Report = {
+        name: {"times": times[name], "check": method.check(), "predicted": method.predicted}
+        for name, method in methods.items()
+    }
+    for name, method in methods.items():
+        report[name]["sent"] = count_bytes(method)
+    dist.barrier()
+    dist.destroy_process_group()
+    return report
+
+
+def goodput_worker(options: argparse.Namespace) -> Report:
+    """Send to the next host for a while, receive from the previous one; bits/s received."""
+    rank, hosts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    network = os.environ["MASTER_ADDR"].rsplit(".", 1)[0]
+    server = socket.create_server(("", _GOODPUT_PORT))
+    sender = threading.Thread(target=_pour, args=(f"{network}.{(rank + 1) % hosts + 1}",))
+    sender.start()
+    connection, _ = server.accept()
+    buffer = bytearray(1 << 20)
+    connection.recv_into(buffer)
+    start = last = time.perf_counter()
+    received = 0
+    while count := connection.recv_into(buffer):
+        received += count
+        last = time.perf_counter()
+    sender.join()
+    return {"bits_per_second": 8 * received / (last - start)}
+
+
+def _pour(address: str) -> None:
+    """Send zeros to a host for a while, once it listens."""
+    for _ in range(200):
+        try:
+            connection = socket.create_connection((address, _GOODPUT_PORT))
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    else:
+        raise ClusterError(f"{address} does not listen")
+    data, end = bytes(1 << 16), time.perf_counter() + _GOODPUT_SECONDS
+    with connection:
+        while time.perf_counter() < end:
+            connection.sendall(data)
+
+
+WORKERS: dict[str, Callable[[argparse.Namespace], Report]] = {
+    "all-reduce": reduce_worker,
+    "goodput": goodput_worker,
+}
+
+
+def work(settings: str) -> int:
+    """Entry of the process on each host: measure, print the findings as JSON."""
+    options = argparse.Namespace(**json.loads(settings))
+    if options.realtime:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
+    print(json.dumps(WORKERS[options.task](options)))
+    return 0
+
+
+# ---------------------------------------------------------------- what starts and sums up
+
+
+def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
+    """Run the task's worker on all hosts and return what each found."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(Path(__file__).resolve()), "worker", json.dumps(vars(options))]
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        # The addresses have no names, and torch would warn of that once a connection.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
+    finished = cluster.run(command, env, timeout=options.timeout)
+    if finished[0].stderr:
+        print(finished[0].stderr.rstrip(), file=sys.stderr)
+    return [json.loads(host.stdout) for host in finished]
+
+
+def summarise(reports: Sequence[Report]) -> dict[str, Report]:
+    """Join the hosts' findings: each repeat takes as long as its slowest host.
+
+    Raises:
+        ClusterError: If the hosts did not end with the same numbers.
+    """
+    rows: dict[str, Report] = {}
+    for name, first in reports[0].items():
+        found = [report[name] for report in reports]
+        if len({host["check"] for host in found}) != 1:
+            raise ClusterError(f"{name}: the hosts' results differ")
+        slowest = [max(times) for times in zip(*(host["times"] for host in found), strict=True)]
+        low, median, high = statistics.quantiles(slowest, n=4, method="inclusive")
+        sent, predicted = [host["sent"] for host in found], first["predicted"]
+        rows[name] = {
+            "seconds": {"median": median, "lower_quartile": low, "upper_quartile": high},
+            "seconds_of_slowest_host": slowest,
+            "bytes_sent_by_host": sent,
+            "bytes_predicted": predicted,
+            "bytes_ratio": max(sent) / predicted if predicted else None,
+        }
+    base = next(iter(rows.values()))["seconds"]["median"]
+    for row in rows.values():
+        row["speedup"] = base / row["seconds"]["median"]
+    return rows
+
+
+def show(rows: Mapping[str, Report], title: str) -> None:
+    """Print the figures as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption="slowest host of each repeat; bytes a host sends in a call")
+    for head in ("", "median ms", "quartiles ms", "speed-up", "bytes", "predicted", "ratio"):
+        table.add_column(head, justify="right" if head else "left")
+    for name, row in rows.items():
+        seconds, predicted, ratio = row["seconds"], row["bytes_predicted"], row["bytes_ratio"]
+        table.add_row(
+            name,
+            f"{1e3 * seconds['median']:.2f}",
+            f"{1e3 * seconds['lower_quartile']:.2f} - {1e3 * seconds['upper_quartile']:.2f}",
+            f"{row['speedup']:.1f}x",
+            f"{max(row['bytes_sent_by_host']):,.0f}",
+            "" if predicted is None else f"{predicted:,.0f}",
+            "" if ratio is None else f"{ratio:.3f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on, apart from the command."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    try:
+        torch_version = version("torch")
+    except PackageNotFoundError:
+        torch_version = "not installed"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch_version,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def run_all_reduce(options: argparse.Namespace) -> Report:
+    """Launch, sum up and show the all-reduce benchmark."""
+    with Cluster(options.hosts, options.rate) as cluster:
+        rows = summarise(launch(cluster, options))
+        drops = sum(count["drops"] for count in cluster.counters())
+    show(rows, f"all-reduce of {options.numel:,} on {options.hosts} hosts at {options.rate}")
+    return {"methods": rows, "packets_dropped": drops}
+
+
+def run_goodput(options: argparse.Namespace) -> Report:
+    """Each host sends to the next one at the same time; show what arrives."""
+    with Cluster(options.hosts, options.rate) as cluster:
+        found = [report["bits_per_second"] for report in launch(cluster, options)]
+    shares = [bits / cluster.shape.rate for bits in found]
+    for host, (bits, share) in enumerate(zip(found, shares, strict=True)):
+        print(f"host {host} received {bits / 1e6:8.1f} Mbit/s, {100 * share:.1f} % of the rate")
+    return {"bits_per_second": found, "share_of_rate": shares}
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {
+    "all-reduce": run_all_reduce,
+    "goodput": run_goodput,
+}
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not too small."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return number
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Benchmarks on hosts made of network namespaces.")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,goodput}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--hosts", type=_at_least(2), default=4)
+    common.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
+    common.add_argument("--json", metavar="FILE", help="write all figures here")
+    common.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
+    common.add_argument(
+        "--realtime", action="store_true", help="let the ranks go before other programs"
+    )
+    reduce = tasks.add_parser("all-reduce", parents=[common], help="one tensor, gloo and pydist")
+    reduce.add_argument("--numel", type=_at_least(1), default=4 * 1024 * 1024)
+    reduce.add_argument("--repeats", type=_at_least(2), default=20)
+    tasks.add_parser("goodput", parents=[common], help="check the speed of the links")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one task; returns the exit status."""
+    if arguments[:1] == ["worker"]:  # how `launch` calls this file on each host
+        return work(arguments[1])
+    options = parse(arguments)
+    record: Report = {
+        "command": shlex.join(["python", "bench/cluster.py", *arguments]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+    try:
+        check_tools()
+        record["link"] = vars(Shape.of(options.rate))
+        record |= TASKS[options.task](options)
+    except ClusterError as error:
+        print(f"cluster.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        Path(options.json).write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""What the kernels are meant to reach, held against the rows that ``kernels.py`` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+SCALING = 1.7
+CUDA_OF_COPY = 0.9
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One CPU thread, float32 (or bits): a share of a bandwidth of the same run.
+
+    Attributes:
+        kernel: Name of the kernel.
+        variant: Its variant.
+        of: ``"of_read"`` or ``"of_copy"``.
+        least: The share to reach.
+    """
+
+    kernel: str
+    variant: str
+    of: str
+    least: float
+
+
+GOALS = (
+    Goal("pack_signs", "", "of_read", 0.9),
+    Goal("lion_pack_", "float32 momentum", "of_copy", 1.25),
+    Goal("lion_apply_", "sign plane", "of_copy", 1.25),
+    Goal("majority_vote", "8 payloads, ties hash", "of_read", 1.2),
+)
+
+
+def verdicts(rows: Sequence[Row], device: str) -> list[Row]:
+    """Each goal that the rows can decide: its text, what was measured, and whether it is met."""
+    if device == "cuda":
+        return [_share(row, "of_copy", CUDA_OF_COPY) for row in rows]
+    return list(_cpu(rows))
+
+
+def _cpu(rows: Sequence[Row]) -> Iterator[Row]:
+    for goal in GOALS:
+        found = {
+            row["threads"]: row
+            for row in rows
+            if (row["kernel"], row["variant"]) == (goal.kernel, goal.variant)
+            and row["dtype"] in ("float32", "bits")
+        }
+        if 1 in found:
+            yield _share(found[1], goal.of, goal.least)
+        if 1 in found and 2 in found:
+            yield _scaling(found[1], found[2])
+
+
+def _title(row: Row) -> str:
+    variant = f" ({row['variant']})" if row["variant"] else ""
+    return f"{row['kernel']}{variant} {row['dtype']}, {row['threads']} thread(s)"
+
+
+def _share(row: Row, of: str, least: float) -> Row:
+    ratio = row[of]["median"]
+    return {
+        "goal": f"{_title(row)}: {least:g} of {of[3:]}",
+        "measured": f"{ratio:.2f} ({row[of]['of_medians']:.2f})",
+        "ratio": ratio,
+        "least": least,
+        "met": "yes" if ratio >= least else "no",
+    }
+
+
+def _speedup(one: Row, two: Row) -> float:
+    pairs = zip(one["samples"], two["samples"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _scaling(one: Row, two: Row) -> Row:
+    kernel, copy = _speedup(one, two), _speedup(one["copy"], two["copy"])
+    if kernel >= SCALING:
+        met = "yes"
+    else:
+        met = "no" if copy >= SCALING else "not asked"
+    return {
+        "goal": f"  two threads: {SCALING:g} times one, where a copy reaches that",
+        "measured": f"{kernel:.2f}, copy {copy:.2f}",
+        "ratio": kernel,
+        "least": SCALING,
+        "met": met,
+    }
