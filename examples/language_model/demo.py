@@ -1,0 +1,130 @@
+"""Four workers train a language model on real text while sending one bit a parameter.
+
+Runs AdamW and Lion on averaged float32 gradients and Distributed Lion in both variants, each as
+real processes that talk through torch.distributed, then prints a table and writes `demo.png` and
+`demo.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from methods import METHODS, Settings
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_workers(arguments: argparse.Namespace, settings: Settings, results: Path) -> int:
+    """Starts the workers with torchrun and waits for them; Ctrl-C ends them all."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(arguments.workers)),
+        *(str(HERE / "train.py"), "--settings", json.dumps(asdict(settings))),
+        *("--methods", *arguments.methods, "--device", arguments.device),
+        *("--results", str(results)),
+    ]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal has sent the signal to torchrun too, which ends its workers.
+        process.wait()
+        return 130
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Prints loss, traffic and time of every method, each beside the first one's."""
+    baseline = report["runs"][0]
+    table = Table(
+        title=f"{report['workers']} workers, {baseline['parameters']:,} parameters, "
+        f"{report['settings']['steps']} steps"
+    )
+    table.add_column("method")
+    for title in ("validation loss", "sent a step", "predicted", "less by", "ms a step"):
+        table.add_column(title, justify="right")
+    for run in report["runs"]:
+        sent = run["bytes_measured"] or run["bytes_predicted"]
+        first = baseline["bytes_measured"] or baseline["bytes_predicted"]
+        table.add_row(
+            METHODS[run["method"]].title,
+            f"{run['validation_loss']:.4f}",
+            f"{run['bytes_measured'] / 1e3:,.1f} kB",
+            f"{run['bytes_predicted'] / 1e3:,.1f} kB",
+            f"{first / sent:.1f}x",
+            f"{run['seconds_per_step'] * 1e3:.1f}",
+        )
+    Console(width=110).print(
+        table,
+        "Sent: bytes a worker sends, as the loopback interface counts them, headers included.\n"
+        "All workers share one machine without a slow network, so the step time shows the cost of "
+        "the processor, not the gain of the wire: bench/cluster.py measures that.",
+    )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draws validation loss against steps and against bytes sent."""
+    figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for run in report["runs"]:
+        points = run["curve"][1:]
+        loss = [point["validation_loss"] for point in points]
+        title = METHODS[run["method"]].title
+        by_step.plot([point["step"] for point in points], loss, marker=".", label=title)
+        by_bytes.plot([point["bytes_sent"] / 1e6 for point in points], loss, marker=".")
+    by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
+    by_bytes.set(xlabel="MB sent by a worker", xscale="log")
+    for axes in (by_step, by_bytes):
+        axes.grid(alpha=0.3)
+    by_step.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=4, help="processes (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of the results")
+    arguments = parser.parse_args()
+    if arguments.workers < 1 or arguments.steps < 12:
+        parser.error("--workers must be at least 1 and --steps at least 12")
+
+    settings = Settings(
+        steps=arguments.steps, seed=arguments.seed, warmup=max(1, arguments.steps // 20)
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        results = Path(directory) / "results.json"
+        code = run_workers(arguments, settings, results)
+        if code:
+            return code
+        report = json.loads(results.read_text())
+    (arguments.output / "demo.json").write_text(json.dumps(report, indent=1))
+    plot(report, arguments.output / "demo.png")
+    print_table(report)
+    print(f"Wrote {arguments.output / 'demo.png'} and {arguments.output / 'demo.json'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Trains the byte transformer with each method; run by torchrun, one process a worker.
+
+The part to copy into a training script of your own is `build`: four lines turn a DDP model into
+one whose workers send a bit a parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data import Batches, load_text, split, validation_set
+from lion import Lion
+from methods import METHODS, Settings
+from model import ByteTransformer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import pydist
+
+VALIDATIONS = 12  # points of a curve
+
+
+@dataclass
+class Point:
+    """One point of a learning curve.
+
+    Attributes:
+        step: Steps made.
+        bytes_sent: Bytes a worker had sent by then, as the network interface counts them.
+        validation_loss: Nats a byte.
+    """
+
+    step: int
+    bytes_sent: float
+    validation_loss: float
+
+
+def build(
+    method: str, model: ByteTransformer, settings: Settings, device: torch.device
+) -> tuple[DDP, torch.optim.Optimizer]:
+    """Wraps the model and makes the optimizer of a method."""
+    m = METHODS[method]
+    ddp = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if method == "adamw":
+        return ddp, torch.optim.AdamW(
+            ddp.parameters(), lr=m.lr, betas=m.betas, weight_decay=m.weight_decay
+        )
+    if method == "lion":
+        return ddp, Lion(ddp.parameters(), lr=m.lr, betas=m.betas, weight_decay=m.weight_decay)
+    optimizer = pydist.optim.DistributedLion(
+        ddp.module.named_parameters(),
+        lr=m.lr,
+        betas=m.betas,
+        weight_decay=m.weight_decay,
+        aggregate=m.aggregate,
+        seed=settings.seed,
+    )
+    optimizer.attach(ddp)  # votes travel during backward
+    return ddp, optimizer
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine to zero."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def interface_bytes() -> int:
+    """Bytes sent over the loopback interface since the machine started (0 where unknown)."""
+    table = Path("/proc/net/dev")
+    if not table.exists():
+        return 0
+    for line in table.read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[8])
+    return 0
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting each byte from those before it, in nats a byte."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validate(model: ByteTransformer, tokens: Tensor) -> float:
+    """Validation loss in nats a byte; every worker takes a share of the sequences."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = tokens[rank::world_size]
+    total = torch.tensor([0.0, 0.0], dtype=torch.float64, device=tokens.device)
+    for part in mine.split(64):
+        total += torch.tensor([float(loss_of(model, part)) * len(part), len(part)])
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def train(
+    method: str, settings: Settings, device: torch.device, progress: Progress | None
+) -> dict[str, object]:
+    """Trains one model; returns its curve and figures."""
+    torch.manual_seed(settings.seed)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    training, validation = split(load_text())
+    tokens = validation_set(validation, settings.context).to(device)
+    batches = Batches(
+        training, rank, world_size, settings.batch_size, settings.context, settings.seed
+    )
+    model = ByteTransformer(settings.context, settings.width, settings.depth, settings.heads)
+    ddp, optimizer = build(method, model.to(device), settings, device)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
+    bar = progress.add_task(METHODS[method].title, total=settings.steps) if progress else None
+
+    sent, seconds, curve = 0.0, 0.0, [Point(0, 0.0, validate(model, tokens))]
+    ends = [round(settings.steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)]
+    step = 0
+    for end in ends:
+        dist.barrier()
+        counter, start = interface_bytes(), time.perf_counter()
+        while step < end:
+            optimizer.zero_grad()
+            loss_of(ddp, next(batches).to(device)).backward()
+            optimizer.step()
+            scheduler.step()
+            step += 1
+            if progress is not None and bar is not None:
+                progress.update(bar, completed=step)
+        dist.barrier()
+        seconds += time.perf_counter() - start
+        sent += (interface_bytes() - counter) / world_size
+        dist.barrier()
+        curve.append(Point(step, sent, validate(model, tokens)))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "method": method,
+        "parameters": parameters,
+        "curve": [asdict(point) for point in curve],
+        "validation_loss": curve[-1].validation_loss,
+        "bytes_measured": sent / settings.steps,
+        "bytes_predicted": METHODS[method].predicted_bytes(parameters, world_size),
+        "seconds_per_step": seconds / settings.steps,
+    }
+
+
+def main() -> None:
+    """Runs every method in turn; rank 0 writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", required=True, help="Settings as JSON")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    arguments = parser.parse_args()
+    settings = Settings(**json.loads(arguments.settings))
+
+    dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    device = torch.device("cpu")
+    if arguments.device == "cuda":
+        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)  # the workers share the machine
+
+    bar = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    first = dist.get_rank() == 0
+    progress = Progress(TextColumn("{task.description:28}"), *bar) if first else None
+    if progress:
+        progress.start()
+    results = [train(method, settings, device, progress) for method in arguments.methods]
+    if progress:
+        progress.stop()
+        report = {"settings": asdict(settings), "workers": dist.get_world_size(), "runs": results}
+        arguments.results.write_text(json.dumps(report, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
