@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pydist import _C, kernels, wire
-from pydist.kernels import LionOptions, Target, View
+from pydist import _C, checks, kernels, wire
+from pydist.checks import View
+from pydist.kernels import LionOptions, Target
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -62,9 +63,18 @@ class _CuPy:
         return View(name, x.data.ptr, tuple(x.shape), x.dtype.name, f"cuda:{x.device.id}")
 
     def target(self, threads: int | None) -> Target:
-        stream = self.module.cuda.get_current_stream().ptr
-        # CuPy's pool hands memory out in stream order, so the copy may die before the kernel ran.
-        return Target(stream=stream, upload=lambda rows: self.module.asarray(rows).data.ptr)
+        return cupy_target()
+
+
+def cupy_target() -> Target:
+    """Where kernels on CuPy arrays run: the current device's current stream."""
+    import cupy
+
+    def upload(rows: wire.IntArray) -> tuple[int, Any]:
+        table = cupy.asarray(rows)  # CuPy's pool hands memory out in stream order
+        return table.data.ptr, table
+
+    return Target(stream=cupy.cuda.get_current_stream().ptr, upload=upload)
 
 
 def _backend(*arrays: tuple[str, Array]) -> _NumPy | _CuPy:
@@ -143,7 +153,7 @@ def pack_signs(
     backend = _backend(("x", x), ("flags", flags))
     x = _dense(backend, x)
     view = backend.view("x", x)
-    table = kernels.check_table(kernels.as_table(segments), view.size, "x")
+    table = checks.check_table(kernels.as_table(segments), view.size, "x")
     payload = backend.module.zeros(wire.segments_words(table) * 4, dtype=np.uint8)
     kernels.pack_signs(
         backend.target(threads), view, backend.view("payload", payload),
@@ -178,8 +188,8 @@ def unpack_votes(
         TypeError: An array is of another kind or dtype.
         ValueError: The planes do not fit ``n`` or ``ranks``.
     """
-    kernels.check_n(n)
-    if np.dtype(dtype).name not in kernels.FLOATS:
+    checks.check_n(n)
+    if np.dtype(dtype).name not in checks.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {np.dtype(dtype)}")
     backend = _backend(("planes", planes))
     planes = _dense(backend, planes)
@@ -212,7 +222,7 @@ def unpack_signs(
     _backend(("payload", payload))
     if len(payload.shape) != 1:
         raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
-    kernels.check_payload_of(payload.size, n)
+    checks.check_payload_of(payload.size, n)
     return unpack_votes(payload[None], n, dtype=dtype, threads=threads)
 
 
@@ -233,7 +243,7 @@ def count_votes(payloads: Array, *, threads: int | None = None) -> Array:
     backend = _backend(("payloads", payloads))
     payloads = _dense(backend, payloads)
     view = backend.view("payloads", payloads)
-    ranks, size = kernels.check_payloads(view)
+    ranks, size = checks.check_payloads(view)
     planes = backend.module.empty((wire.planes_for(ranks), size), dtype=np.uint8)
     kernels.count_votes(backend.target(threads), view, backend.view("planes", planes))
     return planes
@@ -270,7 +280,7 @@ def majority_vote(
     backend = _backend(("payloads", payloads))
     payloads = _dense(backend, payloads)
     view = backend.view("payloads", payloads)
-    _, size = kernels.check_payloads(view)
+    _, size = checks.check_payloads(view)
     planes = backend.module.zeros((2 if ties == "zero" else 1, size), dtype=np.uint8)
     kernels.majority_vote(
         backend.target(threads), view, backend.view("planes", planes),
@@ -328,12 +338,12 @@ def lion_pack_(
     )
     if momentum_out is not None and np.may_share_memory(momentum, momentum_out):
         both_dense = momentum.flags.c_contiguous and momentum_out.flags.c_contiguous
-        if not both_dense:  # otherwise kernels.check_disjoint sees it
+        if not both_dense:  # otherwise checks.check_disjoint sees it
             raise ValueError("momentum and momentum_out overlap in memory")
     dense, write_back = _in_place(backend, name, target)
     old = dense if target is momentum else _dense(backend, momentum)
     view = backend.view("grad", grad)
-    table = kernels.check_table(kernels.as_table(segments), view.size, "grad")
+    table = checks.check_table(kernels.as_table(segments), view.size, "grad")
     payload = backend.module.zeros(wire.segments_words(table) * 4, dtype=np.uint8)
     kernels.lion_pack(
         backend.target(threads), view, backend.view("momentum", old),

@@ -14,21 +14,23 @@ every rank reduces everything itself, to the same bits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist import wire
+from pydist import checks, wire
 from pydist.codecs import Sign
 from pydist.codecs.base import Coder
 from pydist.codecs.sign import OPS, TensorVoteCoder, VoteRule
-from pydist.communicator import Call, Communicator, all_gather, communicator
+from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
+from pydist.groups import all_gather
 from pydist.operators import dense_of, written
 
 CHUNK_WORDS = 1 << 16
@@ -161,7 +163,7 @@ class Road:
 
     # ----------------------------------------------------------------- Job
 
-    def chunks(self) -> Iterator[_Exchange]:
+    def chunks(self) -> Generator[_Exchange, None, None]:
         """Agrees, then sends chunk after chunk."""
         words = self.coder.words
         extra = self.coder.extra()
@@ -213,7 +215,7 @@ class Road:
             self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
             return
         table = headers.numpy().copy()
-        self.flags |= int(table[:, _FLAGS_AT].max())
+        self.flags |= int(np.bitwise_or.reduce(table[:, _FLAGS_AT]))
         table[:, _FLAGS_AT] = 0
         if not (table == self._header.numpy()).all():
             rank = int((table != self._header.numpy()).any(1).nonzero()[0][0])
@@ -304,12 +306,19 @@ class Work:
         return self._tensor
 
 
-def _check_all_reduce(tensor: Tensor, codec: Any, op: str, step: Any) -> None:
+def _step_of(step: int | Tensor) -> int:
+    value: Any = step.item() if isinstance(step, Tensor) else step
+    number = wire.as_int("step", value)
+    checks.check_step(number)
+    return number
+
+
+def _check_all_reduce(tensor: Tensor, codec: Any, op: str) -> None:
     if not isinstance(codec, Sign):
         raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    if not isinstance(tensor, Tensor):
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"tensor must be dense, got layout {tensor.layout}")
@@ -317,8 +326,6 @@ def _check_all_reduce(tensor: Tensor, codec: Any, op: str, step: Any) -> None:
         raise TypeError(f"tensor must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(f"tensor must be on cpu or cuda, got {tensor.device}")
-    if step is not None and int(step) < 0:
-        raise ValueError(f"step must be at least 0, got {int(step)}")
 
 
 def all_reduce(
@@ -351,7 +358,8 @@ def all_reduce(
             pydist's own, so all its ranks must make it.
         algorithm: ``"two_phase"``, ``"all_gather"``, or the cheaper one: ``"auto"``.
         seed: Seed of the tie hash, 0 … 2**32 - 1.
-        step: Step of the tie hash and the zero rule; ``None`` counts the group's calls.
+        step: Step of the tie hash and the zero rule, an int or a tensor of one; ``None`` takes
+            the number of the group's calls so far.
         ties: ``"hash"``, ``"zero"`` (result 0, one more bit comes back) or ``"positive"``.
         async_op: Return at once, with a :class:`Work`.
 
@@ -365,12 +373,11 @@ def all_reduce(
         PydistError: Another rank has a problem, or the exchange failed.
     """
     comm = communicator(group)
-    own = step is None
-    number = comm.step if step is None else 0
+    number, comm.step = comm.step, comm.step + 1  # counted on all ranks, whatever comes of it
     fields: dict[str, Any] = {}
     try:
-        _check_all_reduce(tensor, codec, op, step)
-        number = comm.step if step is None else int(step)
+        _check_all_reduce(tensor, codec, op)
+        number = number if step is None else _step_of(step)
         rule = VoteRule(average=op != "vote", ties=ties, seed=seed)
         dense = dense_of("tensor", tensor.detach())
         coder = TensorVoteCoder(
@@ -384,10 +391,8 @@ def all_reduce(
         road = Road(comm, coder, Call("all_reduce", fields, number), algorithm, tensor.device)
     except Exception as error:
         # The other ranks are about to wait for this one: they are told, then this one raises.
-        comm.step += own
         refuse(comm, Call("all_reduce", fields, number, problem=str(error)))
         raise
-    comm.step += own
     comm.submit(road)
     work = Work(road, tensor, dense)
     return work if async_op else work.wait()
@@ -400,7 +405,7 @@ def refuse(comm: Communicator, call: Call) -> None:
 
 
 def state_dict(group: dist.ProcessGroup | None = None) -> dict[str, int]:
-    """The group's counter of calls with ``step=None``, for a checkpoint."""
+    """The group's counter of calls, for a checkpoint."""
     return {"step": communicator(group).step}
 
 

@@ -13,6 +13,7 @@ With NCCL nothing needs a thread: collectives are enqueued on a side stream, in 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import queue
 import threading
@@ -20,17 +21,16 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist import wire
+from pydist import groups, wire
 from pydist.errors import MismatchError, PydistError
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Job(Protocol):
 
     future: Future[None]
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """Agrees with the other ranks, then encodes and issues phase 1, chunk after chunk."""
         ...
 
@@ -99,9 +99,9 @@ class _Task(Generic[T]):
         self.task = task
         self.future: Future[None] = Future()
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         self.result = self.task()
-        return iter(())
+        yield from ()
 
     def finish(self) -> None:
         """Nothing to do."""
@@ -129,18 +129,19 @@ class Communicator:
         self.rank = dist.get_rank(parent)
         self.world_size = len(self.ranks)
         self.backend = str(dist.get_backend(parent))
-        self.timeout = _timeout_of(parent)
+        self.timeout = groups.timeout_of(parent)
         self.device_side = "nccl" in self.backend
         self.step = 0
         self.traffic = Traffic()
-        name = _unique_name(parent)
-        self.first = self._new_group(f"{name}/phase1", None)
-        # One stream orders everything with NCCL; elsewhere the phases must not wait for each other.
-        self.second = self.first if self.device_side else self._new_group(f"{name}/phase2", None)
-        self.control = (
-            self._new_group(f"{name}/control", "gloo") if self.device_side else self.first
-        )
-        self._agreed: set[int] = set()
+        name = groups.unique_name(parent)
+        self.first = self._new_group(f"{name}/phase1", self.backend)
+        # One stream orders everything with NCCL, and its messages are on the device. Elsewhere the
+        # phases must not wait for each other.
+        if self.device_side:
+            self.second, self.control = self.first, self._new_group(f"{name}/control", "gloo")
+        else:
+            self.second = self._new_group(f"{name}/phase2", self.backend)
+            self.control = self.first
         self._broken: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -148,24 +149,10 @@ class Communicator:
         self._chunks: queue.Queue[tuple[Job | None, Chunk | None]] = queue.Queue(IN_FLIGHT)
         self._threads: list[threading.Thread] = []
 
-    def _new_group(self, name: str, backend: str | None) -> dist.ProcessGroup:
-        # new_group() must be called by all ranks of the world, and with local synchronisation it
-        # hashes how many groups this process knows into the name: after one subgroup the ranks of
-        # an overlapping group no longer meet. So the name is given, one level below. The parent's
-        # timeout: the default of 30 minutes would hide a stalled rank.
-        c10d = dist.distributed_c10d
-        group, _ = c10d._new_process_group_helper(
-            self.world_size,
-            self.rank,
-            self.ranks,
-            backend or self.backend,
-            c10d._get_default_store(),
-            name,  # type: ignore[arg-type]  # a str under a name of torch's own
-            timeout=self.timeout,
-            group_desc=name,
+    def _new_group(self, name: str, backend: str) -> dist.ProcessGroup:
+        return groups.new_group(
+            self.ranks, self.rank, backend=backend, name=name, timeout=self.timeout
         )
-        c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(self.ranks)}
-        return group
 
     def device(self, x: torch.device) -> torch.device:
         """Where messages about data on ``x`` are exchanged."""
@@ -180,7 +167,7 @@ class Communicator:
         2. Where all are equal and none has a problem, that was it.
         3. Otherwise the descriptions are exchanged and every rank raises.
 
-        With NCCL the exchange runs on the host and only for calls not seen before.
+        With NCCL the exchange runs on the hosts, without waiting for the devices.
 
         Args:
             call: What this rank is about to do.
@@ -196,9 +183,6 @@ class Communicator:
                 raise PydistError(f"{call.name}: {call.problem}")
             meanwhile()
             return
-        if self.device_side and call.digest in self._agreed and not call.problem:
-            meanwhile()
-            return
         flags = wire.FLAG_PROBLEM if call.problem else 0
         mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
         sent = torch.frombuffer(bytearray(mine * self.world_size), dtype=torch.uint8)
@@ -211,7 +195,6 @@ class Communicator:
         self.traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
         if call.problem or received.numpy().tobytes() != mine * self.world_size:
             self._raise_difference(call, received.view(self.world_size, -1))
-        self._agreed.add(call.digest)
 
     def _raise_difference(self, call: Call, headers: Tensor) -> None:
         for rank, header in zip(self.ranks, headers, strict=True):
@@ -235,11 +218,11 @@ class Communicator:
         """Every rank's bytes, of any length, in rank order."""
         size = torch.tensor([len(mine)])
         sizes = torch.empty(self.world_size, dtype=torch.int64)
-        all_gather(sizes, size, self.control).wait()
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        groups.all_gather(sizes, size, self.control).wait()
+        padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+        padded.numpy()[: len(mine)] = list(mine)
         rows = padded.new_empty((self.world_size, len(padded)))
-        all_gather(rows, padded, self.control).wait()
+        groups.all_gather(rows, padded, self.control).wait()
         return [row.numpy().tobytes()[:n] for row, n in zip(rows, sizes.tolist(), strict=True)]
 
     # ----------------------------------------------------------------- order
@@ -260,10 +243,10 @@ class Communicator:
             self.traffic.calls += 1
             if not self.device_side and not self._threads:
                 self._start_threads()
+            if not self.device_side:
+                self._jobs.put(job)
         if self.device_side:
             self._run_inline(job)
-        else:
-            self._jobs.put(job)
 
     def run(self, task: Callable[[], T]) -> T:
         """Runs a task that uses this communicator's groups, in order with the jobs."""
@@ -286,9 +269,10 @@ class Communicator:
 
     def _run_inline(self, job: Job) -> None:
         try:
-            for chunk in job.chunks():
-                chunk.reduce()
-                chunk.complete()
+            with contextlib.closing(job.chunks()) as chunks:  # an error must not keep its stream
+                for chunk in chunks:
+                    chunk.reduce()
+                    chunk.complete()
             job.finish()
             job.future.set_result(None)
         except BaseException as error:
@@ -307,8 +291,9 @@ class Communicator:
         try:
             if self._broken is not None:
                 raise PydistError(f"an earlier collective failed: {self._broken}")
-            for chunk in job.chunks():
-                self._chunks.put((job, chunk))
+            with contextlib.closing(job.chunks()) as chunks:
+                for chunk in chunks:
+                    self._chunks.put((job, chunk))
             self._chunks.put((job, None))
         except BaseException as error:
             self._fail(job, error)
@@ -361,6 +346,8 @@ class Communicator:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        for group in {self.first, self.second, self.control}:
+            groups.destroy(group)
 
 
 # --------------------------------------------------------------------------- helpers
@@ -369,13 +356,6 @@ class Communicator:
 def _json(value: Any) -> bytes:
     # What JSON cannot hold (numbers of NumPy, say) is told apart by its repr.
     return json.dumps(value, sort_keys=True, default=repr).encode()
-
-
-def all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Starts gathering every rank's ``tensor``, flat, into ``output``."""
-    # torch 2.13 renamed the function and warns at the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(output.view(-1), tensor.view(-1), group=group, async_op=True)
 
 
 def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
@@ -426,24 +406,6 @@ def communicator(
         # When the group is destroyed, so is what belongs to it.
         weakref.finalize(parent, found.shutdown)
     return found
-
-
-def _unique_name(parent: dist.ProcessGroup) -> str:
-    """A name that all ranks of a group find at once, new each time."""
-    name = f"pydist/{parent.group_name}"
-    # All ranks are counted in before any of them can come back for another round.
-    arrival = dist.distributed_c10d._get_default_store().add(name, 1) - 1
-    return f"{name}/{arrival // parent.size()}"
-
-
-def _timeout_of(group: dist.ProcessGroup) -> timedelta:
-    for kind in ("cpu", "cuda"):
-        try:
-            options = group._get_backend(torch.device(kind)).options
-            return options._timeout
-        except (RuntimeError, AttributeError):
-            continue
-    return dist.distributed_c10d.default_pg_timeout
 
 
 @atexit.register

@@ -7,51 +7,37 @@ rows and calls the compiled module. Nothing is allocated on the caller's behalf.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from pydist import _C, wire
+from pydist.checks import (
+    FLOATS,
+    ITEMSIZE,
+    MOMENTA,
+    TIES,
+    View,
+    check_bit,
+    check_device,
+    check_disjoint,
+    check_dtype,
+    check_flags,
+    check_payloads,
+    check_planes,
+    check_range,
+    check_rates,
+    check_seed,
+    check_size,
+    check_step,
+    check_table,
+    check_ties,
+    vote_table,
+)
 from pydist.wire import IntArray
 
-FLOATS = {"float32": 0, "float16": 1, "bfloat16": 2}
-MOMENTA = ("float32", "bfloat16")
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4}
-MAX_FLOAT = float(np.finfo(np.float32).max)
-TIES = {"hash": 0, "zero": 1, "positive": 2}
-
 assert _C.WIRE_VERSION == wire.WIRE_VERSION, "pydist._C was built from other sources: reinstall"
-
-
-class View(NamedTuple):
-    """A contiguous array: what the checks need to know of it.
-
-    Attributes:
-        name: The argument's name, for messages.
-        address: First byte.
-        shape: Its shape.
-        dtype: Name of its dtype.
-        device: Such as ``"cpu"`` or ``"cuda:0"``.
-    """
-
-    name: str
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-    device: str
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def end(self) -> int:
-        """One past the last byte."""
-        return self.address + self.size * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -61,12 +47,13 @@ class Target:
     Attributes:
         threads: CPU threads, the calling one included.
         stream: CUDA stream handle, or ``None`` for the CPU.
-        upload: Copies a table of rows to the device in stream order and returns its address.
+        upload: Copies a table of rows to the device in stream order; returns its address and what
+            must live until the kernel is launched.
     """
 
     threads: int = 1
     stream: int | None = None
-    upload: Callable[[IntArray], int] | None = None
+    upload: Callable[[IntArray], tuple[int, object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,160 +98,6 @@ class LionOptions:
         )  # fmt: skip
 
 
-# --------------------------------------------------------------------------- checks
-
-
-def check_bit(name: str, value: int) -> None:
-    """Raises ValueError unless ``value`` is 0 or 1."""
-    if wire.as_int(name, value) not in (0, 1):
-        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless ``seed`` fits 32 bits."""
-    if not 0 <= wire.as_int("seed", seed) < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-
-
-def check_step(step: int) -> None:
-    """Raises ValueError unless ``step`` fits 63 bits."""
-    if not 0 <= wire.as_int("step", step) < 2**63:
-        raise ValueError(f"step must be in [0, 2**63), got {step}")
-
-
-def check_range(binarization_range: float | None) -> None:
-    """Raises ValueError unless the range of a stochastic vote is one that float32 can divide by."""
-    r = binarization_range
-    if r is not None and not (0 < r < math.inf and 2**-126 <= 1.0 / r < 2**127):
-        raise ValueError(f"binarization_range must be a number from 6e-39 to 8e37, got {r}")
-
-
-def check_ties(ties: str) -> None:
-    """Raises ValueError unless ``ties`` is a known rule."""
-    if ties not in TIES:
-        raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
-
-
-def check_dtype(view: View, allowed: tuple[str, ...]) -> None:
-    """Raises TypeError unless the view has one of the dtypes."""
-    if view.dtype not in allowed:
-        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view.dtype}")
-
-
-def check_size(view: View, size: int, why: str) -> None:
-    """Raises ValueError unless the view has ``size`` elements."""
-    if view.size != size:
-        unit = "bytes" if view.dtype == "uint8" else "elements"
-        raise ValueError(f"{view.name} must have {size} {unit} ({why}), got {view.size}")
-
-
-def check_device(*views: View | None) -> None:
-    """Raises ValueError unless all views are on the first one's device."""
-    present = [view for view in views if view is not None]
-    for view in present[1:]:
-        if view.device != present[0].device:
-            raise ValueError(
-                f"{view.name} is on {view.device}, {present[0].name} on {present[0].device}: "
-                "all must be on one device"
-            )
-
-
-def check_disjoint(a: View, b: View, *, may_be_same: bool = False) -> None:
-    """Raises ValueError where two views share memory (unless they are the same memory)."""
-    if may_be_same and a.address == b.address:
-        return
-    if a.address < b.end and b.address < a.end:
-        raise ValueError(f"{a.name} and {b.name} overlap in memory")
-
-
-def check_flags(flags: View | None, *others: View) -> None:
-    """Raises unless ``flags`` is absent, or int32[1] apart from the other views."""
-    if flags is not None:
-        check_dtype(flags, ("int32",))
-        check_size(flags, 1, f"one word of {flags.name}")
-        for other in others:
-            check_disjoint(flags, other)
-
-
-def check_payloads(payloads: View) -> tuple[int, int]:
-    """Ranks and bytes of a payload matrix; raises where it is none."""
-    check_dtype(payloads, ("uint8",))
-    if len(payloads.shape) != 2:
-        raise ValueError(f"payloads must be [ranks, bytes], got shape {list(payloads.shape)}")
-    ranks, size = payloads.shape
-    if not 1 <= ranks <= wire.MAX_RANKS:
-        raise ValueError(f"payloads must hold 1 … {wire.MAX_RANKS} ranks, got {ranks}")
-    if size % wire.WORD_BYTES:
-        raise ValueError(f"payloads must be a multiple of 4 bytes long, got {size}")
-    return ranks, size
-
-
-def check_planes(planes: View, ranks: int | None) -> tuple[int, int]:
-    """Planes and bytes of a plane matrix; raises where it does not fit ``ranks``."""
-    check_dtype(planes, ("uint8",))
-    if len(planes.shape) != 2:
-        raise ValueError(f"planes must be [planes, bytes], got shape {list(planes.shape)}")
-    count, size = planes.shape
-    if size % wire.WORD_BYTES:
-        raise ValueError(f"planes must be a multiple of 4 bytes long, got {size}")
-    if ranks is None:
-        if count not in (1, 2):
-            raise ValueError(
-                f"planes must hold 1 (sign) or 2 (sign, non-zero) planes, got {count}; "
-                "count planes need ranks"
-            )
-    elif not 1 <= ranks <= wire.MAX_RANKS:
-        raise ValueError(f"ranks must be in [1, {wire.MAX_RANKS}], got {ranks}")
-    elif count != wire.planes_for(ranks):
-        raise ValueError(
-            f"planes must hold {wire.planes_for(ranks)} count planes for ranks={ranks}, got {count}"
-        )
-    return count, size
-
-
-def check_n(n: int) -> None:
-    """Raises unless ``n`` is a number of elements."""
-    if wire.as_int("n", n) < 0:
-        raise ValueError(f"n must be at least 0, got {n}")
-
-
-def check_payload_of(size: int, n: int) -> None:
-    """Raises ValueError unless a payload of ``size`` bytes holds ``n`` elements."""
-    check_n(n)
-    if size != wire.payload_bytes(n):
-        raise ValueError(f"payload must have {wire.payload_bytes(n)} bytes for n={n}, got {size}")
-
-
-def check_table(table: IntArray | None, n: int, name: str) -> IntArray:
-    """The segment table of ``n`` elements, checked."""
-    if table is None:
-        return wire.one_segment(n)
-    wire.check_segments(table)
-    total = int(table[:, 1].sum())
-    if total != n:
-        raise ValueError(f"segments cover {total} elements, {name} has {n}")
-    return table
-
-
-def vote_table(table: IntArray | None, n: int | None, size: int) -> IntArray:
-    """The segment table of payloads of ``size`` bytes, checked."""
-    if table is not None:
-        if n is not None:
-            raise ValueError(f"give n or segments, not both (n={n})")
-        wire.check_segments(table)
-    else:
-        n = size * 8 if n is None else wire.as_int("n", n)
-        if n < 0 or wire.payload_bytes(n) > size:
-            raise ValueError(f"n must be in [0, {size * 8}] (bits of a payload), got {n}")
-        table = wire.one_segment(n)
-    if wire.segments_words(table) * wire.WORD_BYTES > size:
-        raise ValueError(
-            f"segments need payloads of {wire.segments_words(table) * wire.WORD_BYTES} bytes, "
-            f"got {size}"
-        )
-    return table
-
-
 # --------------------------------------------------------------------------- calls
 
 
@@ -272,12 +105,13 @@ def _cpu_rows(rows: IntArray) -> tuple[int, int]:
     return rows.__array_interface__["data"][0], len(rows)
 
 
-def _cuda_rows(target: Target, rows: IntArray) -> _C.cuda.Rows:
+def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
     words = int(rows[-1, wire.WORDS_BEFORE]) + wire.words_for(int(rows[-1, wire.N]))
     if len(rows) == 1:
-        return _C.cuda.Rows(0, 1, words, rows[0].tolist())
+        return _C.cuda.Rows(0, 1, words, rows[0].tolist()), None
     assert target.upload is not None
-    return _C.cuda.Rows(target.upload(rows), len(rows), words, [0] * 8)
+    address, owner = target.upload(rows)
+    return _C.cuda.Rows(address, len(rows), words, [0] * 8), owner
 
 
 def _address(view: View | None) -> int:
@@ -298,7 +132,8 @@ def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
     if target.stream is None:
         getattr(_C.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
     else:
-        getattr(_C.cuda, kernel)(_cuda_rows(target, rows), *args, target.stream)
+        table, _owner = _cuda_rows(target, rows)  # another thread must not get its memory yet
+        getattr(_C.cuda, kernel)(table, *args, target.stream)
 
 
 def pack_signs(
@@ -407,11 +242,7 @@ def lion_apply_args(
     lr: float, weight_decay: float, count: int, plane_bytes: int, ranks: int | None
 ) -> _C.LionApplyArgs:
     """The scalars of :func:`lion_apply`, each rounded once from double to float32."""
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value <= MAX_FLOAT:
-            raise ValueError(f"{name} must be from 0 to {MAX_FLOAT:.8g}, got {value}")
-    if not lr * weight_decay <= MAX_FLOAT:
-        raise ValueError(f"lr * weight_decay overflows float32: {lr} * {weight_decay}")
+    check_rates(lr, weight_decay)
     step = lr if ranks is None else lr / ranks
     words = plane_bytes // wire.WORD_BYTES
     return _C.LionApplyArgs(1.0 - lr * weight_decay, step, count, words, ranks or 0)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydist import _C, kernels, wire
-from pydist.kernels import LionOptions, Target, View
+from pydist import _C, checks, kernels, wire
+from pydist.checks import View
+from pydist.kernels import LionOptions, Target
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -51,21 +52,20 @@ def target_of(x: Tensor) -> Target:
     if x.is_cuda:
         return Target(
             stream=torch.cuda.current_stream(x.device).cuda_stream,
-            upload=lambda rows: upload_rows(rows, x.device).data_ptr(),
+            upload=lambda rows: _upload(rows, x.device),
         )
     return Target(threads=torch.get_num_threads())
 
 
-def upload_rows(rows: wire.IntArray, device: torch.device) -> Tensor:
-    """Copies a table of rows to the device without waiting for it.
-
-    Both allocators are stream-ordered, so the copy and the kernel that reads it may outlive the
-    two tensors.
-    """
-    return torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
+    # Not waited for: both allocators are stream-ordered, so the copy may outlive the two tensors,
+    # and so may the kernel once it is launched.
+    table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+    return table.data_ptr(), table
 
 
-def _on_device_of(x: Tensor) -> torch.cuda.device | _Nothing:
+def on_device_of(x: Tensor) -> torch.cuda.device | _Nothing:
+    """Makes a tensor's CUDA device the current one, as launching on its streams needs."""
     return torch.cuda.device(x.device) if x.is_cuda else _Nothing()
 
 
@@ -88,7 +88,7 @@ def dense_of(name: str, x: Tensor) -> Tensor:
 def _check_apart(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Raises ValueError where strided tensors reach into each other's memory."""
     if a.is_contiguous() and b.is_contiguous():
-        return  # kernels.check_disjoint sees it
+        return  # checks.check_disjoint sees it
     spans = []
     for x in (a, b):
         reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -129,9 +129,9 @@ def _pack_signs(
     x = x.contiguous()
     table = _table(segments)
     view = view_of("x", x)
-    table = kernels.check_table(table, view.size, "x")
+    table = checks.check_table(table, view.size, "x")
     payload = _payload(x, table)
-    with _on_device_of(x):
+    with on_device_of(x):
         kernels.pack_signs(
             target_of(x), view, view_of("payload", payload),
             zero_bit=zero_bit, flags=_optional("flags", flags), segments=table,
@@ -147,13 +147,13 @@ def _unpack_votes(
     mean: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    kernels.check_n(n)
+    checks.check_n(n)
     dtype = dtype or torch.float32
-    if str(dtype)[6:] not in kernels.FLOATS:
+    if str(dtype)[6:] not in checks.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     planes = planes.contiguous()
     out = planes.new_empty(n, dtype=dtype)
-    with _on_device_of(planes):
+    with on_device_of(planes):
         kernels.unpack_votes(
             target_of(planes),
             view_of("planes", planes),
@@ -167,9 +167,9 @@ def _unpack_votes(
 def _count_votes(payloads: Tensor) -> Tensor:
     payloads = payloads.contiguous()
     view = view_of("payloads", payloads)
-    ranks, size = kernels.check_payloads(view)
+    ranks, size = checks.check_payloads(view)
     planes = payloads.new_empty((wire.planes_for(ranks), size))
-    with _on_device_of(payloads):
+    with on_device_of(payloads):
         kernels.count_votes(target_of(payloads), view, view_of("planes", planes))
     return planes
 
@@ -185,11 +185,11 @@ def _majority_vote(
 ) -> Tensor:
     payloads = payloads.contiguous()
     view = view_of("payloads", payloads)
-    _, size = kernels.check_payloads(view)
+    _, size = checks.check_payloads(view)
     whole = segments is None and (n is None or wire.payload_bytes(n) == size)  # no gaps to clear
     new = payloads.new_empty if whole else payloads.new_zeros
     planes = new((2 if ties == "zero" else 1, size))
-    with _on_device_of(payloads):
+    with on_device_of(payloads):
         kernels.majority_vote(
             target_of(payloads), view, view_of("planes", planes),
             ties=ties, seed=seed, step=step, n=n, segments=_table(segments),
@@ -219,9 +219,9 @@ def _lion_pack(
     old = dense if target is momentum else momentum.contiguous()
     grad = grad.contiguous()
     view = view_of("grad", grad)
-    table = kernels.check_table(_table(segments), view.size, "grad")
+    table = checks.check_table(_table(segments), view.size, "grad")
     payload = _payload(grad, table)
-    with _on_device_of(grad):
+    with on_device_of(grad):
         kernels.lion_pack(
             target_of(grad), view, view_of("momentum", old), view_of("momentum_out", dense),
             view_of("payload", payload),
@@ -244,7 +244,7 @@ def _lion_apply(
 ) -> None:
     dense = dense_of("param", param)
     planes = planes.contiguous()
-    with _on_device_of(param):
+    with on_device_of(param):
         kernels.lion_apply(
             target_of(param), view_of("param", dense), view_of("planes", planes),
             lr=lr, weight_decay=weight_decay, ranks=ranks, skip=_optional("skip", skip),

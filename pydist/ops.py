@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydist import kernels
+from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
 
 __all__ = [
@@ -93,7 +93,7 @@ def unpack_signs(payload: Tensor, n: int, *, dtype: torch.dtype = torch.float32)
     """
     if payload.dim() != 1:
         raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
-    kernels.check_payload_of(payload.numel(), n)
+    checks.check_payload_of(payload.numel(), n)
     return unpack_votes(payload.unsqueeze(0), n, dtype=dtype)
 
 

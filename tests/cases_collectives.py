@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -131,7 +132,7 @@ def shapes(rank: int, ranks: int) -> list[bytes]:
 
 
 def step_counter(rank: int, ranks: int) -> None:
-    """``step=None`` counts calls; the counter is saved and restored; a step may be a tensor."""
+    """``step=None`` takes the number of calls so far, which is saved; a step may be a tensor."""
     tensors = inputs(ranks, 500, torch.float32, seed=3)
     start = collectives.state_dict()["step"]
     seen = []
@@ -148,7 +149,11 @@ def step_counter(rank: int, ranks: int) -> None:
     x = tensors[rank].clone()
     pydist.all_reduce(x, VOTES, op="vote", step=torch.tensor([start]))
     assert torch.equal(x, seen[0])
-    assert collectives.state_dict() == {"step": start + 2}, "an explicit step was counted"
+    assert collectives.state_dict() == {"step": start + 3}, "a call was not counted"
+    if ranks > 1:  # a step on one rank alone fails once and leaves the counters equal
+        with pytest.raises(pydist.MismatchError, match="step"):
+            pydist.all_reduce(x, VOTES, op="vote", step=None if rank else 10**6)
+        pydist.all_reduce(x, VOTES, op="vote")
 
 
 def not_finite(rank: int, ranks: int) -> None:

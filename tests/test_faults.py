@@ -48,7 +48,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "op": ({"op": "max"}, "ValueError", "op must be one of vote, mean, sum, got 'max'"),
     "ties": ({"ties": "odd"}, "ValueError", "ties must be one of"),
     "seed": ({"seed": -1}, "ValueError", "seed must be in [0, 2**32), got -1"),
-    "step": ({"step": -1}, "ValueError", "step must be at least 0, got -1"),
+    "step": ({"step": -1}, "ValueError", "step must be in [0, 2**63), got -1"),
     "algorithm": ({"algorithm": "ring"}, "ValueError", "algorithm must be one of"),
 }
 

@@ -18,10 +18,12 @@ PACKAGE = Path(pydist.__file__).parent
 LAYERS = [
     {"_C", "errors", "wire"},
     {"reference"},
+    {"checks"},
     {"kernels"},
     {"operators"},
     {"ops", "arrays", "environment"},
     {"selfcheck"},
+    {"groups"},
     {"codecs", "communicator"},
     {"collectives"},
     {"ddp", "fsdp", "optim"},
@@ -29,7 +31,17 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = {"__init__", "wire", "reference", "kernels", "arrays", "errors", "environment", "cli"}
+TORCH_FREE = {
+    "__init__",
+    "wire",
+    "reference",
+    "checks",
+    "kernels",
+    "arrays",
+    "errors",
+    "environment",
+    "cli",
+}
 
 
 def unit_of(path: Path) -> str:

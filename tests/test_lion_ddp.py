@@ -110,7 +110,7 @@ MODELS = {
     "momentum_dtype": ("MismatchError", "momentum_dtype is", "torch.bfloat16"),
     "binarization_range": ("MismatchError", "binarization_range is null on ranks 0, 2", "1.0"),
     "wrong_aggregate": ("PydistError", "rank 1: aggregate must be one of", "'mode'"),
-    "wrong_lr": ("PydistError", "rank 1: lr must be at least 0, got -1.0", ""),
+    "wrong_lr": ("PydistError", "rank 1: lr must be from 0 to 3.4028235e+38, got -1.0", ""),
 }
 
 
@@ -145,7 +145,7 @@ def test_other_added_group(worlds: Worlds, size: int, dtype: str) -> None:
         ("betas", "param_groups[0].betas is [0.9, 0.99] on ranks 0, 2 and [0.8, 0.99] on rank 1"),
         ("weight_decay", "param_groups[0].weight_decay is 0.0 on ranks 0, 2 and 0.1 on rank 1"),
         ("step", "step is 0 on ranks 0, 2 and 5 on rank 1"),
-        ("bad_lr", "rank 1: param_groups[0]: lr must be at least 0, got nan"),
+        ("bad_lr", "rank 1: param_groups[0]: lr must be from 0 to 3.4028235e+38, got nan"),
         (
             "bad_betas",
             "rank 1: param_groups[0]: betas must be two numbers in [0, 1), got (1.5, 0.9)",

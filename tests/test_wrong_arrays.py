@@ -9,8 +9,9 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import kernels, ops, wire
-from pydist.kernels import LionOptions, View
+from pydist import checks, kernels, ops, wire
+from pydist.checks import View
+from pydist.kernels import LionOptions
 
 # --------------------------------------------------------------------------- overlap
 
@@ -173,4 +174,4 @@ def test_segments_whose_sum_wraps_around() -> None:
     huge = 2**63 - 32
     rows = [[0, huge, 0, 0], [huge, huge, 0, 0], [0, 64 + 5, 0, 0]]  # 5 elements modulo 2**64
     with pytest.raises(ValueError, match="segments"):
-        kernels.check_table(np.array(rows, dtype=np.int64), 5, "x")
+        checks.check_table(np.array(rows, dtype=np.int64), 5, "x")

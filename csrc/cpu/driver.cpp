@@ -53,7 +53,8 @@ const Kernels& kernels() {
 constexpr int64_t kTaskWords = 4096;  // 131,072 elements: small enough to share out, large enough
                                       // that taking a task costs nothing
 
-// Calls piece(row) for every row, cut at task boundaries; `elements` bytes advance by `width`.
+// Calls piece(row, from, n) for the n elements from element `from` on of every row, cut at task
+// boundaries.
 template <typename Piece>
 void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece) {
   std::vector<int64_t> start(n_rows + 1, 0);  // words before each row

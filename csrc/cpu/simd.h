@@ -276,8 +276,8 @@ PYDIST_INLINE void stream(T* p, Vec x) {
 // Brings in the cache line that a loop reaches kAhead bytes later. The processor's own prefetcher
 // stops at the end of every 4 KiB page; asking across it keeps memory busy.
 constexpr int kAhead = 2048;
-PYDIST_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + kAhead);
+PYDIST_INLINE void prefetch(const void* p, int ahead = kAhead) {
+  __builtin_prefetch(static_cast<const char*>(p) + ahead);
 }
 template <typename T>
 PYDIST_INLINE void prefetch_word(const T* x) {  // the lines of kWordBits elements

@@ -1,5 +1,5 @@
 // Launchers of the CUDA kernels: pointers, sizes, a stream; grid, launch, check. Plain C++ in the
-// interface, so that the bindings need no CUDA header. Arguments live in cpu/kernels.h.
+// interface, so that the bindings need no CUDA header. Arguments live in wire/.
 #pragma once
 
 #if defined(PYDIST_CUDA)
@@ -13,7 +13,7 @@
 namespace pydist::cuda {
 
 // A table of rows in device memory, sorted by word, or one row carried in the launch itself. Each
-// row's `reserved` is the number of words of all rows before it (for the one row: 0), and its
+// row's `words_before` is the number of words of all rows before it (for the one row: 0), and its
 // address is a multiple of the element size.
 struct Rows {
   const Row* table;  // device memory; null: use `only`

@@ -1,6 +1,6 @@
 // Who works on what: tiles of payload words to warps, tiles to chunks of rows.
 //
-// The words of all rows, one row after another, are the work; `Row.reserved` is where a row starts
+// The words of all rows, one row after another, are the work; `Row.words_before` is where a row starts
 // in it (its place in memory, `Row.word`, may leave gaps). A warp takes tiles of kTileWords such
 // words. Every row is cut into chunks of kTileWords words from its own start; a chunk belongs to
 // the tile in which it starts: all chunks but a row's last are whole, and none straddles two rows.
@@ -16,7 +16,7 @@ PYDIST_DEVICE Row row_at(const Rows& rows, int64_t r) {
   return rows.only;
 }
 
-// The row that holds a word of the work: the last whose `reserved` is not above it (rows without
+// The row that holds a word of the work: the last whose `words_before` is not above it (rows without
 // elements share theirs with the next row, and the last of equals has the elements). The warp
 // probes 32 rows at a time, so a thousand rows take two loads one after another.
 PYDIST_DEVICE int64_t find_row(const Rows& rows, int64_t word) {
@@ -25,7 +25,7 @@ PYDIST_DEVICE int64_t find_row(const Rows& rows, int64_t word) {
   while (high - low > 1) {
     const int64_t step = (high - low + kWarpSize - 1) / kWarpSize;
     const int64_t probe = low + lane_id() * step;
-    const bool below = probe < high && rows.table[probe].reserved <= word;
+    const bool below = probe < high && rows.table[probe].words_before <= word;
     const int last = __popc(__ballot_sync(kAllLanes, below)) - 1;
     low += (last < 0 ? 0 : last) * step;
     high = low + step < high ? low + step : high;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void for_chunks(const Rows& rows, const Body& body) {
     const int64_t begin = tile * kTileWords;
     for (int64_t r = find_row(rows, begin); r < rows.count; ++r) {
       const Row row = row_at(rows, r);
-      const int64_t ahead = begin - row.reserved;  // words of this row before the tile
+      const int64_t ahead = begin - row.words_before;  // words of this row before the tile
       if (ahead <= -kTileWords) break;
       const int64_t start =
           ahead > 0 ? (ahead + kTileWords - 1) / kTileWords * kTileWords : int64_t{0};

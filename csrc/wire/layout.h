@@ -44,7 +44,7 @@ struct Row {
   int64_t word;          // first payload word
   int64_t ordinal;       // the parameter's place in named_parameters()
   int64_t first;         // index of the row's first element inside the parameter
-  int64_t reserved;
+  int64_t words_before;  // words of all rows before this one: device code searches by it
 };
 static_assert(sizeof(Row) == 64, "Python builds rows of eight int64");
 

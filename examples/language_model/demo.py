@@ -110,7 +110,7 @@ def main() -> int:
         parser.error("--workers must be at least 1 and --steps at least 12")
 
     settings = Settings(
-        steps=arguments.steps, seed=arguments.seed, warmup=max(1, arguments.steps // 20)
+        steps=arguments.steps, seed=arguments.seed, warmup=max(1, arguments.steps // 50)
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:

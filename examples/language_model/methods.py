@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydist.collectives import LATENCY_BYTES
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,11 +22,11 @@ class Settings:
         warmup: Steps of linear warm-up.
     """
 
-    steps: int = 600
+    steps: int = 1500
     seed: int = 0
-    batch_size: int = 4
+    batch_size: int = 8
     context: int = 64
-    width: int = 128
+    width: int = 64
     depth: int = 2
     heads: int = 4
     warmup: int = 30
@@ -51,19 +53,22 @@ class Method:
     def predicted_bytes(self, parameters: int, workers: int) -> float:
         """Payload bytes a worker sends in a step, without headers.
 
-        An all-reduce of float32 gradients sends every byte of a shard twice but for the worker's
-        own; a vote sends one bit up and the majority (or the count of votes) down.
+        An all-reduce of float32 gradients sends every byte twice but for the worker's own share; a
+        vote sends one bit up and the majority (or the count of the votes) down. Two workers, or
+        workers with little to say, send each other all their votes instead: one phase, not two.
         """
         share = (workers - 1) / workers
         if not self.aggregate:
             return 2 * share * 4 * parameters
         down = 1 if self.aggregate == "majority" else workers.bit_length()
-        return share * (1 + down) * parameters / 8
+        votes = parameters / 8
+        gathered, two_phase = (workers - 1) * votes, share * (1 + down) * votes
+        return gathered if gathered - two_phase <= LATENCY_BYTES else two_phase
 
 
 METHODS = {
-    "adamw": Method("AdamW, fp32 gradients", 6e-3, (0.9, 0.95), 0.02),
-    "lion": Method("Lion, fp32 gradients", 7e-4, (0.9, 0.95), 0.1),
-    "majority": Method("Distributed Lion, majority", 7e-4, (0.9, 0.95), 0.1, "majority"),
-    "average": Method("Distributed Lion, average", 1.4e-3, (0.9, 0.95), 0.1, "average"),
+    "adamw": Method("AdamW, fp32 gradients", 12e-3, (0.9, 0.95), 0.1),
+    "lion": Method("Lion, fp32 gradients", 6e-3, (0.9, 0.95), 0.5),
+    "majority": Method("Distributed Lion, majority", 6e-3, (0.9, 0.95), 0.5, "majority"),
+    "average": Method("Distributed Lion, average", 24e-3, (0.9, 0.95), 0.5, "average"),
 }

@@ -152,15 +152,3 @@ class ByteTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, bias)
         return self.head(self.norm(x))
-
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of predicting each byte from those before it.
-
-        Args:
-            tokens: Byte values, an integer tensor of shape `(batch, time + 1)`.
-
-        Returns:
-            A scalar, in nats per byte.
-        """
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pydist import _C, kernels, wire
+from pydist import _C, checks, kernels, wire
 from pydist.operators import target_of
 from pydist.wire import IntArray
 
@@ -49,8 +49,8 @@ class VoteRule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kernels.check_ties(self.ties)
-        kernels.check_seed(self.seed)
+        checks.check_ties(self.ties)
+        checks.check_seed(self.seed)
 
     def planes(self, ranks: int) -> int:
         """Bit planes of a reduced message of ``ranks`` voters."""
@@ -116,7 +116,7 @@ class VoteCoder:
         rows[:, wire.WORD] -= begin
         args = _C.VoteArgs(
             messages.data_ptr() + offset, messages.stride(0), self.ranks, planes.data_ptr(), size,
-            kernels.TIES[self.rule.ties], self.rule.seed, self.step,
+            checks.TIES[self.rule.ties], self.rule.seed, self.step,
         )  # fmt: skip
         kernel = "count_votes" if self.rule.average else "majority_vote"
         kernels.launch(self.target(messages), kernel, rows, args)
@@ -171,7 +171,7 @@ class TensorVoteCoder(VoteCoder):
         self.flat = tensor.view(-1)
         self.zero_bit = (rank + step) % 2
         self.mean = mean
-        self._dtype = kernels.FLOATS[str(tensor.dtype)[6:]]
+        self._dtype = checks.FLOATS[str(tensor.dtype)[6:]]
         self.flags = torch.zeros(1, dtype=torch.int32, device=tensor.device)
 
     def _part(self, begin: int, end: int) -> Tensor:

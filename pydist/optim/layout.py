@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pydist import checks
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,11 +32,7 @@ def describe(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 def check_options(group: dict[str, Any]) -> None:
     """Raises ValueError where a group's learning rate, decay or betas are out of range."""
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
     betas = tuple(group["betas"])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
@@ -45,6 +42,10 @@ def check_group(group: dict[str, Any]) -> None:
     """Raises unless the kernels can work with a group's options and parameters."""
     check_options(group)
     for p in group["params"]:
+        if type(p) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
+            raise TypeError(f"params must be plain tensors, got {type(p).__name__}")
+        if p.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"params must be on cpu or cuda, got {p.device}")
         if p.dtype not in FLOATS:
             raise TypeError(f"params must be float32, float16 or bfloat16, got {p.dtype}")
         if not torch.ops.aten.is_non_overlapping_and_dense(p):
@@ -56,3 +57,22 @@ def with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
     if grad.stride() == p.stride():
         return grad
     return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Raises TypeError, naming the parameter, unless the kernels can read its gradient."""
+    if grad.layout != torch.strided:
+        raise TypeError(f"gradient of {name} is sparse ({grad.layout})")
+    if type(grad) is not Tensor:
+        raise TypeError(f"gradient of {name} must be a plain tensor, got {type(grad).__name__}")
+    if grad.dtype not in FLOATS:
+        raise TypeError(
+            f"gradient of {name} must be float32, float16 or bfloat16, got {grad.dtype}"
+        )
+
+
+def sample_of(grads: list[Tensor]) -> bytes:
+    """The first elements of every gradient; nothing where one of them is not finite."""
+    parts = [grad.reshape(-1)[:64].float().cpu() for grad in grads]
+    sample = torch.cat([torch.zeros(1), *parts])
+    return sample.numpy().tobytes() if bool(sample.isfinite().all()) else b""

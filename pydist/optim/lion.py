@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +14,19 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from pydist import checks
 from pydist.codecs.sign import VoteRule
 from pydist.collectives import ALGORITHMS, Road, refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
 from pydist.optim.attached import Attachment, lion_hook
 from pydist.optim.layout import (
-    FLOATS,
+    check_gradient,
     check_group,
     check_options,
     describe,
     names_of,
+    sample_of,
     with_strides_of,
 )
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
@@ -109,8 +110,7 @@ class DistributedLion(torch.optim.Optimizer):
                 raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")
             if momentum_dtype not in (torch.float32, torch.bfloat16):
                 raise TypeError(f"momentum_dtype must be float32 or bfloat16, got {momentum_dtype}")
-            if binarization_range is not None and not 0 < binarization_range < math.inf:
-                raise ValueError(f"binarization_range must be positive, got {binarization_range}")
+            checks.check_range(binarization_range)
             if algorithm not in ALGORITHMS:
                 raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
             self._rule = VoteRule(average=aggregate == "average", ties=ties, seed=seed)
@@ -329,13 +329,7 @@ class DistributedLion(torch.optim.Optimizer):
 
     def _entry(self, ordinal: int, p: Tensor, group: dict[str, Any], grad: Tensor | None) -> Entry:
         if grad is not None:
-            if grad.layout != torch.strided:
-                raise TypeError(f"gradient of {self.name_of(ordinal)} is sparse ({grad.layout})")
-            if grad.dtype not in FLOATS:
-                raise TypeError(
-                    f"gradient of {self.name_of(ordinal)} must be float32, float16 or bfloat16, "
-                    f"got {grad.dtype}"
-                )
+            check_gradient(self.name_of(ordinal), grad)
             grad = with_strides_of(p, grad)
         state = self.state[p]
         if "momentum" not in state:
@@ -379,10 +373,15 @@ class DistributedLion(torch.optim.Optimizer):
             self._comm.rank, self._comm.world_size, step, self._binarization_range,
             torch.get_num_threads(), fields["ask_usage"],
         )  # fmt: skip
-        coder = LionCoder(entries, self._rule, scalars)
-        if pack_now:
-            coder.pack()
-        road = Road(self._comm, coder, call, self._algorithm, coder.device)
+        try:
+            coder = LionCoder(entries, self._rule, scalars)
+            if pack_now:
+                coder.pack()
+            road = Road(self._comm, coder, call, self._algorithm, coder.device)
+        except Exception as error:  # out of memory, say
+            refused = self._comm.refuse(replace(call, problem=str(error)))
+            self._in_flight.append((refused.result, None))
+            return
         self._comm.submit(road)
         self._in_flight.append((road.wait, coder))
 
@@ -407,7 +406,7 @@ class DistributedLion(torch.optim.Optimizer):
             self._skipped = self._skipped + (flags[0] != 0).long()
         rates = [(float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups]
         for coder in coders:
-            coder.commit_deferred()
+            coder.commit_deferred(None if on_host else flags)
             scalars = [rates[self._places[entry.param][1]] for entry in coder.entries]
             coder.apply(scalars, None if on_host else flags)
             self._commit_staged(coder)
@@ -426,13 +425,12 @@ class DistributedLion(torch.optim.Optimizer):
             self._equality_checked = True
             return
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = [norm.item() for norm in torch._foreach_norm(grads)] if grads else []
-        texts = self._comm.run(lambda: self._comm.gather_bytes(json.dumps(norms).encode()))
-        everyone = [json.loads(text) for text in texts]
-        if not all(math.isfinite(norm) for theirs in everyone for norm in theirs):
+        mine = sample_of(grads)
+        everyone = self._comm.run(lambda: self._comm.gather_bytes(mine))
+        if not all(everyone):
             return  # overflowed gradients say nothing: look again after the next step
         self._equality_checked = True
-        if any(norms) and all(theirs == norms for theirs in everyone):
+        if any(mine) and all(theirs == mine for theirs in everyone):
             warnings.warn(
                 "DistributedLion: all ranks have equal gradients, so every vote is unanimous. A "
                 "DDP model averages gradients in backward: run backward under ddp.no_sync(), or "

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import kernels, wire
+from pydist import checks, kernels, wire
+from pydist.checks import FLOATS
 from pydist.codecs.sign import VoteCoder, VoteRule
-from pydist.kernels import FLOATS, LionOptions
+from pydist.kernels import LionOptions
+from pydist.operators import on_device_of
 from pydist.wire import IntArray
 
 
@@ -162,7 +164,8 @@ class LionCoder(VoteCoder):
 
     def pack(self) -> None:
         """Packs everything now: the gradients may change as soon as this returns."""
-        self._packed = self._pack(0, self.words)
+        with on_device_of(self.flags):
+            self._packed = self._pack(0, self.words)
 
     def encode(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Votes and new momenta of the elements behind words ``begin`` … ``end``."""
@@ -174,7 +177,7 @@ class LionCoder(VoteCoder):
         size = (end - begin) * wire.WORD_BYTES
         payload = torch.empty(size, dtype=torch.uint8, device=self.device)
         for rows, grad, momentum, options in self._pack_calls:
-            widths = (kernels.ITEMSIZE[grad], kernels.ITEMSIZE[momentum])
+            widths = (checks.ITEMSIZE[grad], checks.ITEMSIZE[momentum])
             part = wire.cut_rows(rows, begin, end, widths)
             part[:, wire.WORD] -= begin
             kernels.launch(
@@ -189,11 +192,16 @@ class LionCoder(VoteCoder):
 
     # ----------------------------------------------------------------- after the vote
 
-    def commit_deferred(self) -> None:
-        """Momenta of parameters that only other ranks used take their step."""
+    def commit_deferred(self, skip: Tensor | None) -> None:
+        """Momenta of parameters that only other ranks used take their step.
+
+        Args:
+            skip: int32[1] on the parameters' device; where it is not 0, nothing is changed.
+        """
         for i, momentum in self._deferred:
             if self.used[i]:
-                self.entries[i].momentum.copy_(momentum)
+                old = self.entries[i].momentum
+                old.copy_(momentum if skip is None else torch.where(skip != 0, old, momentum))
 
     def apply(self, scalars: Sequence[tuple[float, float]], skip: Tensor | None) -> None:
         """Updates the parameters that any rank used.
@@ -202,6 +210,8 @@ class LionCoder(VoteCoder):
             scalars: Learning rate and weight decay of each entry.
             skip: int32[1] on the parameters' device; where it is not 0, nothing is changed.
         """
+        if self.planes.is_cuda:  # made on the road's side stream, read on this one
+            self.planes.record_stream(torch.cuda.current_stream(self.planes.device))
         groups: dict[tuple[str, float, float], list[int]] = {}
         for i in np.flatnonzero(self.used):
             param = self.entries[i].param
@@ -214,10 +224,11 @@ class LionCoder(VoteCoder):
                 lr, weight_decay, self.bits, self.words * wire.WORD_BYTES, ranks
             )
             rows = wire.number_rows(self.rows[indices])
-            kernels.launch(
-                self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
-                self.planes.data_ptr(), args, address,
-            )  # fmt: skip
+            with on_device_of(self.planes):
+                kernels.launch(
+                    self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
+                    self.planes.data_ptr(), args, address,
+                )  # fmt: skip
         torch.autograd.graph.increment_version(
             [self.entries[i].param for i in np.flatnonzero(self.used)]
         )

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pydist import _C, environment, kernels, reference, wire
-from pydist.kernels import LionOptions, Target, View
+from pydist.checks import View
+from pydist.kernels import LionOptions, Target
 from pydist.reference import U8, Storage
 from pydist.selfcheck.bits import Bits, storage_of, store
 
@@ -133,8 +134,10 @@ class CuPyMemory:
 
     def target(self) -> Target:
         """Where kernels run."""
-        stream = self._cupy.cuda.get_current_stream().ptr
-        return Target(stream=stream, upload=lambda rows: int(self._cupy.asarray(rows).data.ptr))
+        from pydist import arrays
+
+        self._cupy.cuda.Device(self._index).use()
+        return arrays.cupy_target()
 
 
 class Runner(Protocol):
