@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,13 +152,16 @@ class Road:
     def __init__(
         self, comm: Communicator, coder: Coder, call: Call, algorithm: str, device: torch.device
     ) -> None:
-        self.comm, self.coder, self.call = comm, coder, call
+        self.comm, self.coder = comm, coder
         self.algorithm = choose_algorithm(algorithm, coder, comm.world_size)
+        # How the data is cut must be equal too; another release may choose otherwise.
+        cut = {"algorithm": self.algorithm, "chunk_words": CHUNK_WORDS}
+        self.call = replace(call, fields=call.fields | cut)
         self.data_device = device
         self.device = comm.device(device)
         self.future: Future[None] = Future()
         self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
-        header = wire.Header(coder.codec, coder.bits, 0, call.digest, call.step).pack()
+        header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
         self.stream = _SideStream(device)
 

@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="processes (default %(default)s)")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=0.0, help="default: the tuned ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the results")
@@ -110,7 +111,10 @@ def main() -> int:
         parser.error("--workers must be at least 1 and --steps at least 12")
 
     settings = Settings(
-        steps=arguments.steps, seed=arguments.seed, warmup=max(1, arguments.steps // 50)
+        steps=arguments.steps,
+        seed=arguments.seed,
+        warmup=max(1, arguments.steps // 50),
+        learning_rate=arguments.learning_rate,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:

@@ -20,6 +20,7 @@ class Settings:
         depth: Number of blocks.
         heads: Number of attention heads.
         warmup: Steps of linear warm-up.
+        learning_rate: Replaces every method's own; 0 keeps them.
     """
 
     steps: int = 1500
@@ -30,6 +31,7 @@ class Settings:
     depth: int = 2
     heads: int = 4
     warmup: int = 30
+    learning_rate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -49,16 +49,17 @@ def build(
 ) -> tuple[DDP, torch.optim.Optimizer]:
     """Wraps the model and makes the optimizer of a method."""
     m = METHODS[method]
+    lr = settings.learning_rate or m.lr
     ddp = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
     if method == "adamw":
         return ddp, torch.optim.AdamW(
-            ddp.parameters(), lr=m.lr, betas=m.betas, weight_decay=m.weight_decay
+            ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
         )
     if method == "lion":
-        return ddp, Lion(ddp.parameters(), lr=m.lr, betas=m.betas, weight_decay=m.weight_decay)
+        return ddp, Lion(ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay)
     optimizer = pydist.optim.DistributedLion(
         ddp.module.named_parameters(),
-        lr=m.lr,
+        lr=lr,
         betas=m.betas,
         weight_decay=m.weight_decay,
         aggregate=m.aggregate,
