@@ -1,6 +1,6 @@
 """pydist: data-parallel training where the network is slow.
 
-Gradients and Lion updates travel as 1 to 8 bits a parameter. ``import pydist`` needs NumPy alone;
+Optimizer updates travel as one bit a parameter. ``import pydist`` needs NumPy alone;
 what needs torch is imported when it is first used.
 """
 

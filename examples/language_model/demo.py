@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,10 +40,11 @@ def run_workers(arguments: argparse.Namespace, settings: Settings, results: Path
     ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # The terminal has sent the signal to torchrun too, which ends its workers.
+        process.terminate()  # torchrun then ends its workers
         process.wait()
         return 130
 

@@ -50,7 +50,9 @@ def build(
     """Wraps the model and makes the optimizer of a method."""
     m = METHODS[method]
     lr = settings.learning_rate or m.lr
-    ddp = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+    # The model's only buffer is a constant; broadcasting it would cost more than the votes.
+    devices = [device.index] if device.type == "cuda" else None
+    ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
     if method == "adamw":
         return ddp, torch.optim.AdamW(
             ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
