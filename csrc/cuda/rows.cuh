@@ -1,9 +1,10 @@
 // Who works on what: tiles of payload words to warps, tiles to chunks of rows.
 //
-// The words of all rows, one row after another, are the work; `Row.words_before` is where a row starts
-// in it (its place in memory, `Row.word`, may leave gaps). A warp takes tiles of kTileWords such
-// words. Every row is cut into chunks of kTileWords words from its own start; a chunk belongs to
-// the tile in which it starts: all chunks but a row's last are whole, and none straddles two rows.
+// The words of all rows, one row after another, are the work; `Row.words_before` is where a row
+// starts in it (its place in memory, `Row.word`, may leave gaps). A warp takes tiles of kTileWords
+// such words. Every row is cut into chunks of kTileWords words from its own start; a chunk belongs
+// to the tile in which it starts: all chunks but a row's last are whole, and none straddles two
+// rows.
 #pragma once
 
 #include "common.cuh"
@@ -16,9 +17,9 @@ PYDIST_DEVICE Row row_at(const Rows& rows, int64_t r) {
   return rows.only;
 }
 
-// The row that holds a word of the work: the last whose `words_before` is not above it (rows without
-// elements share theirs with the next row, and the last of equals has the elements). The warp
-// probes 32 rows at a time, so a thousand rows take two loads one after another.
+// The row that holds a word of the work: the last whose `words_before` is not above it (rows
+// without elements share theirs with the next row, and the last of equals has the elements). The
+// warp probes 32 rows at a time, so a thousand rows take two loads one after another.
 PYDIST_DEVICE int64_t find_row(const Rows& rows, int64_t word) {
   if (!rows.table) return 0;
   int64_t low = 0, high = rows.count;  // the answer is in [low, high)
