@@ -380,25 +380,24 @@ _communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDi
 
 
 def communicator(
-    group: dist.ProcessGroup | None = None, *, argument: str = "group"
+    group: dist.ProcessGroup | None = None,
 ) -> Communicator:
     """The communicator of a process group; made at the first call, which is collective.
 
     Args:
         group: The user's process group; ``None`` is the default one.
-        argument: Name of the argument, for messages.
 
     Raises:
         ValueError: There is no process group, or this rank is not in it.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
-            f"{argument}={group}: no process group; call torch.distributed.init_process_group() "
+            f"group={group}: no process group; call torch.distributed.init_process_group() "
             "first (torchrun sets its environment)"
         )
     parent = group if group is not None else dist.group.WORLD
     if parent is None or dist.get_rank(parent) < 0:
-        raise ValueError(f"{argument}: rank {dist.get_rank()} is not in this process group")
+        raise ValueError(f"group: rank {dist.get_rank()} is not in this process group")
     found = _communicators.get(parent)
     if found is None:
         found = Communicator(parent)
