@@ -7,6 +7,12 @@
 #include "cpu/float_mode.h"
 #include "cuda/launch.h"
 
+// Tests build the module a second time, with emulated CUDA, under another name. Its classes are
+// module-local so that both can be imported, and take each other's.
+#if !defined(PYDIST_MODULE)
+#define PYDIST_MODULE _C
+#endif
+
 namespace py = pybind11;
 using namespace pydist;
 
@@ -51,15 +57,15 @@ Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t rank
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(PYDIST_MODULE, m) {
   m.doc() = "Kernels of pydist over raw addresses.";
   m.attr("WIRE_VERSION") = kWireVersion;
   m.attr("MAX_RANKS") = kMaxRanks;
 
-  py::class_<LionPackArgs>(m, "LionPackArgs").def(py::init(&lion_pack_args));
-  py::class_<LionApplyArgs>(m, "LionApplyArgs").def(py::init(&lion_apply_args));
-  py::class_<VoteArgs>(m, "VoteArgs").def(py::init(&vote_args));
-  py::class_<Unpack>(m, "Unpack").def(py::init(&unpack_args));
+  py::class_<LionPackArgs>(m, "LionPackArgs", py::module_local()).def(py::init(&lion_pack_args));
+  py::class_<LionApplyArgs>(m, "LionApplyArgs", py::module_local()).def(py::init(&lion_apply_args));
+  py::class_<VoteArgs>(m, "VoteArgs", py::module_local()).def(py::init(&vote_args));
+  py::class_<Unpack>(m, "Unpack", py::module_local()).def(py::init(&unpack_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -158,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
         cuda::majority_vote(rows, args, at<void>(stream));
       },
       nogil);
-  py::class_<cuda::Rows>(g, "Rows").def(
+  py::class_<cuda::Rows>(g, "Rows", py::module_local()).def(
       py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
 #else
   m.attr("CUDA_BUILD") = py::none();

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +50,14 @@ class Target:
         stream: CUDA stream handle, or ``None`` for the CPU.
         upload: Copies a table of rows to the device in stream order; returns its address and what
             must live until the kernel is launched.
+        module: The compiled module that holds the kernels; tests have a second one, with emulated
+            CUDA.
     """
 
     threads: int = 1
     stream: int | None = None
     upload: Callable[[IntArray], tuple[int, object]] | None = None
+    module: Any = _C
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,13 @@ def _cpu_rows(rows: IntArray) -> tuple[int, int]:
 
 
 def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
+    rows_class = target.module.cuda.Rows
     words = int(rows[-1, wire.WORDS_BEFORE]) + wire.words_for(int(rows[-1, wire.N]))
     if len(rows) == 1:
-        return _C.cuda.Rows(0, 1, words, rows[0].tolist()), None
+        return rows_class(0, 1, words, rows[0].tolist()), None
     assert target.upload is not None
     address, owner = target.upload(rows)
-    return _C.cuda.Rows(address, len(rows), words, [0] * 8), owner
+    return rows_class(address, len(rows), words, [0] * 8), owner
 
 
 def _address(view: View | None) -> int:
@@ -123,17 +128,17 @@ def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
 
     Args:
         target: Where it runs.
-        kernel: Its name in ``_C.cpu`` and ``_C.cuda``.
+        kernel: Its name in ``cpu`` and ``cuda`` of the compiled module.
         rows: int64 [k, 8], C-contiguous.
         *args: What follows the rows, up to threads or stream.
     """
     if not len(rows):
         return
     if target.stream is None:
-        getattr(_C.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
+        getattr(target.module.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
     else:
         table, _owner = _cuda_rows(target, rows)  # another thread must not get its memory yet
-        getattr(_C.cuda, kernel)(table, *args, target.stream)
+        getattr(target.module.cuda, kernel)(table, *args, target.stream)
 
 
 def pack_signs(
