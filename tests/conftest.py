@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import emulated
 import pytest
-from doors import DOORS, Door
+from doors import DOOR_PARAMS, HOST_DOORS, Door
 from hypothesis import settings
 from ranks import Worlds
 from wrong import Arrays
@@ -18,13 +19,13 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-@pytest.fixture(params=DOORS, ids=lambda key: "-".join(key))
+@pytest.fixture(params=DOOR_PARAMS)
 def door(request: pytest.FixtureRequest) -> Door:
-    """Each door with each instruction set of this machine."""
+    """Each door with each instruction set of this machine, and emulated CUDA."""
     return Door(*request.param)
 
 
-@pytest.fixture(params=sorted({kind for kind, _ in DOORS}))
+@pytest.fixture(params=sorted({kind for kind, _ in HOST_DOORS}))
 def a(request: pytest.FixtureRequest) -> Arrays:
     """Arrays and functions of each door."""
     return Arrays(request.param)
@@ -36,3 +37,16 @@ def worlds() -> Iterator[Worlds]:
     started = Worlds()
     yield started
     started.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Closes with what was emulated."""
+    if not emulated.LAUNCHED:
+        return
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "emulated" in report.keywords
+    ]
+    terminalreporter.write_line(emulated.summary(sum(report.duration for report in reports)))

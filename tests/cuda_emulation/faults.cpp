@@ -89,7 +89,14 @@ std::string symbol(const void* address) {
   if (function.empty() || function == "??") return hex(offset);
   text.erase(0, function.size() + 1);
   const std::string file = text.substr(0, text.find_first_of("\n "));
-  return function.substr(0, function.find('(')) + " at " + file;
+  for (const char* noise : {"(anonymous namespace)::", "pydist::cuda::"}) {
+    while (function.find(noise) != std::string::npos) {
+      function.erase(function.find(noise), std::strlen(noise));
+    }
+  }
+  const std::size_t slash = file.rfind('/');
+  return function.substr(0, function.find('(')) + " at " +
+         file.substr(slash == std::string::npos ? 0 : slash + 1);
 }
 
 void fail(const std::string& message) {

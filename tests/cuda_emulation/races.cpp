@@ -121,6 +121,14 @@ void visit(const Attempt& attempt, Granule& granule, uint8_t bytes) {
   }
 }
 
+constexpr uint64_t kEndless = uint64_t{1} << 30;
+
+// On a device another thread may come between any two accesses. One that spins on a volatile must
+// let others go on even where nothing is permuted.
+void overtaken(bool sync) {
+  if (options.seed ? rng.one_in(16) : sync && rng.one_in(16)) step_aside(sync);
+}
+
 }  // namespace
 
 void BlockOrder::start(uint32_t block, int threads) {
@@ -167,7 +175,8 @@ void races_begin(uint32_t blocks) {
 
 void races_access(uintptr_t address, std::size_t size, Access access, const void* where) {
   if (!current || ignored(address)) return;
-  ++counters.accesses;
+  overtaken(access == Access::kSyncRead || access == Access::kSyncWrite);
+  if (++counters.accesses - accesses_at_progress > kEndless) fail_at("endless loop", where);
   if (!options.races) return;
   const Attempt attempt = {address, size, access, where,
                            in_dynamic_shared(address) || static_shared().holds(address)};
@@ -186,14 +195,7 @@ void races_access(uintptr_t address, std::size_t size, Access access, const void
 
 namespace {
 
-// Elsewhere a thread may be overtaken between reading a value and writing it back.
-void overtaken() {
-  using namespace emulation;
-  if (current && options.seed && rng.one_in(16)) yield();
-}
-
 void seen(const void* address, std::size_t size, emulation::Access access, const void* where) {
-  overtaken();
   emulation::races_access(reinterpret_cast<uintptr_t>(address), size, access, where);
 }
 

@@ -23,16 +23,22 @@ Counters counters;
 Random rng;
 Thread* current;
 Block* current_block;
+uint64_t accesses_at_progress;
 
 namespace {
 
-constexpr int kMostResident = 3;
-constexpr uint64_t kIdleYields = 20'000'000;
+constexpr int kMostResident = 3, kMostWarps = 32;
+constexpr uint64_t kIdleYields = 2'000'000;
 
 const Launch* running;
 uint64_t idle_yields;
 Block pool[kMostResident];
 thread_local char shared_anchor;  // some place within the segment of static shared variables
+
+void progress() {
+  idle_yields = 0;
+  accesses_at_progress = counters.accesses;
+}
 
 bool permuted() { return options.seed != 0; }
 
@@ -85,7 +91,7 @@ void entry() {
     thread.state = State::kDone;
     block.warp[thread.warp()].stopped |= 1u << thread.lane();
     ++block.done;
-    idle_yields = 0;
+    progress();
     thread.fiber->leave();
   }
 }
@@ -137,10 +143,12 @@ void run_warp(Block& block, int warp) {
 
 // Runs every thread that can run up to the next place where it waits.
 void run_once(Block& block) {
-  std::vector<int> order(block.warps());
-  std::iota(order.begin(), order.end(), 0);
-  if (permuted()) rng.shuffle(order.data(), block.warps());
-  for (const int warp : order) {
+  int order[kMostWarps];
+  std::iota(order, order + block.warps(), 0);
+  if (permuted()) rng.shuffle(order, block.warps());
+  for (int i = 0; i < block.warps(); ++i) {
+    const int warp = order[i];
+    if (!block.warp[warp].ready()) continue;
     if (permuted() && rng.one_in(4)) continue;  // some warps run ahead
     run_warp(block, warp);
     if (failed()) return;
@@ -148,8 +156,8 @@ void run_once(Block& block) {
 }
 
 bool any_ready(const Block& block) {
-  return std::any_of(block.thread.begin(), block.thread.begin() + block.threads,
-                     [](const Thread& t) { return t.state == State::kReady; });
+  return std::any_of(block.warp.begin(), block.warp.end(),
+                     [](const Warp& warp) { return warp.ready() != 0; });
 }
 
 // ------------------------------------------------------------ meetings
@@ -264,7 +272,7 @@ uint64_t meet_warp(Exchange exchange, uint32_t mask, uint64_t value, int source,
   }
   if (exchange == Exchange::kNothing) block.order.warp_met(thread.warp(), mask);
   ++counters.meetings;
-  idle_yields = 0;
+  progress();
   return thread.result;
 }
 
@@ -302,18 +310,22 @@ int meet_block(BlockVote vote, bool predicate, const Site& site) {
   block.at_barrier = 0;
   block.order.block_met();
   ++counters.meetings;
-  idle_yields = 0;
+  progress();
   return all;
 }
 
-void yield() {
-  if (!current) return;
-  if (++idle_yields > kIdleYields) {
+void step_aside(bool waiting) {
+  idle_yields += waiting;
+  if (idle_yields > kIdleYields) {
     fail_at("livelock: threads spin, and none that could run goes on. Blocks start in any order; "
             "one that waits for another must have taken its number from an atomic counter",
             __builtin_return_address(0));
   }
   wait();
+}
+
+void yield() {
+  if (current) step_aside(true);
 }
 
 void fence() {
@@ -325,7 +337,7 @@ void fence() {
 void atomic_access(const volatile void* address, std::size_t size, const Site&) {
   if (!current) return;
   // A spinning thread must let others go on even where nothing is permuted.
-  if (permuted() ? rng.one_in(8) : rng.one_in(64)) yield();
+  if (rng.one_in(permuted() ? 8 : 64)) yield();
   races_access(reinterpret_cast<uintptr_t>(address), size, Access::kSyncWrite,
                __builtin_return_address(0));
 }
@@ -392,7 +404,7 @@ bool run(const Launch& launch) {
   gridDim = launch.config->gridDim;
   blockDim = launch.config->blockDim;
   const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  idle_yields = 0;
+  progress();
   current_block = nullptr;
   races_begin(static_cast<uint32_t>(blocks));
   run_blocks(blocks);

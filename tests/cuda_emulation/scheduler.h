@@ -55,6 +55,8 @@ struct Warp {
   uint32_t waiting;  // in a meeting of the warp
   uint32_t stopped;  // at a block barrier, returned, or never there (the block ends mid-warp)
   uint32_t missing;  // never there
+
+  uint32_t ready() const { return ~(waiting | stopped); }
 };
 
 struct Block {
@@ -97,6 +99,12 @@ extern Random rng;
 // The thread that runs, or null: the host.
 extern Thread* current;
 extern Block* current_block;
+
+// When threads last met or returned: how long ago that is tells a loop without end.
+extern uint64_t accesses_at_progress;
+
+// Lets others run first. `waiting`: it may be others that this thread waits for.
+void step_aside(bool waiting);
 
 // Runs a grid; false if it failed, and failure() says why.
 bool run(const Launch& launch);

@@ -1,0 +1,23 @@
+// Launching the emulator's own test kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define PYDIST_DYNAMIC_SHARED(type, name) EMULATION_DYNAMIC_SHARED(type, name)
+
+template <typename... Params, typename... Args>
+const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
+                   Args&&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  const char* message =
+      cudaGetErrorString(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+  cudaGetLastError();
+  return message;
+}
