@@ -18,6 +18,8 @@ BUILD_STAMP := $(VENV)/.stamp-build-$(PYDIST_CUDA)
 BUILD_REQUIRES := setuptools pybind11 cmake ninja
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+EMULATOR := $(wildcard $(addprefix tests/cuda_emulation/,*.h *.cpp include/*.h include/emulation/*.h kernels/*))
+EMULATION := build/emulation
 TORCH_VERSIONS ?= 2.9.1 2.14.1
 
 # Six architectures take minutes. One is enough to develop with where there is no card to run on.
@@ -62,14 +64,27 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIV
 	@rm -f $(VENV)/.stamp-build-*
 	@touch $@
 
+# The CUDA kernels as a module that runs on the CPU; for tests alone. Ninja compiles what changed.
+.PHONY: emulation
+emulation: $(ENV_STAMP)
+	@test -f $(EMULATION)/build.ninja || $(BIN)/cmake -S . -B $(EMULATION) -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPYDIST_CUDA=0 -DPYDIST_EMULATE=1 \
+	  >/dev/null
+	@$(BIN)/cmake --build $(EMULATION) --target emulation $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) \
+	  -- --quiet
+
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test test-gpu soak test-matrix bench
+.PHONY: demo test emulate test-gpu soak test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
-test: $(BUILD_STAMP) ## the tests that every machine can run
+test: $(BUILD_STAMP) emulation ## the tests that every machine can run
 	@$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+
+emulate: $(BUILD_STAMP) emulation ## the CUDA kernels on the CPU, with races and bad accesses found
+	@$(BIN)/python -m pytest -q -m "emulated and not soak" $(ARGS)
 
 test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu and not soak" $(ARGS)
@@ -107,12 +122,12 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(EMULATOR)
 
 lint: $(ENV_STAMP) ## style and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(EMULATOR)
 	$(BIN)/mypy
 
 package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment without torch

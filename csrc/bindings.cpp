@@ -164,8 +164,8 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
         cuda::majority_vote(rows, args, at<void>(stream));
       },
       nogil);
-  py::class_<cuda::Rows>(g, "Rows", py::module_local()).def(
-      py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
+  py::class_<cuda::Rows>(g, "Rows", py::module_local())
+      .def(py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
 #else
   m.attr("CUDA_BUILD") = py::none();
 #endif

@@ -39,14 +39,15 @@ def worlds() -> Iterator[Worlds]:
     started.close()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Closes with what was emulated."""
-    if not emulated.LAUNCHED:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if not emulated.LAUNCHED or reporter is None:
         return
     reports = [
         report
         for outcome in ("passed", "failed")
-        for report in terminalreporter.stats.get(outcome, [])
+        for report in reporter.stats.get(outcome, [])
         if "emulated" in report.keywords
     ]
-    terminalreporter.write_line(emulated.summary(sum(report.duration for report in reports)))
+    reporter.write_line(emulated.summary(sum(report.duration for report in reports)))

@@ -35,10 +35,12 @@ def call(kernels: Any, function: str, *args: Any) -> str:
     """What a function of the test kernels answers; arrays are passed by address."""
     f = getattr(kernels.library, function)
     f.restype = ctypes.c_char_p
-    return f(*[
-        ctypes.c_void_p(a.__array_interface__["data"][0]) if isinstance(a, np.ndarray) else a
-        for a in args
-    ]).decode()
+    return f(
+        *[
+            ctypes.c_void_p(a.__array_interface__["data"][0]) if isinstance(a, np.ndarray) else a
+            for a in args
+        ]
+    ).decode()
 
 
 def run(kernels: Any, kernel: str, x: Any, rows: int) -> Any:

@@ -24,8 +24,8 @@ std::string hex(uintptr_t value) {
 
 // Lines of addr2line, the innermost function first; empty where the tool is missing.
 std::string addr2line(const char* module, uintptr_t offset) {
-  const std::string command = std::string("addr2line -Cfsi -e '") + module + "' " + hex(offset) +
-                              " 2>/dev/null";
+  const std::string command =
+      std::string("addr2line -Cfsi -e '") + module + "' " + hex(offset) + " 2>/dev/null";
   std::FILE* pipe = popen(command.c_str(), "r");
   if (!pipe) return "";
   std::string text;
@@ -167,15 +167,17 @@ struct OutOfBounds {
 
 static std::string placed(const SourcePlace& place) {
   const char* slash = std::strrchr(place.file, '/');
-  return std::string(" (") + (slash ? slash + 1 : place.file) + ":" + std::to_string(place.line) + ")";
+  return std::string(" (") + (slash ? slash + 1 : place.file) + ":" + std::to_string(place.line) +
+         ")";
 }
 
 __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1_abort(
     const TypeMismatch* data, uintptr_t address) {
   const unsigned alignment = 1u << data->log_alignment;
   char text[200];
-  std::snprintf(text, sizeof text, "misaligned access to %s at 0x%zx, which is not a multiple of %u",
-                data->type->name, static_cast<std::size_t>(address), alignment);
+  std::snprintf(text, sizeof text,
+                "misaligned access to %s at 0x%zx, which is not a multiple of %u", data->type->name,
+                static_cast<std::size_t>(address), alignment);
   emulation::fail_at(text + placed(data->place), __builtin_return_address(0));
 }
 

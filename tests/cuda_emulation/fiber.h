@@ -28,8 +28,8 @@ class Fiber {
   [[noreturn]] static void abandon();
   void leave();
 
-  bool on_stack(uintptr_t address) const;        // what the fiber may touch
-  bool below_stack(uintptr_t address) const;     // where an overflow ends
+  bool on_stack(uintptr_t address) const;     // what the fiber may touch
+  bool below_stack(uintptr_t address) const;  // where an overflow ends
   bool started() const { return entry_ != nullptr; }
 
  private:

@@ -201,17 +201,17 @@ void seen(const void* address, std::size_t size, emulation::Access access, const
 
 }  // namespace
 
-#define EMULATION_HOOK(name, size, access)                                                  \
-  __attribute__((visibility("hidden"))) void __tsan_##name(void* address) {                \
-    seen(address, size, emulation::Access::access, __builtin_return_address(0));            \
+#define EMULATION_HOOK(name, size, access)                                       \
+  __attribute__((visibility("hidden"))) void __tsan_##name(void* address) {      \
+    seen(address, size, emulation::Access::access, __builtin_return_address(0)); \
   }
-#define EMULATION_HOOKS(size)                                 \
-  EMULATION_HOOK(read##size, size, kRead)                     \
-  EMULATION_HOOK(write##size, size, kWrite)                   \
-  EMULATION_HOOK(unaligned_read##size, size, kRead)           \
-  EMULATION_HOOK(unaligned_write##size, size, kWrite)         \
-  EMULATION_HOOK(volatile_read##size, size, kSyncRead)        \
-  EMULATION_HOOK(volatile_write##size, size, kSyncWrite)      \
+#define EMULATION_HOOKS(size)                                    \
+  EMULATION_HOOK(read##size, size, kRead)                        \
+  EMULATION_HOOK(write##size, size, kWrite)                      \
+  EMULATION_HOOK(unaligned_read##size, size, kRead)              \
+  EMULATION_HOOK(unaligned_write##size, size, kWrite)            \
+  EMULATION_HOOK(volatile_read##size, size, kSyncRead)           \
+  EMULATION_HOOK(volatile_write##size, size, kSyncWrite)         \
   EMULATION_HOOK(unaligned_volatile_read##size, size, kSyncRead) \
   EMULATION_HOOK(unaligned_volatile_write##size, size, kSyncWrite)
 

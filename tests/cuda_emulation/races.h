@@ -39,7 +39,12 @@ class BlockOrder {
   std::vector<Time> warp_met_;  // by warp and two lanes
 };
 
-enum class Access : unsigned char { kRead, kWrite, kSyncRead, kSyncWrite };  // Sync: atomic, volatile
+enum class Access : unsigned char {
+  kRead,
+  kWrite,
+  kSyncRead,
+  kSyncWrite
+};  // Sync: atomic, volatile
 
 void races_begin(uint32_t blocks);
 void races_access(uintptr_t address, std::size_t size, Access access, const void* where);

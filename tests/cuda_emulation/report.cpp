@@ -9,7 +9,8 @@ namespace emulation {
 namespace {
 
 std::string triple(const uint3& at) {
-  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
+         ")";
 }
 
 std::string place(const Site& site) {
@@ -66,8 +67,8 @@ std::string divergence(const Block& block, const Thread& thread, int lane) {
 std::string deadlock(const Block& block) {
   std::map<std::string, std::vector<int>> groups;
   for (int id = 0; id < block.threads; ++id) groups[doing(block.thread[id])].push_back(id);
-  std::string text = "deadlock in " + block_name(block) + " of " + std::to_string(block.threads) +
-                     " threads: ";
+  std::string text =
+      "deadlock in " + block_name(block) + " of " + std::to_string(block.threads) + " threads: ";
   bool first = true;
   for (const auto& [what, ids] : groups) {
     text += (first ? "" : "; ") + std::string(ids.size() > 1 ? "threads " : "thread ") +

@@ -31,7 +31,8 @@ cudaError_t refuse(cudaError_t error, const std::string& why) {
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const auto triple = [](const dim3& d) {
-    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
   };
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
     return refuse(cudaErrorInvalidConfiguration, "invalid grid " + triple(grid));
@@ -41,13 +42,13 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
     return refuse(cudaErrorInvalidConfiguration, "invalid block " + triple(block));
   }
   const auto found = dynamic_shared_limit.find(kernel);
-  const std::size_t limit = found == dynamic_shared_limit.end()
-                                ? kSharedBytes
-                                : static_cast<std::size_t>(found->second);
+  const std::size_t limit =
+      found == dynamic_shared_limit.end() ? kSharedBytes : static_cast<std::size_t>(found->second);
   if (config.dynamicSmemBytes > limit) {
-    return refuse(cudaErrorInvalidValue,
-                  std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, but " +
-                      std::to_string(limit) + " are allowed (cudaFuncSetAttribute)");
+    return refuse(cudaErrorInvalidValue, std::to_string(config.dynamicSmemBytes) +
+                                             " bytes of dynamic shared memory, but " +
+                                             std::to_string(limit) +
+                                             " are allowed (cudaFuncSetAttribute)");
   }
   return cudaSuccess;
 }
@@ -105,7 +106,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->sharedMemPerBlockOptin = emulation::kSharedBytesOptIn;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 2, cudaSuccess;
+}
 
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
@@ -128,7 +131,9 @@ cudaError_t cudaMalloc(void** at, std::size_t bytes) {
   *at = std::malloc(bytes);
   return *at || !bytes ? cudaSuccess : emulation::refuse(cudaErrorInvalidValue, "out of memory");
 }
-cudaError_t cudaMallocAsync(void** at, std::size_t bytes, cudaStream_t) { return cudaMalloc(at, bytes); }
+cudaError_t cudaMallocAsync(void** at, std::size_t bytes, cudaStream_t) {
+  return cudaMalloc(at, bytes);
+}
 cudaError_t cudaFree(void* at) {
   std::free(at);
   return cudaSuccess;

@@ -1,16 +1,10 @@
 #include "scheduler.h"
 
-#include <link.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <numeric>
 
 #include "faults.h"
-#include "races.h"
 #include "report.h"
 
 uint3 threadIdx, blockIdx;
@@ -24,6 +18,7 @@ Random rng;
 Thread* current;
 Block* current_block;
 uint64_t accesses_at_progress;
+uint64_t idle_yields;
 
 namespace {
 
@@ -31,27 +26,11 @@ constexpr int kMostResident = 3, kMostWarps = 32;
 constexpr uint64_t kIdleYields = 2'000'000;
 
 const Launch* running;
-uint64_t idle_yields;
 Block pool[kMostResident];
-thread_local char shared_anchor;  // some place within the segment of static shared variables
-
-void progress() {
-  idle_yields = 0;
-  accesses_at_progress = counters.accesses;
-}
 
 bool permuted() { return options.seed != 0; }
 
-bool same_call(const Site& a, const Site& b) {
-  return a.line == b.line && !std::strcmp(a.function, b.function) && !std::strcmp(a.file, b.file);
-}
-
-// ------------------------------------------------------------ shared memory
-
-std::size_t page() {
-  static const auto bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
+// ------------------------------------------------------------ threads
 
 // Never the same twice, so that a kernel that reads what it did not write differs from run to run.
 void poison(unsigned char* at, std::size_t bytes) {
@@ -81,8 +60,6 @@ void enter(Block& block) {
   blockIdx = block.index;
 }
 
-// ------------------------------------------------------------ threads
-
 void entry() {
   for (;;) {
     running->invoke(running->kernel, running->arguments);
@@ -95,8 +72,6 @@ void entry() {
     thread.fiber->leave();
   }
 }
-
-void wait() { current->fiber->leave(); }
 
 void start_block(Block& block, uint32_t number) {
   const dim3 grid = gridDim, size = blockDim;
@@ -160,168 +135,22 @@ bool any_ready(const Block& block) {
                      [](const Warp& warp) { return warp.ready() != 0; });
 }
 
-// ------------------------------------------------------------ meetings
-
-uint64_t shuffled(const Block& block, const Thread& to) {
-  const uint32_t bit = 1u << (to.source & (kWarpSize - 1));
-  if (to.source < 0 || to.source >= kWarpSize || !(to.mask & bit)) return rng.next();
-  return block.thread[to.warp() * kWarpSize + to.source].value;
-}
-
-uint64_t reduced(Exchange exchange, uint64_t a, uint64_t b) {
-  const auto x = static_cast<int32_t>(a), y = static_cast<int32_t>(b);
-  switch (exchange) {
-    case Exchange::kAddU32:
-      return static_cast<uint32_t>(a + b);
-    case Exchange::kMinU32:
-      return std::min(a, b);
-    case Exchange::kMaxU32:
-      return std::max(a, b);
-    case Exchange::kMinS32:
-      return static_cast<uint32_t>(std::min(x, y));
-    case Exchange::kMaxS32:
-      return static_cast<uint32_t>(std::max(x, y));
-    case Exchange::kAnd:
-      return a & b;
-    case Exchange::kOr:
-      return a | b;
-    default:
-      return a ^ b;
-  }
-}
-
-// All lanes are there: what each gets.
-void exchange_values(Block& block, int warp, uint32_t mask) {
-  Thread* const lanes = &block.thread[warp * kWarpSize];
-  const auto each = [&](const auto& body) {
-    for (uint32_t left = mask; left; left &= left - 1) body(__builtin_ctz(left));
-  };
-  const int first = __builtin_ctz(mask);
-  const Exchange exchange = lanes[first].exchange;
-  uint64_t all = 0;
-  switch (exchange) {
-    case Exchange::kNothing:
-      break;
-    case Exchange::kBallot:
-      each([&](int i) { all |= lanes[i].value ? uint64_t{1} << i : 0; });
-      break;
-    case Exchange::kShuffle:
-      return each([&](int i) { lanes[i].result = shuffled(block, lanes[i]); });
-    case Exchange::kMatchAny:
-      return each([&](int i) {
-        lanes[i].result = 0;
-        each([&](int j) {
-          if (lanes[j].value == lanes[i].value) lanes[i].result |= uint64_t{1} << j;
-        });
-      });
-    case Exchange::kMatchAll:
-      all = mask;
-      each([&](int i) { all = lanes[i].value == lanes[first].value ? all : 0; });
-      break;
-    default:
-      all = lanes[first].value;
-      each([&](int i) { all = i == first ? all : reduced(exchange, all, lanes[i].value); });
-  }
-  each([&](int i) { lanes[i].result = all; });
-}
-
-// Ends the launch if the lanes that this one wants to meet can't come.
-void check_meeting(const Block& block, const Thread& thread) {
-  const Warp& warp = block.warp[thread.warp()];
-  const uint32_t bit = 1u << thread.lane();
-  const void* where = __builtin_return_address(0);
-  if (!(thread.mask & bit)) {
-    fail_at(call_name(thread) + " lacks the bit of lane " + std::to_string(thread.lane()) +
-                ", which calls it",
-            where);
-  }
-  const uint32_t gone = thread.mask & warp.stopped & ~warp.missing;
-  if (gone) fail_at(divergence(block, thread, __builtin_ctz(gone)), where);
-  for (uint32_t left = warp.waiting & thread.mask; left; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
-    const Thread& other = block.thread[thread.warp() * kWarpSize + lane];
-    if (!(other.mask & bit)) continue;  // it meets others first
-    if (other.mask == thread.mask && same_call(other.site, thread.site)) continue;
-    fail_at(divergence(block, thread, lane), where);
-  }
-}
-
 }  // namespace
 
-uint64_t meet_warp(Exchange exchange, uint32_t mask, uint64_t value, int source, const Site& site) {
-  Thread& thread = *current;
-  Block& block = *current_block;
-  Warp& warp = block.warp[thread.warp()];
-  thread.exchange = exchange;
-  thread.mask = mask;
-  thread.value = value;
-  thread.source = source;
-  thread.site = site;
-  check_meeting(block, thread);
-  mask &= ~warp.missing;
-  warp.waiting |= 1u << thread.lane();
-  if ((warp.waiting & mask) != mask) {
-    thread.state = State::kInWarp;
-    wait();
-    return thread.result;
-  }
-  exchange_values(block, thread.warp(), mask);
-  warp.waiting &= ~mask;
-  for (uint32_t left = mask; left; left &= left - 1) {
-    block.thread[thread.warp() * kWarpSize + __builtin_ctz(left)].state = State::kReady;
-  }
-  if (exchange == Exchange::kNothing) block.order.warp_met(thread.warp(), mask);
-  ++counters.meetings;
-  progress();
-  return thread.result;
-}
-
-int meet_block(BlockVote vote, bool predicate, const Site& site) {
-  Thread& thread = *current;
-  Block& block = *current_block;
-  thread.vote = vote;
-  thread.predicate = predicate;
-  thread.site = site;
-  if (block.at_barrier) {
-    const Thread& other = block.thread[block.first_at_barrier];
-    if (!same_call(other.site, site)) {
-      fail_at("barrier in divergent control flow: " + thread_name(thread) + " is at " +
-                  call_name(thread) + ", " + thread_name(other) + " at " + call_name(other),
-              __builtin_return_address(0));
-    }
-  } else {
-    block.first_at_barrier = thread.id;
-  }
-  thread.state = State::kInBlock;
-  block.warp[thread.warp()].stopped |= 1u << thread.lane();
-  if (++block.at_barrier < block.threads) {
-    wait();
-    return static_cast<int>(thread.result);
-  }
-  int count = 0;
-  for (int id = 0; id < block.threads; ++id) count += block.thread[id].predicate;
-  const int all = vote == BlockVote::kAnd ? count == block.threads
-                                          : (vote == BlockVote::kOr ? count > 0 : count);
-  for (int id = 0; id < block.threads; ++id) {
-    block.thread[id].result = static_cast<uint64_t>(all);
-    block.thread[id].state = State::kReady;
-  }
-  for (Warp& warp : block.warp) warp.stopped = warp.missing;
-  block.at_barrier = 0;
-  block.order.block_met();
-  ++counters.meetings;
-  progress();
-  return all;
+void progress() {
+  idle_yields = 0;
+  accesses_at_progress = counters.accesses;
 }
 
 void step_aside(bool waiting) {
   idle_yields += waiting;
   if (idle_yields > kIdleYields) {
-    fail_at("livelock: threads spin, and none that could run goes on. Blocks start in any order; "
-            "one that waits for another must have taken its number from an atomic counter",
-            __builtin_return_address(0));
+    fail_at(
+        "livelock: threads spin, and none that could run goes on. Blocks start in any order; "
+        "one that waits for another must have taken its number from an atomic counter",
+        __builtin_return_address(0));
   }
-  wait();
+  current->fiber->leave();
 }
 
 void yield() {
@@ -418,56 +247,6 @@ bool run(const Launch& launch) {
     }
   }
   return false;
-}
-
-// ------------------------------------------------------------ shared memory's places
-
-Range static_shared() {
-  struct Segment {
-    uintptr_t anchor, offset, size;
-  };
-  static const Segment segment = [] {
-    Segment found = {reinterpret_cast<uintptr_t>(&shared_anchor), 0, 0};
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* out) {
-          auto& found = *static_cast<Segment*>(out);
-          const auto begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
-          for (int i = 0; begin && i < info->dlpi_phnum; ++i) {
-            const auto& header = info->dlpi_phdr[i];
-            if (header.p_type != PT_TLS || found.anchor - begin >= header.p_memsz) continue;
-            found.offset = found.anchor - begin;
-            found.size = header.p_memsz;
-          }
-          return 0;
-        },
-        &found);
-    return found;
-  }();
-  return {reinterpret_cast<uintptr_t>(&shared_anchor) - segment.offset, segment.size};
-}
-
-DynamicShared::~DynamicShared() {
-  if (memory_) munmap(memory_, mapped_);
-}
-
-void DynamicShared::reserve(std::size_t bytes, bool guard_behind) {
-  const std::size_t room = (bytes + page() - 1) / page() * page();
-  if (room + 2 * page() > mapped_) {
-    if (memory_) munmap(memory_, mapped_);
-    mapped_ = room + 2 * page();
-    void* memory = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    memory_ = static_cast<unsigned char*>(memory);
-  }
-  mprotect(memory_, mapped_, PROT_NONE);
-  if (room) mprotect(memory_ + page(), room, PROT_READ | PROT_WRITE);
-  size_ = bytes;
-  begin_ = memory_ + page();
-  if (guard_behind) begin_ += (room - bytes) / 16 * 16;  // as aligned as on a device
-}
-
-bool DynamicShared::guards(uintptr_t address) const {
-  return address - reinterpret_cast<uintptr_t>(memory_) < mapped_;
 }
 
 }  // namespace emulation

@@ -10,6 +10,7 @@
 #include "fiber.h"
 #include "races.h"
 #include "random.h"
+#include "shared_memory.h"
 
 namespace emulation {
 
@@ -32,24 +33,6 @@ struct Thread {
   int warp() const { return id / kWarpSize; }
 };
 
-// Shared memory of a block behind or before a page that nobody may touch.
-class DynamicShared {
- public:
-  DynamicShared() = default;
-  ~DynamicShared();
-  DynamicShared(const DynamicShared&) = delete;
-  DynamicShared& operator=(const DynamicShared&) = delete;
-  void reserve(std::size_t bytes, bool guard_behind);
-  unsigned char* begin() const { return begin_; }
-  std::size_t size() const { return size_; }
-  bool guards(uintptr_t address) const;
-
- private:
-  unsigned char* memory_ = nullptr;
-  std::size_t mapped_ = 0, size_ = 0;
-  unsigned char* begin_ = nullptr;
-};
-
 // Lanes by what they do, one bit each.
 struct Warp {
   uint32_t waiting;  // in a meeting of the warp
@@ -66,7 +49,7 @@ struct Block {
   std::vector<Thread> thread;
   std::vector<Warp> warp;
   int at_barrier, done;
-  int first_at_barrier;  // a thread that waits there
+  int first_at_barrier;                      // a thread that waits there
   std::vector<unsigned char> static_shared;  // while another block runs
   DynamicShared dynamic_shared;
   BlockOrder order;
@@ -103,17 +86,13 @@ extern Block* current_block;
 // When threads last met or returned: how long ago that is tells a loop without end.
 extern uint64_t accesses_at_progress;
 
+// Threads met, or one returned.
+void progress();
+
 // Lets others run first. `waiting`: it may be others that this thread waits for.
 void step_aside(bool waiting);
 
 // Runs a grid; false if it failed, and failure() says why.
 bool run(const Launch& launch);
-
-// Static shared variables of all kernels.
-struct Range {
-  uintptr_t begin, size;
-  bool holds(uintptr_t address) const { return address - begin < size; }
-};
-Range static_shared();
 
 }  // namespace emulation

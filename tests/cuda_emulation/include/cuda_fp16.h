@@ -45,7 +45,9 @@ inline __half __float2half_rn(float x) {
 }
 inline __half __float2half(float x) { return __float2half_rn(x); }
 
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
 inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
 inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
 inline __half __low2half(__half2 h) { return h.x; }

@@ -12,7 +12,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))  // unlike alignas, after __shared__ too
 
 #include "emulation/arithmetic.h"
 #include "emulation/atomics.h"

@@ -190,9 +190,9 @@ __global__ void look_back(const uint32_t* in, uint32_t* out, int n, uint32_t* st
 
 }  // namespace
 
-#define INTRINSICS(kernel)                                                           \
-  extern "C" const char* run_##kernel(const uint32_t* in, uint32_t* out, int n) {    \
-    return launch(kernel, dim3(2, 1, 2), dim3(8, 4, 2), 0, in, out, n);              \
+#define INTRINSICS(kernel)                                                        \
+  extern "C" const char* run_##kernel(const uint32_t* in, uint32_t* out, int n) { \
+    return launch(kernel, dim3(2, 1, 2), dim3(8, 4, 2), 0, in, out, n);           \
   }
 INTRINSICS(lanes)
 INTRINSICS(bits)

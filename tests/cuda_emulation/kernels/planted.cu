@@ -178,22 +178,32 @@ const struct {
   const char* name;
   void (*kernel)(const uint32_t*, uint32_t*, int, bool);
 } kPlanted[] = {
-    PLANTED(missing_syncthreads),  PLANTED(missing_syncwarp),
-    PLANTED(shuffle_is_no_barrier), PLANTED(tail_read),
-    PLANTED(tail_write),           PLANTED(wrong_lane),
-    PLANTED(lane_outside_mask),    PLANTED(uninitialised_shared),
-    PLANTED(uninitialised_dynamic_shared), PLANTED(missing_atomic),
-    PLANTED(skipped_barrier),      PLANTED(divergent_barrier),
-    PLANTED(wrong_mask),           PLANTED(missing_lanes),
-    PLANTED(shared_index),         PLANTED(dynamic_shared_index),
-    PLANTED(misaligned),           PLANTED(missing_fence),
+    PLANTED(missing_syncthreads),
+    PLANTED(missing_syncwarp),
+    PLANTED(shuffle_is_no_barrier),
+    PLANTED(tail_read),
+    PLANTED(tail_write),
+    PLANTED(wrong_lane),
+    PLANTED(lane_outside_mask),
+    PLANTED(uninitialised_shared),
+    PLANTED(uninitialised_dynamic_shared),
+    PLANTED(missing_atomic),
+    PLANTED(skipped_barrier),
+    PLANTED(divergent_barrier),
+    PLANTED(wrong_mask),
+    PLANTED(missing_lanes),
+    PLANTED(shared_index),
+    PLANTED(dynamic_shared_index),
+    PLANTED(misaligned),
+    PLANTED(missing_fence),
     PLANTED(waits_for_later_block),
 };
 
 }  // namespace
 
 // Runs a kernel over n elements, 128 a block; the answer is what went wrong, or "no error".
-extern "C" const char* planted(const char* name, int bug, const uint32_t* in, uint32_t* out, int n) {
+extern "C" const char* planted(const char* name, int bug, const uint32_t* in, uint32_t* out,
+                               int n) {
   const unsigned blocks = static_cast<unsigned>((n + kThreads - 1) / kThreads);
   for (const auto& entry : kPlanted) {
     if (std::strcmp(entry.name, name)) continue;

@@ -62,9 +62,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
-inline int __mulhi(int a, int b) {
-  return static_cast<int>(static_cast<int64_t>(a) * b >> 32);
-}
+inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<int64_t>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   __extension__ typedef unsigned __int128 uint128;
   return static_cast<unsigned long long>(static_cast<uint128>(a) * b >> 64);
@@ -86,7 +84,9 @@ inline unsigned __vabsdiffu4(unsigned a, unsigned b) {
 
 // ------------------------------------------------------------ casts
 
-inline unsigned __float_as_uint(float x) { return emulation::from_bits<unsigned>(emulation::to_bits(x)); }
+inline unsigned __float_as_uint(float x) {
+  return emulation::from_bits<unsigned>(emulation::to_bits(x));
+}
 inline int __float_as_int(float x) { return emulation::from_bits<int>(emulation::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return emulation::from_bits<float>(x); }
 inline float __int_as_float(int x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
@@ -96,8 +96,12 @@ inline long long __double_as_longlong(double x) {
 inline double __longlong_as_double(long long x) {
   return emulation::from_bits<double>(emulation::to_bits(x));
 }
-inline std::size_t __cvta_generic_to_global(const void* p) { return reinterpret_cast<std::size_t>(p); }
-inline std::size_t __cvta_generic_to_shared(const void* p) { return reinterpret_cast<std::size_t>(p); }
+inline std::size_t __cvta_generic_to_global(const void* p) {
+  return reinterpret_cast<std::size_t>(p);
+}
+inline std::size_t __cvta_generic_to_shared(const void* p) {
+  return reinterpret_cast<std::size_t>(p);
+}
 inline void* __cvta_global_to_generic(std::size_t p) { return reinterpret_cast<void*>(p); }
 
 // ------------------------------------------------------------ arithmetic, rounded to nearest even
@@ -113,6 +117,7 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return std::sqrt(a); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 
@@ -135,10 +140,16 @@ inline int __float2int_rn(float x) { return emulation::saturate<int>(std::nearby
 inline int __float2int_rz(float x) { return emulation::saturate<int>(std::trunc(x)); }
 inline int __float2int_rd(float x) { return emulation::saturate<int>(std::floor(x)); }
 inline int __float2int_ru(float x) { return emulation::saturate<int>(std::ceil(x)); }
-inline unsigned __float2uint_rn(float x) { return emulation::saturate<unsigned>(std::nearbyint(x)); }
+inline unsigned __float2uint_rn(float x) {
+  return emulation::saturate<unsigned>(std::nearbyint(x));
+}
 inline unsigned __float2uint_rz(float x) { return emulation::saturate<unsigned>(std::trunc(x)); }
 inline unsigned __float2uint_rd(float x) { return emulation::saturate<unsigned>(std::floor(x)); }
 inline unsigned __float2uint_ru(float x) { return emulation::saturate<unsigned>(std::ceil(x)); }
+inline long long __float2ll_rn(float x) {
+  return emulation::saturate<long long>(std::nearbyint(x));
+}
+inline int __double2int_rn(double x) { return emulation::saturate<int>(std::nearbyint(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline float __double2float_rn(double x) { return static_cast<float>(x); }

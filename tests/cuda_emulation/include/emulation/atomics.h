@@ -20,17 +20,16 @@ __attribute__((no_sanitize("thread"))) T read_modify_write(T* address, const Sit
 
 }  // namespace emulation
 
-#define EMULATION_ATOMIC(function, type, expression)                                     \
-  inline type function(type* address, type value, EMULATION_CALLER) {                    \
-    return emulation::read_modify_write(address, EMULATION_SITE(#function), [=](type old) { \
-      return static_cast<type>(expression);                                              \
-    });                                                                                  \
+#define EMULATION_ATOMIC(function, type, expression)                                              \
+  inline type function(type* address, type value, EMULATION_CALLER) {                             \
+    return emulation::read_modify_write(address, EMULATION_SITE(#function),                       \
+                                        [=](type old) { return static_cast<type>(expression); }); \
   }
 #define EMULATION_ATOMIC_32(function, expression) \
   EMULATION_ATOMIC(function, int, expression)     \
   EMULATION_ATOMIC(function, unsigned, expression)
-#define EMULATION_ATOMIC_ALL(function, expression)          \
-  EMULATION_ATOMIC_32(function, expression)                 \
+#define EMULATION_ATOMIC_ALL(function, expression) \
+  EMULATION_ATOMIC_32(function, expression)        \
   EMULATION_ATOMIC(function, unsigned long long, expression)
 
 EMULATION_ATOMIC(atomicAdd, int, static_cast<unsigned>(old) + static_cast<unsigned>(value))
@@ -56,11 +55,10 @@ EMULATION_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
 #undef EMULATION_ATOMIC_32
 #undef EMULATION_ATOMIC_ALL
 
-#define EMULATION_CAS(type)                                                                \
-  inline type atomicCAS(type* address, type compare, type value, EMULATION_CALLER) {       \
-    return emulation::read_modify_write(address, EMULATION_SITE("atomicCAS"), [=](type old) { \
-      return old == compare ? value : old;                                                 \
-    });                                                                                    \
+#define EMULATION_CAS(type)                                                                      \
+  inline type atomicCAS(type* address, type compare, type value, EMULATION_CALLER) {             \
+    return emulation::read_modify_write(address, EMULATION_SITE("atomicCAS"),                    \
+                                        [=](type old) { return old == compare ? value : old; }); \
   }
 EMULATION_CAS(int)
 EMULATION_CAS(unsigned)

@@ -66,9 +66,6 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = emulation::kWarpSize;
 
-#define EMULATION_SITE(function)                            \
-  emulation::Site {                                         \
-    function, file, line                                    \
-  }
-#define EMULATION_CALLER \
-  const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATION_SITE(function) \
+  emulation::Site { function, file, line }
+#define EMULATION_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()

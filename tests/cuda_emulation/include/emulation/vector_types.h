@@ -8,21 +8,13 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define EMULATION_VECTOR(scalar, name, align1, align2, align3, align4)                  \
-  struct alignas(align1) name##1 {                                                      \
-    scalar x;                                                                           \
-  };                                                                                    \
-  struct alignas(align2) name##2 {                                                      \
-    scalar x, y;                                                                        \
-  };                                                                                    \
-  struct alignas(align3) name##3 {                                                      \
-    scalar x, y, z;                                                                     \
-  };                                                                                    \
-  struct alignas(align4) name##4 {                                                      \
-    scalar x, y, z, w;                                                                  \
-  };                                                                                    \
-  constexpr name##1 make_##name##1(scalar x) { return {x}; }                            \
-  constexpr name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }               \
+#define EMULATION_VECTOR(scalar, name, align1, align2, align3, align4)                 \
+  struct alignas(align1) name##1 { scalar x; };                                        \
+  struct alignas(align2) name##2 { scalar x, y; };                                     \
+  struct alignas(align3) name##3 { scalar x, y, z; };                                  \
+  struct alignas(align4) name##4 { scalar x, y, z, w; };                               \
+  constexpr name##1 make_##name##1(scalar x) { return {x}; }                           \
+  constexpr name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }              \
   constexpr name##3 make_##name##3(scalar x, scalar y, scalar z) { return {x, y, z}; } \
   constexpr name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 

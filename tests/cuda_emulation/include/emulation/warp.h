@@ -40,8 +40,8 @@ inline unsigned __activemask() { return 1u << emulation::lane(); }
 // ------------------------------------------------------------ votes
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_CALLER) {
-  return static_cast<unsigned>(emulation::meet_warp(emulation::Exchange::kBallot, mask, predicate != 0,
-                                                    0, EMULATION_SITE("__ballot_sync")));
+  return static_cast<unsigned>(emulation::meet_warp(
+      emulation::Exchange::kBallot, mask, predicate != 0, 0, EMULATION_SITE("__ballot_sync")));
 }
 inline int __any_sync(unsigned mask, int predicate, EMULATION_CALLER) {
   return emulation::meet_warp(emulation::Exchange::kBallot, mask, predicate != 0, 0,
@@ -102,11 +102,11 @@ unsigned __match_all_sync(unsigned mask, T value, int* all_equal, EMULATION_CALL
 
 // ------------------------------------------------------------ reductions
 
-#define EMULATION_REDUCE(function, type, exchange)                                          \
-  inline type function(unsigned mask, type value, EMULATION_CALLER) {                       \
-    return static_cast<type>(emulation::meet_warp(emulation::Exchange::exchange, mask,      \
-                                                  static_cast<uint32_t>(value), 0,          \
-                                                  EMULATION_SITE(#function)));              \
+#define EMULATION_REDUCE(function, type, exchange)                                     \
+  inline type function(unsigned mask, type value, EMULATION_CALLER) {                  \
+    return static_cast<type>(emulation::meet_warp(emulation::Exchange::exchange, mask, \
+                                                  static_cast<uint32_t>(value), 0,     \
+                                                  EMULATION_SITE(#function)));         \
   }
 EMULATION_REDUCE(__reduce_add_sync, unsigned, kAddU32)
 EMULATION_REDUCE(__reduce_add_sync, int, kAddU32)
