@@ -77,6 +77,11 @@ for seed in emulated.SEEDS:
 """
 
 
+def _run(command: list[str], folder: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
 def _compile(bug: Bug, library: Path) -> None:
     """Builds the library of emulated kernels again with the one changed source."""
     sources = library.parent / "csrc"
@@ -98,13 +103,12 @@ def _compile(bug: Bug, library: Path) -> None:
         if Path(entry["file"]).name != f"{bug.kernel}.cu":
             objects.append(str(output))
             continue
-        moved = entry["command"].replace(str(emulated.ROOT / "csrc"), str(sources))
-        command = shlex.split(moved)
+        command = shlex.split(entry["command"].replace(str(emulated.ROOT / "csrc"), str(sources)))
         command[command.index("-o") + 1] = str(library.with_suffix(".o"))
         compiler = command[0]
-        subprocess.run(command, check=True, cwd=entry["directory"])
+        _run(command, entry["directory"])
         objects.append(str(library.with_suffix(".o")))
-    subprocess.run([compiler, "-shared", "-o", str(library), *objects, "-ldl"], check=True)
+    _run([compiler, "-shared", "-o", str(library), *objects, "-ldl"], str(library.parent))
 
 
 def run_with(bug: Bug) -> str:

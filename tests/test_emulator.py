@@ -145,7 +145,8 @@ def test_float_functions(kernels: Any) -> None:
         expected = [
             x + y, x - y, x * y, x / y, np.sqrt(abs(x)), fused, *whole,
             np.clip(np.rint(x.astype("f8")), 0, 2**32 - 1).astype("u8").astype("u4"),
-            bits.view("i4").astype("f4"), bits.astype("f4"), np.where(x > 0, np.minimum(x, 1), np.float32(0)),
+            bits.view("i4").astype("f4"), bits.astype("f4"),
+            np.where(x > 0, np.minimum(x, 1), np.float32(0)),
             bits.astype("u2").view("f2").astype("f4"),
             x.astype("f2").view("u2").astype("u4"),
             (bits.astype("u2").astype("u4") << 16).view("f4"),
@@ -264,7 +265,7 @@ PLANTED: list[tuple[str, Expected, str | None]] = [
      r"\(planted\.cu:\d+\), thread .* at __syncthreads \(planted\.cu:\d+\)"),
     ("wrong_mask", ballots, r"__ballot_sync \(planted\.cu:\d+, mask 0x0000ffff\) lacks the bit of"),
     ("missing_lanes", ballots, r"lanes diverge: __\w+ \(planted\.cu:\d+, mask 0xffffffff\) of"),
-    ("shared_index", same, r"index 128 out of bounds of array 'unsigned int \[128\]' \(planted\.cu"),
+    ("shared_index", same, r"index 128 out of bounds of array 'unsigned int \[128\]' \(planted"),
     ("dynamic_shared_index", same, r"out-of-range (read|write) .*beyond dynamic shared memory"),
     ("misaligned", same,
      r"misaligned access to '.*uint2' at 0x\w+, which is not a multiple of 8 \(planted\.cu"),

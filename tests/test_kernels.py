@@ -223,6 +223,8 @@ def test_segments(door: Door, rng: np.random.Generator) -> None:
         wire.segments([1000], firsts=[2**33 + 5]),
         wire.segments([70, 70], ordinals=[2**32 - 1, 2**32], firsts=[0, 37]),
         np.array([[96, 40, 0, 0], [320, 3, 1, 5]], dtype=np.int64),  # gaps before and between
+        wire.segments([33, 4200, 1]),  # a whole chunk of a CUDA warp, not at a multiple of 16 bytes
+        wire.segments([1024, 1024, 4096, 40]),  # rows that begin where such a chunk ends
     ]
     for table in tables:
         _check_table(door, rng, table)
