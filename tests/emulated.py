@@ -7,6 +7,8 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +42,21 @@ def _load() -> Any:
     return module
 
 
-def sources() -> list[Path]:
-    """What the emulated kernels are built from."""
-    folders = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "wire", ROOT / "tests" / "cuda_emulation"]
-    files = [path for folder in folders for path in folder.rglob("*.*") if path.is_file()]
-    return [path for path in files if "kernels" not in path.parts]
+def changed_since_built() -> list[str]:
+    """Sources newer than an object that was made from them, as Ninja remembers it."""
+    cache = (FOLDER / "CMakeCache.txt").read_text()
+    ninja = re.search(r"^CMAKE_MAKE_PROGRAM:\w+=(.*)$", cache, re.MULTILINE)
+    assert ninja
+    deps = subprocess.run(
+        [ninja[1], "-C", FOLDER, "-t", "deps"], capture_output=True, text=True, check=True
+    )
+    newer, built = set(), 0.0
+    for line in deps.stdout.splitlines():
+        if line and not line.startswith(" "):
+            built = (FOLDER / line.split(":")[0]).stat().st_mtime
+        elif line.startswith(f"    {ROOT}") and Path(line[4:]).stat().st_mtime > built:
+            newer.add(line[4:])
+    return sorted(newer)
 
 
 MODULE = _load()

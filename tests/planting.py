@@ -85,7 +85,6 @@ def _run(command: list[str], folder: str) -> None:
 def _compile(bug: Bug, library: Path) -> None:
     """Builds the library of emulated kernels again with the one changed source."""
     sources = library.parent / "csrc"
-    shutil.rmtree(sources, ignore_errors=True)
     shutil.copytree(emulated.ROOT / "csrc", sources)
     changed = sources / "cuda" / bug.file
     text = changed.read_text()
@@ -113,15 +112,16 @@ def _compile(bug: Bug, library: Path) -> None:
 
 def run_with(bug: Bug) -> str:
     """What the self-check of the kernel says, run on the emulator with the bug planted."""
-    built = emulated.LIBRARY.stat().st_mtime_ns
-    key = hashlib.sha256(f"{bug} {built}".encode()).hexdigest()[:16]
-    folder = emulated.FOLDER / "planted" / key  # kept: the next run needs no compiler
-    library = folder / emulated.LIBRARY.name
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = emulated.FOLDER / "planted" / hashlib.sha256(str(bug).encode()).hexdigest()[:16]
+    library, stamp = folder / emulated.LIBRARY.name, folder / "stamp"
+    built = str(emulated.LIBRARY.stat().st_mtime_ns)
+    if not stamp.exists() or stamp.read_text() != built:  # else kept from an earlier run
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         for module in emulated.FOLDER.glob("_C_emulated*"):
             shutil.copy2(module, folder)
         _compile(bug, library)
+        stamp.write_text(built)
     path = f"{emulated.ROOT}:{emulated.ROOT / 'tests'}"
     done = subprocess.run(
         [sys.executable, "-c", CHECK, bug.kernel], capture_output=True, text=True, timeout=100,

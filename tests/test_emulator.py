@@ -215,9 +215,7 @@ def test_launches_that_a_device_refuses(kernels: Any) -> None:
 
 
 def test_the_emulated_module_is_of_these_sources() -> None:
-    built = emulated.LIBRARY.stat().st_mtime
-    newer = [path for path in emulated.sources() if path.stat().st_mtime > built]
-    assert not newer, f"changed since the emulated kernels were built, run `make emulate`: {newer}"
+    assert not emulated.changed_since_built(), "run `make emulate`"
 
 
 # --------------------------------------------------------------------------- planted bugs
@@ -260,7 +258,7 @@ PLANTED: list[tuple[str, Expected, str | None]] = [
     ("uninitialised_dynamic_shared", bins, None),
     ("missing_atomic", bins, r"data race: a (read|write) of 4 bytes"),
     ("skipped_barrier", same, r"deadlock in block .* of 128 threads: thread 17 returned; threads "
-     r"0-16, 18-127 waits at __syncthreads \(planted\.cu:\d+\)"),
+     r"0-16, 18-127 stopped at __syncthreads \(planted\.cu:\d+\)"),
     ("divergent_barrier", same, r"barrier in divergent control flow: thread .* is at __syncthreads "
      r"\(planted\.cu:\d+\), thread .* at __syncthreads \(planted\.cu:\d+\)"),
     ("wrong_mask", ballots, r"__ballot_sync \(planted\.cu:\d+, mask 0x0000ffff\) lacks the bit of"),

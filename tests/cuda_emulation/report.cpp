@@ -18,15 +18,15 @@ std::string place(const Site& site) {
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
-// What a thread does, as the end of "thread 3 …".
+// What a thread did, as the end of "thread 3 …".
 std::string doing(const Thread& thread) {
   switch (thread.state) {
     case State::kDone:
       return "returned";
     case State::kReady:
-      return "runs";
+      return "did not come yet";
     default:
-      return "waits at " + call_name(thread);
+      return "stopped at " + call_name(thread);
   }
 }
 
