@@ -96,7 +96,7 @@ def _compile(bug: Bug, library: Path) -> None:
     for entry in entries:
         output = Path(entry["directory"]) / entry["output"]
         if "pydist_emulator.dir" in entry["output"]:
-            objects.append(str(output))
+            objects.insert(0, str(output))  # before the kernels, as in CMakeLists.txt
         if "pydist_emulated_kernels.dir" not in entry["output"]:
             continue
         if Path(entry["file"]).name != f"{bug.kernel}.cu":

@@ -35,6 +35,17 @@ std::string addr2line(const char* module, uintptr_t offset) {
   return text;
 }
 
+// "f<int>" of "void f<int>(int)".
+std::string without_arguments(const std::string& function) {
+  const std::size_t begin = function.rfind("void ", 0) == 0 ? 5 : 0;
+  int depth = 0;
+  for (std::size_t i = begin; i < function.size(); ++i) {
+    depth += (function[i] == '<') - (function[i] == '>');
+    if (function[i] == '(' && depth == 0) return function.substr(begin, i - begin);
+  }
+  return function.substr(begin);
+}
+
 const char* what_is_there(uintptr_t address) {
   if (!current) return "";
   if (current->fiber->below_stack(address)) return " (the end of the thread's stack)";
@@ -71,7 +82,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
   fail_at(std::string("out-of-range ") + (is_write(context) ? "write" : "read") + " at " +
               hex(address) + what_is_there(address),
-          program_counter(context));
+          static_cast<const char*>(program_counter(context)) + 1);
 }
 
 // Of a size that a std::string built in the handler fits into comfortably.
@@ -94,9 +105,7 @@ std::string symbol(const void* address) {
       function.erase(function.find(noise), std::strlen(noise));
     }
   }
-  const std::size_t slash = file.rfind('/');
-  return function.substr(0, function.find('(')) + " at " +
-         file.substr(slash == std::string::npos ? 0 : slash + 1);
+  return without_arguments(function) + " at " + file.substr(file.rfind('/') + 1);
 }
 
 void fail(const std::string& message) {
@@ -108,8 +117,10 @@ void fail_at(const std::string& message, const void* where) {
     std::fprintf(stderr, "emulation: outside a kernel: %s\n", message.c_str());
     std::abort();
   }
-  fail(message + ", " + block_name(*current_block) + ", " + thread_name(*current) + ", in " +
-       symbol(where));
+  // A return address is one behind the call, and may be the next line's.
+  const std::string code =
+      where ? ", in " + symbol(static_cast<const char*>(where) - 1) : std::string();
+  fail(message + ", " + block_name(*current_block) + ", " + thread_name(*current) + code);
   Fiber::abandon();
 }
 

@@ -10,7 +10,7 @@ namespace emulation {
 // Ends the launch that runs with this message; from a thread of it, or from the scheduler.
 void fail(const std::string& message);
 
-// The same from within a thread, where the kernel's code was at `where`.
+// The same from within a thread, whose code will return to `where`; null where the message says.
 [[noreturn]] void fail_at(const std::string& message, const void* where);
 
 bool failed();

@@ -80,20 +80,19 @@ void exchange_values(Block& block, int warp, uint32_t mask) {
 void check_meeting(const Block& block, const Thread& thread) {
   const Warp& warp = block.warp[thread.warp()];
   const uint32_t bit = 1u << thread.lane();
-  const void* where = __builtin_return_address(0);
   if (!(thread.mask & bit)) {
     fail_at(call_name(thread) + " lacks the bit of lane " + std::to_string(thread.lane()) +
                 ", which calls it",
-            where);
+            nullptr);
   }
   const uint32_t gone = thread.mask & warp.stopped & ~warp.missing;
-  if (gone) fail_at(divergence(block, thread, __builtin_ctz(gone)), where);
+  if (gone) fail_at(divergence(block, thread, __builtin_ctz(gone)), nullptr);
   for (uint32_t left = warp.waiting & thread.mask; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     const Thread& other = block.thread[thread.warp() * kWarpSize + lane];
     if (!(other.mask & bit)) continue;  // it meets others first
     if (other.mask == thread.mask && same_call(other.site, thread.site)) continue;
-    fail_at(divergence(block, thread, lane), where);
+    fail_at(divergence(block, thread, lane), nullptr);
   }
 }
 
@@ -138,7 +137,7 @@ int meet_block(BlockVote vote, bool predicate, const Site& site) {
     if (!same_call(other.site, site)) {
       fail_at("barrier in divergent control flow: " + thread_name(thread) + " is at " +
                   call_name(thread) + ", " + thread_name(other) + " at " + call_name(other),
-              __builtin_return_address(0));
+              nullptr);
     }
   } else {
     block.first_at_barrier = thread.id;

@@ -148,7 +148,7 @@ void step_aside(bool waiting) {
     fail_at(
         "livelock: threads spin, and none that could run goes on. Blocks start in any order; "
         "one that waits for another must have taken its number from an atomic counter",
-        __builtin_return_address(0));
+        nullptr);
   }
   current->fiber->leave();
 }
