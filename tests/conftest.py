@@ -31,6 +31,13 @@ def a(request: pytest.FixtureRequest) -> Arrays:
     return Arrays(request.param)
 
 
+@pytest.fixture(autouse=True)
+def repeatable_emulation() -> None:
+    """A test alone meets the orders of threads that it meets in the whole run."""
+    if emulated.EMULATOR is not None:
+        emulated.EMULATOR.restart()
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
     """Ranks that stay up for the whole session: ``worlds(3).run(case)``."""

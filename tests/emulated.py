@@ -79,6 +79,10 @@ class Emulator:
         """Sets the order of the launches that follow, and whether data races end them."""
         self.library.emulation_configure(seed, races)
 
+    def restart(self) -> None:
+        """The launches that follow take the orders of those after the last restart."""
+        self.library.emulation_restart()
+
     def counters(self) -> dict[str, int]:
         out = (ctypes.c_uint64 * len(self.COUNTERS))()
         self.library.emulation_counters(out)

@@ -27,6 +27,7 @@ def kernels() -> ctypes.CDLL:
 
 @pytest.fixture(params=range(6))
 def seed(request: pytest.FixtureRequest, kernels: Any) -> int:
+    kernels.restart()
     kernels.configure(request.param)
     return request.param
 
@@ -308,6 +309,22 @@ def test_the_order_alone_shows_a_missing_barrier(kernels: Any, kernel: str) -> N
     """Even where the race itself is not looked for, some order gives a wrong result."""
     found = [run_planted(kernels, kernel, True, seed, races=False) for seed in SEEDS]
     assert ("no error", False) in found
+
+
+def test_a_restart_repeats_the_order(kernels: Any) -> None:
+    x = guarded(np.arange(640, dtype=U32), at_end=True)
+
+    def noise(seed: int) -> bytes:
+        out = np.zeros(640, dtype=U32)
+        kernels.configure(seed)
+        call(kernels, "planted", b"uninitialised_shared", 1, x, out, 640)
+        return out.tobytes()
+
+    kernels.restart()
+    first = [noise(seed) for seed in (0, 1, 1)]
+    kernels.restart()
+    assert [noise(seed) for seed in (0, 1, 1)] == first
+    assert len(set(first)) == 3
 
 
 def test_after_a_failure_the_next_launch_runs(kernels: Any) -> None:

@@ -18,6 +18,7 @@ constexpr std::size_t kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;
 constexpr unsigned kMostThreads = 1024;
 
 std::mutex one_launch;
+uint64_t order;  // launches since restart: each has an order of its own
 std::string message = "no error";
 cudaError_t last_error = cudaSuccess;
 std::unordered_map<const void*, int> dynamic_shared_limit;
@@ -61,8 +62,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Invoke 
   if (const cudaError_t error = check(config, kernel)) return error;
   ++counters.launches;
   counters.kernels += kernels_run.insert(kernel).second;
-  // Every launch has its own order, and the same one when a test is repeated from configure().
-  rng.seed(options.seed * 0x9E3779B97F4A7C15u + counters.launches);
+  rng.seed(options.seed * 0x9E3779B97F4A7C15u + ++order);
   std::fenv_t host;  // the device flushes nothing and rounds to nearest, whatever the host does
   std::fegetenv(&host);
   std::fesetenv(FE_DFL_ENV);
@@ -148,6 +148,9 @@ extern "C" {
 __attribute__((visibility("default"))) void emulation_configure(uint64_t seed, int races) {
   emulation::options = {seed, races != 0};
 }
+
+// Launches that follow run as those after the last restart did.
+__attribute__((visibility("default"))) void emulation_restart() { emulation::order = 0; }
 
 // kernels (functions run), launches, blocks, threads, meetings, accesses since the process began.
 __attribute__((visibility("default"))) void emulation_counters(uint64_t (&out)[6]) {

@@ -1,4 +1,4 @@
-// Launching the emulator's own test kernels.
+// Launching the emulator's own test kernels. They are CUDA: nvcc compiles them too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,12 +6,13 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
-#define PYDIST_DYNAMIC_SHARED(type, name) EMULATION_DYNAMIC_SHARED(type, name)
+#include "common.cuh"  // of csrc/cuda, for PYDIST_DYNAMIC_SHARED
 
 template <typename... Params, typename... Args>
-const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
-                   Args&&... args) {
+const char* launch_test(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
+                        Args&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
