@@ -49,7 +49,7 @@ std::string without_arguments(const std::string& function) {
 const char* what_is_there(uintptr_t address) {
   if (!current) return "";
   if (current->fiber->below_stack(address)) return " (the end of the thread's stack)";
-  if (current_block->dynamic_shared.guards(address)) return " (beyond dynamic shared memory)";
+  if (current_block->dynamic_shared.guards(address)) return " (outside dynamic shared memory)";
   return address < 65536 ? " (null)" : "";
 }
 

@@ -131,13 +131,19 @@ __global__ void shared_index(const uint32_t* in, uint32_t* out, int, bool bug) {
   out[i] = tile[threadIdx.x + bug];
 }
 
-__global__ void dynamic_shared_index(const uint32_t* in, uint32_t* out, int, bool bug) {
+__global__ void beyond_dynamic_shared(const uint32_t* in, uint32_t* out, int, bool bug) {
   PYDIST_DYNAMIC_SHARED(uint32_t, tile);
-  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
-  const int place = static_cast<int>(threadIdx.x) + (bug ? 1 : 0);
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  tile[threadIdx.x + bug] = in[i];
+  out[i] = tile[threadIdx.x + bug];
+}
+
+__global__ void before_dynamic_shared(const uint32_t* in, uint32_t* out, int, bool bug) {
+  PYDIST_DYNAMIC_SHARED(uint32_t, tile);
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  const int place = static_cast<int>(threadIdx.x) - bug;
   tile[place] = in[i];
   out[i] = tile[place];
-  if (bug && threadIdx.x == 0) out[i] = tile[-1];  // whichever side the forbidden page is on
 }
 
 __global__ void misaligned(const uint32_t* in, uint32_t* out, int, bool bug) {
@@ -193,7 +199,8 @@ const struct {
     PLANTED(wrong_mask),
     PLANTED(missing_lanes),
     PLANTED(shared_index),
-    PLANTED(dynamic_shared_index),
+    PLANTED(beyond_dynamic_shared),
+    PLANTED(before_dynamic_shared),
     PLANTED(misaligned),
     PLANTED(missing_fence),
     PLANTED(waits_for_later_block),
