@@ -83,7 +83,7 @@ def test_the_self_check_on_aarch64() -> None:
 def test_the_kernels_tests_on_aarch64(name: str) -> None:
     report = run(
         "-m", "pytest", "-p", "aarch64.plugin", "--hypothesis-profile=soak", "-v",
-        "-m", "not gpu and not soak", "--timeout", "1800", str(TESTS / name),
+        "-m", "not gpu and not soak", "-k", "not emulated", "--timeout", "1800", str(TESTS / name),
     )  # fmt: skip
     print(f"\n{name} on aarch64: {report.splitlines()[-1].strip(' =')}")
     assert all(isa in report for isa in ISAS)
