@@ -23,6 +23,8 @@ std::vector<const Kernels*> supported_tables() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables.push_back(&kAvx512);
   }
+#elif defined(PYDIST_AARCH64)
+  tables.push_back(&kNeon);  // every AArch64 has it
 #endif
   return tables;
 }
