@@ -1,5 +1,5 @@
 # `make` lists the targets. Each sets up what it needs in .venv; nothing outside the repository is
-# touched. Needed beforehand: Python 3.10 or newer with venv and headers, a C++17 compiler, make.
+# touched (but by neon-tools). Needed beforehand: Python 3.10 or newer with venv and headers, a C++17 compiler, make.
 #
 #   PYTHON=python3.12         the Python that .venv is made with
 #   PYDIST_CUDA=0|1           without CUDA, or an error where nvcc is missing (default: if found)
@@ -18,9 +18,10 @@ BUILD_STAMP := $(VENV)/.stamp-build-$(PYDIST_CUDA)
 BUILD_REQUIRES := setuptools pybind11 cmake ninja
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
-EMULATOR := $(wildcard $(addprefix tests/cuda_emulation/,*.h *.cpp include/*.h include/emulation/*.h kernels/*))
 EMULATION := build/emulation
+FORMATTED := $(NATIVE) $(wildcard $(foreach d,*/ */*/ */*/*/,$(addprefix tests/$d,*.h *.cpp *.cu)))
 TORCH_VERSIONS ?= 2.9.1 2.14.1
+PTXAS_ARCHITECTURES ?= 80 90 100
 
 # Six architectures take minutes. One is enough to develop with where there is no card to run on.
 ifeq ($(CMAKE_CUDA_ARCHITECTURES)$(TORCH_CUDA_ARCH_LIST)$(shell command -v nvidia-smi 2>/dev/null),)
@@ -58,6 +59,10 @@ $(ENV_STAMP): pyproject.toml constraints.txt | prerequisites
 	@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.PHONY: neon-tools
+neon-tools: ## what soak and neon need: a cross compiler and qemu-user, by apt-get
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y g++-aarch64-linux-gnu qemu-user
+
 # Incremental: CMake and Ninja compile what changed. The stamp's name holds the choice of CUDA.
 $(BUILD_STAMP): $(ENV_STAMP) setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIVE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
@@ -76,7 +81,7 @@ emulation: $(ENV_STAMP)
 
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test emulate test-gpu soak test-matrix bench
+.PHONY: demo test emulate test-gpu soak neon test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
@@ -91,6 +96,9 @@ test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 
 soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+
+neon: $(BUILD_STAMP) ## the NEON kernels, cross-compiled, under qemu-user (part of soak)
+	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/test_neon.py $(ARGS)
 
 bench: $(BUILD_STAMP) ## every kernel against the memory roofline
 	@$(BIN)/python bench/kernels.py $(ARGS)
@@ -118,17 +126,20 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 
 # ----------------------------------------------------------------- care
 
-.PHONY: fmt lint package clean
+.PHONY: fmt lint ptxas package clean
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE) $(EMULATOR)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 lint: $(ENV_STAMP) ## style and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(EMULATOR)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
+
+ptxas: $(ENV_STAMP) ## registers of every CUDA kernel, no spills: PTXAS_ARCHITECTURES="80 90 100"
+	@$(BIN)/python tools/ptxas.py --architectures $(PTXAS_ARCHITECTURES)
 
 package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment without torch
 	@rm -rf build/lib* build/package-venv dist

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # A sample lasts at least this long: several calls where one is shorter.
-SAMPLE_SECONDS = 1e-3
+SAMPLE_SECONDS = 2e-2
 _COLD_CACHES = 2.0
 _MEMORY_SHARE = 8
 _WARMUP = 2

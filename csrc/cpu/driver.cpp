@@ -23,6 +23,8 @@ std::vector<const Kernels*> supported_tables() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables.push_back(&kAvx512);
   }
+#elif defined(PYDIST_AARCH64)
+  tables.push_back(&kNeon);  // every AArch64 has it
 #endif
   return tables;
 }
@@ -50,8 +52,16 @@ const Kernels& kernels() {
 
 // ------------------------------------------------------------ rows to pieces
 
-constexpr int64_t kTaskWords = 4096;  // 131,072 elements: small enough to share out, large enough
-                                      // that taking a task costs nothing
+constexpr int64_t kTaskWords = 4096;   // 131,072 elements: small enough to share out, large enough
+                                       // that taking a task costs nothing
+constexpr int64_t kTasksAThread = 16;  // a slow thread leaves the last ones to the others
+
+// Words of a task: of large arrays each thread gets long runs, since what a kernel has prefetched
+// beyond the end of its run is in the wrong core's cache.
+int64_t task_words(int64_t total, int threads) {
+  const int64_t share = total / (std::max(threads, 1) * kTasksAThread);
+  return std::max<int64_t>(share / kTaskWords, 1) * kTaskWords;
+}
 
 // Calls piece(row, from, n) for the n elements from element `from` on of every row, cut at task
 // boundaries.
@@ -60,10 +70,11 @@ void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece
   std::vector<int64_t> start(n_rows + 1, 0);  // words before each row
   for (int64_t r = 0; r < n_rows; ++r) start[r + 1] = start[r] + words_for(rows[r].n);
   const int64_t total = start[n_rows];
+  const int64_t size = task_words(total, threads);
   const auto task = [&](int64_t t) {
     const DefaultFloatMode mode;
-    const int64_t begin = t * kTaskWords;
-    const int64_t end = std::min(total, begin + kTaskWords);
+    const int64_t begin = t * size;
+    const int64_t end = std::min(total, begin + size);
     int64_t r = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
     for (; r < n_rows && start[r] < end; ++r) {
       const int64_t from = std::max<int64_t>(begin - start[r], 0) * kWordBits;
@@ -71,7 +82,7 @@ void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece
       if (from < to) piece(rows[r], from, to - from);
     }
   };
-  parallel_for((total + kTaskWords - 1) / kTaskWords, threads, task);
+  parallel_for((total + size - 1) / size, threads, task);
 }
 
 int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

@@ -30,6 +30,8 @@ extern const Kernels kScalar;
 #if defined(PYDIST_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#elif defined(PYDIST_AARCH64)
+extern const Kernels kNeon;
 #endif
 
 }  // namespace pydist::cpu

@@ -1,0 +1,99 @@
+// The vectors of simd.h for AVX2: eight floats, four 64-bit lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../wire/rounding.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+using Mask = __m256;
+
+PYDIST_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
+PYDIST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+PYDIST_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+PYDIST_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+PYDIST_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+PYDIST_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
+PYDIST_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+PYDIST_INLINE uint32_t bits_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+PYDIST_INLINE Mask mask_from(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i spread = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(spread, lane));
+}
+PYDIST_INLINE Mask abs_below(Vec x, uint32_t limit) {
+  // Both sides are below 2^31, so the signed comparison is the unsigned one.
+  const __m256i a = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(kAbsMask));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(limit)), a));
+}
+
+PYDIST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+PYDIST_INLINE Vec load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+PYDIST_INLINE Vec load(const BFloat* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+PYDIST_INLINE Mask is_nan(Vec x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
+// Low 16 bits of each 32-bit lane, in order.
+PYDIST_INLINE __m128i narrow(__m256i x) {
+  const __m256i packed = _mm256_packus_epi32(x, x);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+PYDIST_INLINE void store(float* p, Vec x) {
+  _mm256_storeu_ps(p, select(is_nan(x), _mm256_castsi256_ps(_mm256_set1_epi32(kNanBits)), x));
+}
+PYDIST_INLINE void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+PYDIST_INLINE void stream_end() { _mm_sfence(); }
+PYDIST_INLINE void store(Half* p, Vec x) {
+  const __m128i h = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m128i nan = narrow(_mm256_srli_epi32(_mm256_castps_si256(is_nan(x)), 16));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_blendv_epi8(h, _mm_set1_epi16(0x7E00), nan));
+}
+PYDIST_INLINE void store(BFloat* p, Vec x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i q = _mm256_blendv_epi8(_mm256_srli_epi32(r, 16), _mm256_set1_epi32(0x7FC0),
+                                       _mm256_castps_si256(is_nan(x)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(q));
+}
+
+constexpr int kWideLanes = 4;
+using Wide = __m256i;
+PYDIST_INLINE Wide wide_load(const void* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+PYDIST_INLINE void wide_store(void* p, Wide x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+PYDIST_INLINE void wide_stream(void* p, Wide x) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), x);
+}
+PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
+PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
+PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
+PYDIST_INLINE Wide wide_high(Wide x) { return _mm256_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm256_and_si256(a, b); }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm256_or_si256(a, b); }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm256_andnot_si256(b, a); }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return wide_xor(wide_xor(a, b), c); }
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
+  return wide_or(wide_and(a, b), wide_and(c, wide_or(a, b)));
+}
+PYDIST_INLINE Wide wide_groups() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  const Wide low = _mm256_blend_epi32(v0, _mm256_slli_epi64(v1, 32), 0xAA);
+  const Wide high = _mm256_blend_epi32(v2, _mm256_slli_epi64(v3, 32), 0xAA);
+  wide_store(p, _mm256_unpacklo_epi64(low, high));
+  wide_store(p + 8, _mm256_unpackhi_epi64(low, high));
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA

@@ -1,0 +1,87 @@
+// The vectors of simd.h for AVX-512: sixteen floats, eight 64-bit lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../wire/rounding.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+using Mask = __mmask16;
+
+PYDIST_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
+PYDIST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+PYDIST_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+PYDIST_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+PYDIST_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+PYDIST_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
+PYDIST_INLINE Mask both(Mask a, Mask b) { return a & b; }
+PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
+PYDIST_INLINE Mask mask_from(uint32_t bits) { return static_cast<Mask>(bits); }
+PYDIST_INLINE Mask abs_below(Vec x, uint32_t limit) {
+  const __m512i a = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(kAbsMask));
+  return _mm512_cmplt_epu32_mask(a, _mm512_set1_epi32(static_cast<int>(limit)));
+}
+
+PYDIST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+PYDIST_INLINE Vec load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+PYDIST_INLINE Vec load(const BFloat* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+PYDIST_INLINE Mask is_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+PYDIST_INLINE void store(float* p, Vec x) {
+  _mm512_storeu_ps(p, select(is_nan(x), _mm512_castsi512_ps(_mm512_set1_epi32(kNanBits)), x));
+}
+PYDIST_INLINE void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+PYDIST_INLINE void stream_end() { _mm_sfence(); }
+PYDIST_INLINE void store(Half* p, Vec x) {
+  const __m256i h = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_mask_mov_epi16(h, is_nan(x), _mm256_set1_epi16(0x7E00)));
+}
+PYDIST_INLINE void store(BFloat* p, Vec x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i q =
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), is_nan(x), _mm512_set1_epi32(0x7FC0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
+}
+
+constexpr int kWideLanes = 8;
+using Wide = __m512i;
+PYDIST_INLINE Wide wide_load(const void* p) { return _mm512_loadu_si512(p); }
+PYDIST_INLINE void wide_store(void* p, Wide x) { _mm512_storeu_si512(p, x); }
+PYDIST_INLINE void wide_stream(void* p, Wide x) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), x);
+}
+PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
+PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
+PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
+PYDIST_INLINE Wide wide_high(Wide x) { return _mm512_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm512_and_si512(a, b); }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm512_or_si512(a, b); }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm512_andnot_si512(b, a); }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0xE8);
+}
+PYDIST_INLINE Wide wide_groups() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  const Wide low = _mm512_mask_blend_epi32(0xAAAA, v0, _mm512_slli_epi64(v1, 32));
+  const Wide high = _mm512_mask_blend_epi32(0xAAAA, v2, _mm512_slli_epi64(v3, 32));
+  _mm512_storeu_si512(p, _mm512_unpacklo_epi64(low, high));
+  _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(low, high));
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA

@@ -1,0 +1,88 @@
+// The vectors of simd.h for NEON, which every AArch64 has: four floats, two 64-bit lanes.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "../wire/rounding.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+constexpr int kLanes = 4;
+using Vec = float32x4_t;
+using Mask = uint32x4_t;  // all bits of a lane, or none
+
+PYDIST_INLINE Vec set1(float x) { return vdupq_n_f32(x); }
+PYDIST_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+PYDIST_INLINE Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+PYDIST_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+PYDIST_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+PYDIST_INLINE Mask greater(Vec a, Vec b) { return vcgtq_f32(a, b); }
+PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return vcgeq_f32(a, b); }
+PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return vbslq_f32(m, yes, no); }
+PYDIST_INLINE Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
+// There is no instruction for either: each lane keeps, or is tested for, the bit of its place.
+PYDIST_INLINE uint32x4_t lane_bits() { return uint32x4_t{1, 2, 4, 8}; }
+PYDIST_INLINE uint32_t bits_of(Mask m) { return vaddvq_u32(vandq_u32(m, lane_bits())); }
+PYDIST_INLINE Mask mask_from(uint32_t bits) { return vtstq_u32(vdupq_n_u32(bits), lane_bits()); }
+PYDIST_INLINE Mask abs_below(Vec x, uint32_t limit) {
+  const uint32x4_t a = vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(kAbsMask));
+  return vcltq_u32(a, vdupq_n_u32(limit));
+}
+
+// As bytes: a pointer to floats would promise the compiler an alignment that arrays need not have.
+PYDIST_INLINE uint8x16_t load16(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+PYDIST_INLINE uint8x8_t load8(const void* p) { return vld1_u8(static_cast<const uint8_t*>(p)); }
+PYDIST_INLINE void store16(void* p, uint8x16_t x) { vst1q_u8(static_cast<uint8_t*>(p), x); }
+PYDIST_INLINE void store8(void* p, uint16x4_t x) {
+  vst1_u8(static_cast<uint8_t*>(p), vreinterpret_u8_u16(x));
+}
+
+PYDIST_INLINE Vec load(const float* p) { return vreinterpretq_f32_u8(load16(p)); }
+PYDIST_INLINE Vec load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u8(load8(p))); }
+PYDIST_INLINE Vec load(const BFloat* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(load8(p)), 16));
+}
+PYDIST_INLINE Mask is_nan(Vec x) { return vmvnq_u32(vceqq_f32(x, x)); }
+PYDIST_INLINE void stream(float* p, Vec x) { store16(p, vreinterpretq_u8_f32(x)); }
+PYDIST_INLINE void stream_end() {}
+PYDIST_INLINE void store(float* p, Vec x) {
+  stream(p, vbslq_f32(is_nan(x), vreinterpretq_f32_u32(vdupq_n_u32(kNanBits)), x));
+}
+PYDIST_INLINE void store(Half* p, Vec x) {
+  const uint16x4_t h = vreinterpret_u16_f16(vcvt_f16_f32(x));
+  store8(p, vbsl_u16(vmovn_u32(is_nan(x)), vdup_n_u16(0x7E00), h));
+}
+PYDIST_INLINE void store(BFloat* p, Vec x) {
+  const uint32x4_t u = vreinterpretq_u32_f32(x);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t r = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+  store8(p, vshrn_n_u32(vbslq_u32(is_nan(x), vdupq_n_u32(kNanBits), r), 16));
+}
+
+constexpr int kWideLanes = 2;
+using Wide = uint64x2_t;
+PYDIST_INLINE Wide wide_load(const void* p) { return vreinterpretq_u64_u8(load16(p)); }
+PYDIST_INLINE void wide_store(void* p, Wide x) { store16(p, vreinterpretq_u8_u64(x)); }
+PYDIST_INLINE void wide_stream(void* p, Wide x) { wide_store(p, x); }
+PYDIST_INLINE Wide wide_set1(uint64_t x) { return vdupq_n_u64(x); }
+PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return veorq_u64(a, b); }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return vaddq_u64(a, b); }
+PYDIST_INLINE Wide wide_high(Wide x) { return vshrq_n_u64(x, 32); }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return vandq_u64(a, b); }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return vorrq_u64(a, b); }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return vbicq_u64(a, b); }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return veorq_u64(veorq_u64(a, b), c); }
+// Where a and b differ c decides; elsewhere both are the majority.
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
+  return vbslq_u64(veorq_u64(a, b), c, a);
+}
+PYDIST_INLINE Wide wide_groups() { return uint64x2_t{0, 1}; }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  const Wide low = vsliq_n_u64(v0, v1, 32);  // the low halves of v1 above those of v0
+  const Wide high = vsliq_n_u64(v2, v3, 32);
+  wide_store(p, vzip1q_u64(low, high));
+  wide_store(p + 4, vzip2q_u64(low, high));
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA

@@ -1,0 +1,69 @@
+// The vectors of simd.h without vectors: one float, one 64-bit lane.
+#pragma once
+
+#include <cstring>
+
+#include "../wire/rounding.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+constexpr int kLanes = 1;
+using Vec = float;
+using Mask = bool;
+
+PYDIST_INLINE Vec set1(float x) { return x; }
+PYDIST_INLINE Vec add(Vec a, Vec b) { return a + b; }
+PYDIST_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+PYDIST_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+PYDIST_INLINE Vec div(Vec a, Vec b) { return a / b; }
+PYDIST_INLINE Mask greater(Vec a, Vec b) { return a > b; }
+PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return a >= b; }
+PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
+PYDIST_INLINE Mask both(Mask a, Mask b) { return a && b; }
+PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
+PYDIST_INLINE Mask mask_from(uint32_t bits) { return bits & 1u; }
+PYDIST_INLINE Mask abs_below(Vec x, uint32_t limit) { return (float_bits(x) & kAbsMask) < limit; }
+template <typename T>
+PYDIST_INLINE Vec load(const T* p) {
+  T x;
+  std::memcpy(&x, p, sizeof(T));
+  return to_float(x);
+}
+template <typename T>
+PYDIST_INLINE void store(T* p, Vec x) {
+  T y;
+  from_float(x, &y);
+  std::memcpy(p, &y, sizeof(T));
+}
+
+PYDIST_INLINE void stream(float* p, Vec x) { *p = x; }
+PYDIST_INLINE void stream_end() {}
+
+constexpr int kWideLanes = 1;
+using Wide = uint64_t;
+PYDIST_INLINE Wide wide_load(const void* p) {
+  Wide x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+PYDIST_INLINE void wide_store(void* p, Wide x) { std::memcpy(p, &x, sizeof(x)); }
+PYDIST_INLINE void wide_stream(void* p, Wide x) { wide_store(p, x); }
+PYDIST_INLINE Wide wide_set1(uint64_t x) { return x; }
+PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
+PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return a ^ b; }
+PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return a + b; }
+PYDIST_INLINE Wide wide_high(Wide x) { return x >> 32; }
+PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return a & b; }
+PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return a | b; }
+PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return a & ~b; }
+PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a | b)); }
+PYDIST_INLINE Wide wide_groups() { return 0; }
+PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
+  p[0] = static_cast<uint32_t>(v0);
+  p[1] = static_cast<uint32_t>(v1);
+  p[2] = static_cast<uint32_t>(v2);
+  p[3] = static_cast<uint32_t>(v3);
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA
