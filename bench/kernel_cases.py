@@ -13,7 +13,7 @@ import torch
 from timing import Buffers
 from torch import Tensor
 
-from pydist import kernels, operators, ops
+from pydist import ops
 
 RANKS = 8
 LION = {"beta1": 0.9, "beta2": 0.99}
@@ -103,6 +103,10 @@ class Maker:
         shape = (ranks, self.numel // 8)
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
 
+    def room(self, planes: int) -> Tensor:
+        """Memory for a result, uint8 [planes, bytes], written once so that its pages are there."""
+        return torch.zeros(planes, self.numel // 8, dtype=torch.uint8, device=self.device)
+
 
 # ---------------------------------------------------------------- plain torch and NumPy
 
@@ -166,39 +170,39 @@ def _numpy_has(maker: Maker, name: str) -> bool:
 def pack_case(maker: Maker, name: str) -> Case:
     """pack_signs beside numpy.packbits and the torch expression."""
     dtype = getattr(torch, name)
-    rivals = [Rival("torch expression", lambda s: torch_pack(s.x >= 0))]
+    rivals = [
+        Rival("pydist, new memory", lambda s: ops.pack_signs(s.x)),
+        Rival("torch expression", lambda s: torch_pack(s.x >= 0)),
+    ]
     if _numpy_has(maker, name):
-        rivals.insert(0, Rival("numpy.packbits(x >= 0)", lambda s: numpy_pack(s.x), False))
+        rivals.insert(1, Rival("numpy.packbits(x >= 0)", lambda s: numpy_pack(s.x), False))
     return Case(
         "pack_signs", "", name, maker.numel * (dtype.itemsize + 1 / 8),
-        make=lambda: Buffers(x=maker.normal(dtype)),
-        run=lambda s: ops.pack_signs(s.x),
+        make=lambda: Buffers(x=maker.normal(dtype), out=maker.room(1)[0]),
+        run=lambda s: ops.pack_signs(s.x, out=s.out),
         rivals=rivals,
     )  # fmt: skip
 
 
 def unpack_case(maker: Maker, name: str) -> Case:
-    """unpack_signs into memory that is there; the operator allocates its result, as rivals do."""
+    """unpack_signs beside numpy.unpackbits and the torch expression."""
     dtype = getattr(torch, name)
 
     def make() -> Buffers:
         out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
-        return Buffers(planes=maker.payloads(1), out=out)
+        return Buffers(payload=maker.payloads(1)[0], out=out)
 
     def run(s: Buffers) -> Tensor:
-        planes, out = operators.view_of("planes", s.planes), operators.view_of("out", s.out)
-        kernels.unpack_votes(operators.target_of(s.out), planes, out, ranks=None, mean=False)
-        return s.out
+        return ops.unpack_signs(s.payload, maker.numel, out=s.out)
 
     rivals = [
         Rival(
-            "pydist operator, new memory",
-            lambda s: ops.unpack_signs(s.planes[0], maker.numel, dtype=dtype),
+            "pydist, new memory", lambda s: ops.unpack_signs(s.payload, maker.numel, dtype=dtype)
         ),
-        Rival("torch expression", lambda s: torch_bits(s.planes[0]).to(dtype).mul_(2).sub_(1)),
+        Rival("torch expression", lambda s: torch_bits(s.payload).to(dtype).mul_(2).sub_(1)),
     ]
     if _numpy_has(maker, name):
-        rivals.append(Rival("numpy.unpackbits", lambda s: numpy_unpack(s.planes[0], dtype), False))
+        rivals.append(Rival("numpy.unpackbits", lambda s: numpy_unpack(s.payload, dtype), False))
     return Case("unpack_signs", "", name, maker.numel * (dtype.itemsize + 1 / 8), make, run, rivals)
 
 
@@ -211,8 +215,8 @@ def count_case(maker: Maker) -> Case:
     planes = RANKS.bit_length()
     return Case(
         "count_votes", f"{RANKS} payloads", BITS, maker.numel * (RANKS + planes) / 8,
-        make=lambda: Buffers(payloads=maker.payloads(RANKS)),
-        run=lambda s: ops.count_votes(s.payloads),
+        make=lambda: Buffers(payloads=maker.payloads(RANKS), out=maker.room(planes)),
+        run=lambda s: ops.count_votes(s.payloads, out=s.out),
         rivals=[Rival("torch sum of bits, unpacked", total)],
     )  # fmt: skip
 
@@ -224,8 +228,8 @@ def majority_case(maker: Maker, ties: str) -> Case:
     return Case(
         "majority_vote", f"{RANKS} payloads, ties {ties}", BITS,
         maker.numel * (RANKS + planes) / 8,
-        make=lambda: Buffers(payloads=maker.payloads(RANKS)),
-        run=lambda s: ops.majority_vote(s.payloads, ties=ties),
+        make=lambda: Buffers(payloads=maker.payloads(RANKS), out=maker.room(planes)),
+        run=lambda s: ops.majority_vote(s.payloads, ties=ties, out=s.out),
         rivals=rivals if ties == "positive" else [],
     )  # fmt: skip
 
@@ -236,8 +240,10 @@ def lion_pack_case(maker: Maker, name: str, momentum: str) -> Case:
     return Case(
         "lion_pack_", f"{momentum} momentum", name,
         maker.numel * (dtype.itemsize + 2 * kept.itemsize + 1 / 8),
-        make=lambda: Buffers(grad=maker.normal(dtype), momentum=maker.normal(kept)),
-        run=lambda s: ops.lion_pack_(s.grad, s.momentum, **LION),
+        make=lambda: Buffers(
+            grad=maker.normal(dtype), momentum=maker.normal(kept), out=maker.room(1)[0]
+        ),
+        run=lambda s: ops.lion_pack_(s.grad, s.momentum, out=s.out, **LION),
         rivals=[Rival("torch, not packed", lambda s: torch_lion_vote(s.grad, s.momentum))],
     )  # fmt: skip
 

@@ -126,12 +126,36 @@ def _flags(backend: _NumPy | _CuPy, flags: Array | None) -> View | None:
     return backend.view("flags", flags)
 
 
+def _result(backend: _NumPy | _CuPy, out: Array, gaps: bool = False, *inputs: View) -> View:
+    """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
+    _check_writable("out", out)
+    if not out.flags.c_contiguous:
+        raise ValueError(f"out must be contiguous, got strides {list(out.strides)}")
+    view = backend.view("out", out)
+    if gaps:
+        for other in inputs:
+            checks.check_disjoint(view, other)
+        out[...] = 0
+    return view
+
+
+def _payload(
+    backend: _NumPy | _CuPy, out: Array | None, table: wire.IntArray, *inputs: View
+) -> tuple[Array, View]:
+    """Memory for the payload of a segment table: the caller's, or new."""
+    if out is None:
+        size = wire.segments_words(table) * wire.WORD_BYTES
+        out = backend.module.empty(size, dtype=np.uint8)
+    return out, _result(backend, out, wire.has_gaps(table), *inputs)
+
+
 def pack_signs(
     x: Array,
     *,
     zero_bit: int = 1,
     flags: Array | None = None,
     segments: Any = None,
+    out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """Packs signs into one bit an element; see :func:`pydist.ops.pack_signs`.
@@ -141,6 +165,7 @@ def pack_signs(
         zero_bit: Bit of a zero.
         flags: int32[1]; 1 is OR-ed in where ``x`` holds a NaN or an infinity.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
+        out: Receives the payload, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
@@ -150,16 +175,16 @@ def pack_signs(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("x", x), ("flags", flags))
+    backend = _backend(("x", x), ("flags", flags), ("out", out))
     x = _dense(backend, x)
     view = backend.view("x", x)
     table = checks.check_table(kernels.as_table(segments), view.size, "x")
-    payload = backend.module.zeros(wire.segments_words(table) * 4, dtype=np.uint8)
+    out, out_view = _payload(backend, out, table, view)
     kernels.pack_signs(
-        backend.target(threads), view, backend.view("payload", payload),
+        backend.target(threads), view, out_view,
         zero_bit=zero_bit, flags=_flags(backend, flags), segments=table,
     )  # fmt: skip
-    return payload
+    return out
 
 
 def unpack_votes(
@@ -168,7 +193,8 @@ def unpack_votes(
     *,
     ranks: int | None = None,
     mean: bool = False,
-    dtype: Any = np.float32,
+    dtype: Any = None,
+    out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """Turns the planes of a vote into values; see :func:`pydist.ops.unpack_votes`.
@@ -178,7 +204,8 @@ def unpack_votes(
         n: Elements.
         ranks: Voters behind count planes; ``None`` for sign planes.
         mean: Divide the sum of the votes by ``ranks``.
-        dtype: float32, float16 or bfloat16 of the result.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        out: n elements of any shape; receives the values, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
@@ -186,67 +213,81 @@ def unpack_votes(
 
     Raises:
         TypeError: An array is of another kind or dtype.
-        ValueError: The planes do not fit ``n`` or ``ranks``.
+        ValueError: The planes do not fit ``n`` or ``ranks``, or ``out`` does not fit ``n``.
     """
     checks.check_n(n)
-    if np.dtype(dtype).name not in checks.FLOATS:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {np.dtype(dtype)}")
-    backend = _backend(("planes", planes))
+    backend = _backend(("planes", planes), ("out", out))
+    wanted = np.dtype(np.float32 if dtype is None else dtype)
+    if wanted.name not in checks.FLOATS:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {wanted}")
+    if out is None:
+        out = backend.module.empty(n, dtype=wanted)
+    elif dtype is not None and out.dtype != wanted:
+        raise TypeError(f"out must be {wanted}, got {out.dtype}")
     planes = _dense(backend, planes)
-    out = backend.module.empty(n, dtype=dtype)
+    view = _result(backend, out)
+    checks.check_size(view, n, "n")
     kernels.unpack_votes(
-        backend.target(threads), backend.view("planes", planes), backend.view("out", out),
-        ranks=ranks, mean=mean,
-    )  # fmt: skip
+        backend.target(threads), backend.view("planes", planes), view, ranks=ranks, mean=mean
+    )
     return out
 
 
 def unpack_signs(
-    payload: Array, n: int, *, dtype: Any = np.float32, threads: int | None = None
+    payload: Array,
+    n: int,
+    *,
+    dtype: Any = None,
+    out: Array | None = None,
+    threads: int | None = None,
 ) -> Array:
     """Turns a payload of :func:`pack_signs` into ±1; see :func:`pydist.ops.unpack_signs`.
 
     Args:
         payload: uint8 of ``ceil(n / 32) * 4`` bytes.
         n: Elements.
-        dtype: float32, float16 or bfloat16 of the result.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        out: n elements of any shape; receives the values, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
         [n] values of the same kind of array.
 
     Raises:
-        TypeError: The array is of another kind or dtype.
-        ValueError: The payload has another length.
+        TypeError: An array is of another kind or dtype.
+        ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    _backend(("payload", payload))
+    _backend(("payload", payload), ("out", out))
     if len(payload.shape) != 1:
         raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
     checks.check_payload_of(payload.size, n)
-    return unpack_votes(payload[None], n, dtype=dtype, threads=threads)
+    return unpack_votes(payload[None], n, dtype=dtype, out=out, threads=threads)
 
 
-def count_votes(payloads: Array, *, threads: int | None = None) -> Array:
+def count_votes(payloads: Array, *, out: Array | None = None, threads: int | None = None) -> Array:
     """Counts how many ranks voted +1; see :func:`pydist.ops.count_votes`.
 
     Args:
         payloads: uint8 [ranks, bytes].
+        out: Receives the planes, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
         uint8 [ceil(log2(ranks + 1)), bytes] of the same kind of array.
 
     Raises:
-        TypeError: The array is of another kind or dtype.
-        ValueError: There are no ranks, more than 65,535, or bytes are not a multiple of 4.
+        TypeError: An array is of another kind or dtype.
+        ValueError: There are no ranks, more than 65,535, or bytes are not a multiple of 4; or
+            ``out`` has another shape.
     """
-    backend = _backend(("payloads", payloads))
+    backend = _backend(("payloads", payloads), ("out", out))
     payloads = _dense(backend, payloads)
     view = backend.view("payloads", payloads)
     ranks, size = checks.check_payloads(view)
-    planes = backend.module.empty((wire.planes_for(ranks), size), dtype=np.uint8)
-    kernels.count_votes(backend.target(threads), view, backend.view("planes", planes))
-    return planes
+    if out is None:
+        out = backend.module.empty((wire.planes_for(ranks), size), dtype=np.uint8)
+    kernels.count_votes(backend.target(threads), view, _result(backend, out))
+    return out
 
 
 def majority_vote(
@@ -257,6 +298,7 @@ def majority_vote(
     step: int = 0,
     n: int | None = None,
     segments: Any = None,
+    out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """Finds the side that most ranks voted for; see :func:`pydist.ops.majority_vote`.
@@ -268,25 +310,29 @@ def majority_vote(
         step: Step of the tie hash.
         n: Elements; default all bits.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment of ``n``.
+        out: Receives the planes, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
         uint8 [1, bytes], or [2, bytes] with ``ties="zero"``, of the same kind of array.
 
     Raises:
-        TypeError: The array is of another kind or dtype.
+        TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("payloads", payloads))
+    backend = _backend(("payloads", payloads), ("out", out))
     payloads = _dense(backend, payloads)
     view = backend.view("payloads", payloads)
     _, size = checks.check_payloads(view)
-    planes = backend.module.zeros((2 if ties == "zero" else 1, size), dtype=np.uint8)
+    table = kernels.as_table(segments)
+    gaps = checks.vote_gaps(table, n, size)
+    if out is None:
+        out = backend.module.empty((2 if ties == "zero" else 1, size), dtype=np.uint8)
     kernels.majority_vote(
-        backend.target(threads), view, backend.view("planes", planes),
-        ties=ties, seed=seed, step=step, n=n, segments=kernels.as_table(segments),
+        backend.target(threads), view, _result(backend, out, gaps, view),
+        ties=ties, seed=seed, step=step, n=n, segments=table,
     )  # fmt: skip
-    return planes
+    return out
 
 
 def lion_pack_(
@@ -303,6 +349,7 @@ def lion_pack_(
     rank: int = 0,
     step: int = 0,
     segments: Any = None,
+    out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """A worker's vote and its new momentum; see :func:`pydist.ops.lion_pack_`.
@@ -320,6 +367,7 @@ def lion_pack_(
         rank: This rank.
         step: Step of the draws.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
+        out: Receives the payload, and is returned.
         threads: CPU threads; default all cores.
 
     Returns:
@@ -330,8 +378,9 @@ def lion_pack_(
         ValueError: Another argument is out of range; the message names it and its value.
     """
     backend = _backend(
-        ("grad", grad), ("momentum", momentum), ("momentum_out", momentum_out), ("flags", flags)
-    )
+        ("grad", grad), ("momentum", momentum), ("momentum_out", momentum_out), ("flags", flags),
+        ("out", out),
+    )  # fmt: skip
     grad = _dense(backend, grad)
     name, target = (
         ("momentum", momentum) if momentum_out is None else ("momentum_out", momentum_out)
@@ -342,17 +391,19 @@ def lion_pack_(
             raise ValueError("momentum and momentum_out overlap in memory")
     dense, write_back = _in_place(backend, name, target)
     old = dense if target is momentum else _dense(backend, momentum)
-    view = backend.view("grad", grad)
-    table = checks.check_table(kernels.as_table(segments), view.size, "grad")
-    payload = backend.module.zeros(wire.segments_words(table) * 4, dtype=np.uint8)
+    if out is not None and dense is not target and np.may_share_memory(out, target):
+        raise ValueError(f"out and {name} overlap in memory")
+    g, m = backend.view("grad", grad), backend.view("momentum", old)
+    new = backend.view("momentum_out", dense)
+    table = checks.check_table(kernels.as_table(segments), g.size, "grad")
+    out, out_view = _payload(backend, out, table, g, m, new)
     kernels.lion_pack(
-        backend.target(threads), view, backend.view("momentum", old),
-        backend.view("momentum_out", dense), backend.view("payload", payload),
+        backend.target(threads), g, m, new, out_view,
         LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
         flags=_flags(backend, flags), segments=table,
     )  # fmt: skip
     write_back()
-    return payload
+    return out
 
 
 def lion_apply_(

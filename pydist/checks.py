@@ -117,6 +117,16 @@ def check_disjoint(a: View, b: View, *, may_be_same: bool = False) -> None:
         raise ValueError(f"{a.name} and {b.name} overlap in memory")
 
 
+def check_out(out: View, dtype: str, shape: tuple[int, ...], *inputs: View) -> None:
+    """Raises unless ``out`` has the dtype and shape of the result, and memory of its own."""
+    check_dtype(out, (dtype,))
+    if out.shape != shape:
+        raise ValueError(f"{out.name} must have shape {list(shape)}, got {list(out.shape)}")
+    check_device(inputs[0], out)
+    for view in inputs:
+        check_disjoint(out, view)
+
+
 def check_flags(flags: View | None, *others: View) -> None:
     """Raises unless ``flags`` is absent, or int32[1] apart from the other views."""
     if flags is not None:
@@ -203,3 +213,9 @@ def vote_table(table: IntArray | None, n: int | None, size: int) -> IntArray:
             f"got {size}"
         )
     return table
+
+
+def vote_gaps(table: IntArray | None, n: int | None, size: int) -> bool:
+    """Whether payloads of ``size`` bytes have words that no segment of a vote covers; checked."""
+    table = vote_table(table, n, size)
+    return wire.has_gaps(table) or wire.segments_words(table) * wire.WORD_BYTES != size

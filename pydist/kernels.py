@@ -24,6 +24,7 @@ from pydist.checks import (
     check_disjoint,
     check_dtype,
     check_flags,
+    check_out,
     check_payloads,
     check_planes,
     check_range,
@@ -139,22 +140,22 @@ def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
 def pack_signs(
     target: Target,
     x: View,
-    payload: View,
+    out: View,
     *,
     zero_bit: int,
     flags: View | None,
     segments: IntArray | None,
 ) -> None:
-    """Writes the signs of ``x`` into ``payload``."""
+    """Writes the signs of ``x`` into the payload ``out``."""
     check_dtype(x, tuple(FLOATS))
     check_bit("zero_bit", zero_bit)
-    check_flags(flags, x)
-    check_device(x, payload, flags)
+    check_flags(flags, x, out)
+    check_device(x, flags)
     table = check_table(segments, x.size, x.name)
-    check_size(payload, wire.segments_words(table) * wire.WORD_BYTES, "one bit an element of x")
+    check_out(out, "uint8", (wire.segments_words(table) * wire.WORD_BYTES,), x)
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, x.address, ITEMSIZE[x.dtype])
-    launch(target, "pack_signs", rows, FLOATS[x.dtype], payload.address, zero_bit, _address(flags))
+    launch(target, "pack_signs", rows, FLOATS[x.dtype], out.address, zero_bit, _address(flags))
 
 
 def unpack_votes(target: Target, planes: View, out: View, *, ranks: int | None, mean: bool) -> None:
@@ -162,6 +163,7 @@ def unpack_votes(target: Target, planes: View, out: View, *, ranks: int | None, 
     check_dtype(out, tuple(FLOATS))
     count, size = check_planes(planes, ranks)
     check_device(planes, out)
+    check_disjoint(out, planes)
     if size != wire.payload_bytes(out.size):
         raise ValueError(
             f"{planes.name} must have {wire.payload_bytes(out.size)} bytes a plane for "
@@ -173,19 +175,19 @@ def unpack_votes(target: Target, planes: View, out: View, *, ranks: int | None, 
     launch(target, "unpack_votes", rows, FLOATS[out.dtype], args)
 
 
-def count_votes(target: Target, payloads: View, planes: View) -> None:
-    """Writes how many ranks voted +1 into ``planes``."""
+def count_votes(target: Target, payloads: View, out: View) -> None:
+    """Writes how many ranks voted +1 into the planes ``out``."""
     ranks, size = check_payloads(payloads)
-    check_device(payloads, planes)
+    check_out(out, "uint8", (wire.planes_for(ranks), size), payloads)
     rows = wire.one_row(0, size * 8)
-    args = _C.VoteArgs(payloads.address, size, ranks, planes.address, size, 0, 0, 0)
+    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, 0, 0, 0)
     launch(target, "count_votes", rows, args)
 
 
 def majority_vote(
     target: Target,
     payloads: View,
-    planes: View,
+    out: View,
     *,
     ties: str,
     seed: int,
@@ -193,14 +195,14 @@ def majority_vote(
     n: int | None,
     segments: IntArray | None,
 ) -> None:
-    """Writes the side most ranks voted for into ``planes``."""
+    """Writes the side most ranks voted for into the planes ``out``."""
     ranks, size = check_payloads(payloads)
     check_ties(ties)
     check_seed(seed)
     check_step(step)
-    check_device(payloads, planes)
+    check_out(out, "uint8", (2 if ties == "zero" else 1, size), payloads)
     rows = wire.rows_of(vote_table(segments, n, size))
-    args = _C.VoteArgs(payloads.address, size, ranks, planes.address, size, TIES[ties], seed, step)
+    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, TIES[ties], seed, step)
     launch(target, "majority_vote", rows, args)
 
 
@@ -209,31 +211,33 @@ def lion_pack(
     grad: View,
     momentum: View,
     momentum_out: View,
-    payload: View,
+    out: View,
     options: LionOptions,
     *,
     flags: View | None,
     segments: IntArray | None,
 ) -> None:
-    """Writes a worker's vote into ``payload`` and its new momentum into ``momentum_out``."""
+    """Writes a worker's vote into ``out`` and its new momentum into ``momentum_out``."""
     check_dtype(grad, tuple(FLOATS))
     check_dtype(momentum, MOMENTA)
     check_dtype(momentum_out, (momentum.dtype,))
     check_size(momentum, grad.size, f"as {grad.name}")
     check_size(momentum_out, grad.size, f"as {grad.name}")
-    check_flags(flags, grad, momentum, momentum_out)
-    check_device(grad, momentum, momentum_out, payload, flags)
+    check_flags(flags, grad, momentum, momentum_out, out)
+    check_device(grad, momentum, momentum_out, flags)
     check_disjoint(grad, momentum)
     check_disjoint(grad, momentum_out)
     check_disjoint(momentum, momentum_out, may_be_same=True)
     table = check_table(segments, grad.size, grad.name)
+    size = wire.segments_words(table) * wire.WORD_BYTES
+    check_out(out, "uint8", (size,), grad, momentum, momentum_out)
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, grad.address, ITEMSIZE[grad.dtype])
     width = ITEMSIZE[momentum.dtype]
     wire.dense_addresses(rows, wire.MOMENTUM, momentum.address, width)
     wire.dense_addresses(rows, wire.MOMENTUM_OUT, momentum_out.address, width)
     launch(
-        target, "lion_pack", rows, FLOATS[grad.dtype], FLOATS[momentum.dtype], payload.address,
+        target, "lion_pack", rows, FLOATS[grad.dtype], FLOATS[momentum.dtype], out.address,
         options.native(), _address(flags),
     )  # fmt: skip
 

@@ -24,10 +24,15 @@ _LIBRARY = torch.library.Library("pydist", "DEF")
 
 _SCHEMAS = """
 pack_signs(Tensor x, *, int zero_bit=1, Tensor(a!)? flags=None, Tensor? segments=None) -> Tensor
+pack_signs_out(Tensor x, *, int zero_bit=1, Tensor(a!)? flags=None, Tensor? segments=None, Tensor(b!) out) -> ()
 unpack_votes(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, ScalarType? dtype=None) -> Tensor
+unpack_votes_out(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, Tensor(a!) out) -> ()
 count_votes(Tensor payloads) -> Tensor
+count_votes_out(Tensor payloads, *, Tensor(a!) out) -> ()
 majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None) -> Tensor
+majority_vote_out(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None, Tensor(a!) out) -> ()
 lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None) -> Tensor
+lion_pack_out_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None, Tensor(d!) out) -> ()
 lion_apply_(Tensor(a!) param, Tensor planes, *, float lr, float weight_decay=0.0, int? ranks=None, Tensor? skip=None, Tensor? segments=None) -> ()
 """  # noqa: E501  (a schema is one line)
 
@@ -108,73 +113,119 @@ def written(target: Tensor, dense: Tensor) -> None:
         torch.autograd.graph.increment_version(target)
 
 
-def _payload(like: Tensor, table: wire.IntArray) -> Tensor:
-    """Memory for the payload of a segment table; gaps between segments are padding, so zero."""
-    size = wire.segments_words(table) * wire.WORD_BYTES
-    whole = len(table) == 1 and table[0, 0] == 0
-    new = like.new_empty if whole else like.new_zeros
-    return new(size, dtype=torch.uint8)
-
-
 def _table(segments: Tensor | None) -> wire.IntArray | None:
     return None if segments is None else kernels.as_table(segments.numpy(force=True))
+
+
+def _payload(x: Tensor, name: str, segments: Tensor | None) -> Tensor:
+    """New memory for the payload of ``x``."""
+    size = wire.payload_bytes(x.numel())
+    if segments is not None:
+        table = checks.check_table(_table(segments), x.numel(), name)
+        size = wire.segments_words(table) * wire.WORD_BYTES
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+def _checked(segments: Tensor | None, x: View) -> tuple[wire.IntArray | None, bool]:
+    """A segment table of ``x``, and whether it leaves gaps in the payload."""
+    if segments is None:
+        return None, False
+    table = checks.check_table(_table(segments), x.size, x.name)
+    return table, wire.has_gaps(table)
+
+
+def _result(out: Tensor, gaps: bool = False, *inputs: View) -> View:
+    """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
+    if not out.is_contiguous() or out.is_neg():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+    view = view_of("out", out)
+    if gaps:
+        for other in inputs:
+            checks.check_disjoint(view, other)
+        out.zero_()
+    return view
 
 
 # --------------------------------------------------------------------------- implementations
 
 
-def _pack_signs(
-    x: Tensor, *, zero_bit: int = 1, flags: Tensor | None = None, segments: Tensor | None = None
-) -> Tensor:
+# Each operator with a result has a twin that writes it into memory that is there. An operator may
+# not return what it was given, so the twin returns nothing.
+
+
+def _pack_signs(x: Tensor, *, segments: Tensor | None = None, **options: Any) -> Tensor:
+    out = _payload(x, "x", segments)
+    _pack_signs_out(x, segments=segments, out=out, **options)
+    return out
+
+
+def _pack_signs_out(
+    x: Tensor,
+    *,
+    zero_bit: int = 1,
+    flags: Tensor | None = None,
+    segments: Tensor | None = None,
+    out: Tensor,
+) -> None:
     x = x.contiguous()
-    table = _table(segments)
     view = view_of("x", x)
-    table = checks.check_table(table, view.size, "x")
-    payload = _payload(x, table)
+    table, gaps = _checked(segments, view)
     with on_device_of(x):
         kernels.pack_signs(
-            target_of(x), view, view_of("payload", payload),
+            target_of(x), view, _result(out, gaps, view),
             zero_bit=zero_bit, flags=_optional("flags", flags), segments=table,
         )  # fmt: skip
-    return payload
+    written(out, out)
 
 
 def _unpack_votes(
-    planes: Tensor,
-    n: int,
-    *,
-    ranks: int | None = None,
-    mean: bool = False,
-    dtype: torch.dtype | None = None,
+    planes: Tensor, n: int, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
     checks.check_n(n)
     dtype = dtype or torch.float32
     if str(dtype)[6:] not in checks.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    planes = planes.contiguous()
     out = planes.new_empty(n, dtype=dtype)
-    with on_device_of(planes):
-        kernels.unpack_votes(
-            target_of(planes),
-            view_of("planes", planes),
-            view_of("out", out),
-            ranks=ranks,
-            mean=mean,
-        )
+    _unpack_votes_out(planes, n, out=out, **options)
     return out
 
 
+def _unpack_votes_out(
+    planes: Tensor, n: int, *, ranks: int | None = None, mean: bool = False, out: Tensor
+) -> None:
+    checks.check_n(n)
+    planes = planes.contiguous()
+    view = _result(out)
+    checks.check_size(view, n, "n")
+    with on_device_of(planes):
+        kernels.unpack_votes(
+            target_of(planes), view_of("planes", planes), view, ranks=ranks, mean=mean
+        )
+    written(out, out)
+
+
 def _count_votes(payloads: Tensor) -> Tensor:
+    ranks, size = checks.check_payloads(view_of("payloads", payloads))
+    out = payloads.new_empty((wire.planes_for(ranks), size))
+    _count_votes_out(payloads, out=out)
+    return out
+
+
+def _count_votes_out(payloads: Tensor, *, out: Tensor) -> None:
     payloads = payloads.contiguous()
-    view = view_of("payloads", payloads)
-    ranks, size = checks.check_payloads(view)
-    planes = payloads.new_empty((wire.planes_for(ranks), size))
     with on_device_of(payloads):
-        kernels.count_votes(target_of(payloads), view, view_of("planes", planes))
-    return planes
+        kernels.count_votes(target_of(payloads), view_of("payloads", payloads), _result(out))
+    written(out, out)
 
 
-def _majority_vote(
+def _majority_vote(payloads: Tensor, *, ties: str = "hash", **options: Any) -> Tensor:
+    _, size = checks.check_payloads(view_of("payloads", payloads))
+    out = payloads.new_empty((2 if ties == "zero" else 1, size))
+    _majority_vote_out(payloads, ties=ties, out=out, **options)
+    return out
+
+
+def _majority_vote_out(
     payloads: Tensor,
     *,
     ties: str = "hash",
@@ -182,54 +233,56 @@ def _majority_vote(
     step: int = 0,
     n: int | None = None,
     segments: Tensor | None = None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     payloads = payloads.contiguous()
     view = view_of("payloads", payloads)
     _, size = checks.check_payloads(view)
-    whole = segments is None and (n is None or wire.payload_bytes(n) == size)  # no gaps to clear
-    new = payloads.new_empty if whole else payloads.new_zeros
-    planes = new((2 if ties == "zero" else 1, size))
+    table = _table(segments)
+    gaps = (n is not None or table is not None) and checks.vote_gaps(table, n, size)
     with on_device_of(payloads):
         kernels.majority_vote(
-            target_of(payloads), view, view_of("planes", planes),
-            ties=ties, seed=seed, step=step, n=n, segments=_table(segments),
+            target_of(payloads), view, _result(out, gaps, view),
+            ties=ties, seed=seed, step=step, n=n, segments=table,
         )  # fmt: skip
-    return planes
+    written(out, out)
 
 
 def _lion_pack(
+    grad: Tensor, momentum: Tensor, *, segments: Tensor | None = None, **options: Any
+) -> Tensor:
+    out = _payload(grad, "grad", segments)
+    _lion_pack_out(grad, momentum, segments=segments, out=out, **options)
+    return out
+
+
+def _lion_pack_out(
     grad: Tensor,
     momentum: Tensor,
     *,
-    beta1: float,
-    beta2: float,
-    zero_bit: int = 1,
     momentum_out: Tensor | None = None,
     flags: Tensor | None = None,
-    binarization_range: float | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    step: int = 0,
     segments: Tensor | None = None,
-) -> Tensor:
+    out: Tensor,
+    **scalars: Any,
+) -> None:
     target = momentum if momentum_out is None else momentum_out
     if momentum_out is not None:
         _check_apart("momentum", momentum, "momentum_out", momentum_out)
-    dense, old = dense_of("momentum_out" if momentum_out is not None else "momentum", target), None
+    name = "momentum" if momentum_out is None else "momentum_out"
+    _check_apart("out", out, name, target)
+    dense = dense_of(name, target)
     old = dense if target is momentum else momentum.contiguous()
     grad = grad.contiguous()
-    view = view_of("grad", grad)
-    table = checks.check_table(_table(segments), view.size, "grad")
-    payload = _payload(grad, table)
+    g, m, new = view_of("grad", grad), view_of("momentum", old), view_of("momentum_out", dense)
+    table, gaps = _checked(segments, g)
     with on_device_of(grad):
         kernels.lion_pack(
-            target_of(grad), view, view_of("momentum", old), view_of("momentum_out", dense),
-            view_of("payload", payload),
-            LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
-            flags=_optional("flags", flags), segments=table,
+            target_of(grad), g, m, new, _result(out, gaps, g, m, new),
+            LionOptions(**scalars), flags=_optional("flags", flags), segments=table,
         )  # fmt: skip
     written(target, dense)
-    return payload
+    written(out, out)
 
 
 def _lion_apply(
@@ -283,7 +336,7 @@ def _lion_pack_fake(grad, momentum, *, segments=None, **options):  # type: ignor
     return _fake_payload(grad.numel(), grad, segments)
 
 
-def _lion_apply_fake(param, planes, **options):  # type: ignore[no-untyped-def]
+def _writes_only_fake(*args, **options):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -310,7 +363,12 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "count_votes": (_count_votes, _count_votes_fake),
     "majority_vote": (_majority_vote, _majority_vote_fake),
     "lion_pack_": (_lion_pack, _lion_pack_fake),
-    "lion_apply_": (_lion_apply, _lion_apply_fake),
+    "lion_apply_": (_lion_apply, _writes_only_fake),
+    "pack_signs_out": (_pack_signs_out, _writes_only_fake),
+    "unpack_votes_out": (_unpack_votes_out, _writes_only_fake),
+    "count_votes_out": (_count_votes_out, _writes_only_fake),
+    "majority_vote_out": (_majority_vote_out, _writes_only_fake),
+    "lion_pack_out_": (_lion_pack_out, _writes_only_fake),
 }
 for _name, (_implementation, _fake) in _OPERATORS.items():
     for _key in ("CPU", "CUDA"):

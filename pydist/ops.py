@@ -29,7 +29,12 @@ __all__ = [
 
 
 def pack_signs(
-    x: Tensor, *, zero_bit: int = 1, flags: Tensor | None = None, segments: Tensor | None = None
+    x: Tensor,
+    *,
+    zero_bit: int = 1,
+    flags: Tensor | None = None,
+    segments: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Packs signs into one bit an element: 1 for positive, ``zero_bit`` for ±0, 0 for NaN.
 
@@ -38,6 +43,7 @@ def pack_signs(
         zero_bit: Bit of a zero.
         flags: int32[1]; 1 is OR-ed in where ``x`` holds a NaN or an infinity.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments`); default one segment.
+        out: Receives the payload, and is returned.
 
     Returns:
         uint8 payload, ``ceil(n / 32) * 4`` bytes (each segment padded so).
@@ -46,7 +52,11 @@ def pack_signs(
         TypeError: A dtype is not supported.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    return torch.ops.pydist.pack_signs(x, zero_bit=zero_bit, flags=flags, segments=segments)
+    options = {"zero_bit": zero_bit, "flags": flags, "segments": segments}
+    if out is None:
+        return torch.ops.pydist.pack_signs(x, **options)
+    torch.ops.pydist.pack_signs_out(x, **options, out=out)
+    return out
 
 
 def unpack_votes(
@@ -55,7 +65,8 @@ def unpack_votes(
     *,
     ranks: int | None = None,
     mean: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Turns the planes of a vote into values.
 
@@ -64,53 +75,67 @@ def unpack_votes(
         n: Elements.
         ranks: Voters behind count planes; ``None`` for sign planes.
         mean: Divide the sum of the votes by ``ranks``.
-        dtype: float32, float16 or bfloat16 of the result.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        out: n elements of any shape; receives the values, and is returned.
 
     Returns:
         [n] values: ±1 (0 where a tie is zero), or ``2 * count - ranks``, or that over ``ranks``.
 
     Raises:
-        TypeError: A dtype is not supported.
-        ValueError: The planes do not fit ``n`` or ``ranks``.
+        TypeError: A dtype is not supported, or ``out`` has another.
+        ValueError: The planes do not fit ``n`` or ``ranks``, or ``out`` does not fit ``n``.
     """
-    return torch.ops.pydist.unpack_votes(planes, n, ranks=ranks, mean=mean, dtype=dtype)
+    if out is None:
+        return torch.ops.pydist.unpack_votes(planes, n, ranks=ranks, mean=mean, dtype=dtype)
+    if dtype not in (None, out.dtype):
+        raise TypeError(f"out must be {dtype}, got {out.dtype}")
+    torch.ops.pydist.unpack_votes_out(planes, n, ranks=ranks, mean=mean, out=out)
+    return out
 
 
-def unpack_signs(payload: Tensor, n: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def unpack_signs(
+    payload: Tensor, n: int, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Turns a payload of :func:`pack_signs` into ±1.
 
     Args:
         payload: uint8 of ``ceil(n / 32) * 4`` bytes.
         n: Elements.
-        dtype: float32, float16 or bfloat16 of the result.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        out: n elements of any shape; receives the values, and is returned.
 
     Returns:
         [n] values of +1 and -1.
 
     Raises:
-        TypeError: A dtype is not supported.
-        ValueError: The payload has another length.
+        TypeError: A dtype is not supported, or ``out`` has another.
+        ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
     if payload.dim() != 1:
         raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
     checks.check_payload_of(payload.numel(), n)
-    return unpack_votes(payload.unsqueeze(0), n, dtype=dtype)
+    return unpack_votes(payload.unsqueeze(0), n, dtype=dtype, out=out)
 
 
-def count_votes(payloads: Tensor) -> Tensor:
+def count_votes(payloads: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Counts how many ranks voted +1, bit-sliced.
 
     Args:
         payloads: uint8 [ranks, bytes].
+        out: Receives the planes, and is returned.
 
     Returns:
         uint8 [ceil(log2(ranks + 1)), bytes]; plane j holds bit j of every count.
 
     Raises:
         TypeError: ``payloads`` is not uint8.
-        ValueError: There are no ranks, more than 65,535, or bytes are not a multiple of 4.
+        ValueError: There are no ranks, more than 65,535, or bytes are not a multiple of 4; or
+            ``out`` has another shape.
     """
-    return torch.ops.pydist.count_votes(payloads)
+    if out is None:
+        return torch.ops.pydist.count_votes(payloads)
+    torch.ops.pydist.count_votes_out(payloads, out=out)
+    return out
 
 
 def majority_vote(
@@ -121,6 +146,7 @@ def majority_vote(
     step: int = 0,
     n: int | None = None,
     segments: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Finds the side that most ranks voted for.
 
@@ -133,6 +159,7 @@ def majority_vote(
         step: Step of the tie hash.
         n: Elements; default all bits. Padding bits of the result are 0.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments`); default one segment of ``n``.
+        out: Receives the planes, and is returned.
 
     Returns:
         uint8 [1, bytes] (sign), or [2, bytes] (sign, non-zero) with ``ties="zero"``.
@@ -141,9 +168,11 @@ def majority_vote(
         TypeError: ``payloads`` is not uint8.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    return torch.ops.pydist.majority_vote(
-        payloads, ties=ties, seed=seed, step=step, n=n, segments=segments
-    )
+    options = {"ties": ties, "seed": seed, "step": step, "n": n, "segments": segments}
+    if out is None:
+        return torch.ops.pydist.majority_vote(payloads, **options)
+    torch.ops.pydist.majority_vote_out(payloads, **options, out=out)
+    return out
 
 
 def lion_pack_(
@@ -160,6 +189,7 @@ def lion_pack_(
     rank: int = 0,
     step: int = 0,
     segments: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A worker's vote and its new momentum, in one pass.
 
@@ -180,6 +210,7 @@ def lion_pack_(
         rank: This rank, so that ranks draw differently.
         step: Step of the draws.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments`); default one segment.
+        out: Receives the payload, and is returned.
 
     Returns:
         uint8 payload, ``ceil(n / 32) * 4`` bytes (each segment padded so).
@@ -188,11 +219,15 @@ def lion_pack_(
         TypeError: A dtype is not supported.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    return torch.ops.pydist.lion_pack_(
-        grad, momentum, beta1=beta1, beta2=beta2, zero_bit=zero_bit, momentum_out=momentum_out,
-        flags=flags, binarization_range=binarization_range, seed=seed, rank=rank, step=step,
-        segments=segments,
-    )  # fmt: skip
+    options = {
+        "beta1": beta1, "beta2": beta2, "zero_bit": zero_bit, "momentum_out": momentum_out,
+        "flags": flags, "binarization_range": binarization_range, "seed": seed, "rank": rank,
+        "step": step, "segments": segments,
+    }  # fmt: skip
+    if out is None:
+        return torch.ops.pydist.lion_pack_(grad, momentum, **options)
+    torch.ops.pydist.lion_pack_out_(grad, momentum, **options, out=out)
+    return out
 
 
 def lion_apply_(

@@ -185,6 +185,13 @@ def segments_words(table: IntArray) -> int:
     return int(table[-1, 0]) // WORD_BITS + words_for(int(table[-1, 1])) if len(table) else 0
 
 
+def has_gaps(table: IntArray) -> bool:
+    """Whether payload words before the end of the last segment belong to no segment."""
+    if len(table) == 1:
+        return bool(table[0, 0])
+    return int(((table[:, 1] + WORD_BITS - 1) // WORD_BITS).sum()) != segments_words(table)
+
+
 # --------------------------------------------------------------------------- rows
 # What the kernels read: csrc/wire/layout.h, struct Row, as int64 [k, 8].
 X, MOMENTUM, MOMENTUM_OUT, N, WORD, ORDINAL, FIRST, WORDS_BEFORE = range(8)

@@ -72,6 +72,15 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         (values(), votes(1, 64)),
         {"lr": 0.1, "segments": table(5, 32)},
     ),
+    "pack_signs out": ("pack_signs", (values(),), {"out": votes(1)[0], "flags": flags()}),
+    "unpack_votes out": (
+        "unpack_votes",
+        (votes(3), N),
+        {"ranks": 5, "out": values(dtype=torch.float16)},
+    ),
+    "count_votes out": ("count_votes", (votes(4),), {"out": votes(3)}),
+    "majority_vote out": ("majority_vote", (votes(4),), {"ties": "zero", "out": votes(2)}),
+    "lion_pack_ into": ("lion_pack_", (values(), values(N)), {**BETAS, "out": votes(1)[0]}),
     # The length of these payloads depends on the table's values.
     "pack_signs segments": ("pack_signs", (values(),), {"segments": table(5, 32)}),
     "lion_pack_ segments": (
@@ -98,6 +107,8 @@ def cloned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], di
 def test_opcheck(case: str) -> None:
     name, args, kwargs = CASES[case]
     positional, named = cloned(args, kwargs)
+    if "out" in named:
+        name = "lion_pack_out_" if name == "lion_pack_" else f"{name}_out"
     operator = getattr(torch.ops.pydist, name).default
     torch.library.opcheck(operator, tuple(positional), named)
 
