@@ -77,7 +77,7 @@ test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
-bench: $(BUILD_STAMP) ## every kernel against the memory roofline
+bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)
 
 # One environment of several GB a version, all with the same wheel; reports what pip can't install.
