@@ -76,6 +76,11 @@ def test_wrong_usage(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_budget_leaves_rows_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SMALL, "--budget", "0", "--no-rivals"]) == 0
+    assert "not measured: pack_signs" in capsys.readouterr().out
+
+
 def test_a_machine_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a device")

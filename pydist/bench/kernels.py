@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +30,7 @@ from pydist.bench.measure import Bench
 from pydist.environment import describe
 
 Report = dict[str, Any]
+_NOT_RECORDED = ("run", "typed", "command", "benchmark", "json", "table", "plot")
 
 
 class UsageError(ValueError):
@@ -96,7 +98,7 @@ def surroundings(options: argparse.Namespace) -> Report:
 def cases(options: argparse.Namespace) -> Iterator[tuple[Case, int]]:
     """All cases asked for, and how many there are."""
     chosen = []
-    for numel in options.sizes:
+    for numel in reversed(options.sizes):  # the goals first, should there be a budget
         compiled = options.compile and numel == options.sizes[-1] and not options.no_rivals
         maker = Maker(numel, options.device, tuple(options.dtype), compiled)
         chosen += [case for case in maker.cases() if case.kernel in options.kernels]
@@ -107,7 +109,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[Case, int]]:
 
 
 def measure(options: argparse.Namespace, console: Console, skipped: list[Report]) -> list[Report]:
-    """Runs all cases asked for, with a progress bar; ``skipped`` takes what memory can't hold."""
+    """Runs all cases asked for, with a progress bar; ``skipped`` takes those that did not fit."""
+    start = time.monotonic()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     bench = Bench(options.device, options.repeats, options.threads, options.clock)
     rows: list[Report] = []
@@ -117,13 +120,17 @@ def measure(options: argparse.Namespace, console: Console, skipped: list[Report]
             dtype = "" if case.dtype == BITS else f" {case.dtype}"
             label = f"{case.kernel}{dtype} {arguments.shown(case.numel)}"
             progress.update(bar, description=label, total=count * options.repeats)
+            if options.budget is not None and time.monotonic() - start > options.budget:
+                skipped.append({"row": f"{case.name} {label}", "why": "no time left (--budget)"})
+                continue
             try:
                 rows += bench.run(case, lambda: progress.advance(bar))
             except torch.OutOfMemoryError as error:
                 skipped.append({"row": f"{case.name} {label}", "why": str(error).split(". ")[0]})
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-    return rows
+    names = list(arguments.KERNELS)
+    return sorted(rows, key=lambda row: (names.index(row["kernel"]), row["numel"]))
 
 
 def report(options: argparse.Namespace, record: Report, console: Console) -> None:
@@ -182,7 +189,7 @@ def main(options: argparse.Namespace, command: str) -> int:
             "command": command,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": surroundings(options),
-            "options": {k: v for k, v in vars(options).items() if k not in ("run", "typed")},
+            "options": {k: v for k, v in vars(options).items() if k not in _NOT_RECORDED},
             "skipped": [],
         }
         record["results"] = measure(options, console, record["skipped"])

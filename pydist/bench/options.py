@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, nargs="+", metavar="N", help="on the CPU; default 1 2")
     add("--isa", help="instruction set of the CPU kernels; default the best")
     add("--repeats", type=int, default=20, help="samples of each row; default 20")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further row after this long, and say which were left out",
+    )
     add("--no-rivals", action="store_true", help="the kernels alone")
     add(
         "--compile",
