@@ -20,9 +20,9 @@ HOST_CALLS = 200  # enqueued without waiting: fewer than a stream's queue of lau
 _COLD_CACHES = 2.0
 _MEMORY_SHARE = 8
 _WARMUP = 2
-_MOST_CALLS = 2000
-# The device spins this long before a sample, while the host enqueues what is to be timed.
-_HEAD_START_CYCLES = 1_000_000
+_MOST_CALLS = 1000
+# The device spins this long (1.5 ms or so) before a sample, while the host enqueues the graph.
+_HEAD_START_CYCLES = 3_000_000
 
 Buffers = SimpleNamespace  # tensors by name
 Sample = Callable[[], float]
