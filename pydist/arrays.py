@@ -393,13 +393,13 @@ def lion_pack_(
     name, target = (
         ("momentum", momentum) if momentum_out is None else ("momentum_out", momentum_out)
     )
-    if momentum_out is not None and backend.module.may_share_memory(momentum, momentum_out):
+    if momentum_out is not None and np.may_share_memory(momentum, momentum_out):
         both_dense = momentum.flags.c_contiguous and momentum_out.flags.c_contiguous
         if not both_dense:  # otherwise checks.check_disjoint sees it
             raise ValueError("momentum and momentum_out overlap in memory")
     dense, write_back = _in_place(backend, name, target)
     old = dense if target is momentum else _dense(backend, momentum)
-    if out is not None and dense is not target and backend.module.may_share_memory(out, target):
+    if out is not None and dense is not target and np.may_share_memory(out, target):
         raise ValueError(f"out and {name} overlap in memory")
     g, m = backend.view("grad", grad), backend.view("momentum", old)
     new = backend.view("momentum_out", dense)

@@ -9,6 +9,10 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
+from pydist import kernels, reference, wire
+from pydist.checks import View
+from pydist.kernels import LionOptions
+
 N = 1001
 
 
@@ -62,3 +66,43 @@ def test_a_step_on_another_device() -> None:
     votes = torch.zeros(2, 4, dtype=torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match="meta"):
         ops.majority_vote(votes, step=torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+def test_cuda_kernels_read_it_where_it_lies() -> None:
+    """Emulated: the launch carries the step's address, so what is there at the time counts."""
+    emulated = pytest.importorskip("emulated", reason="there is no emulation in this tree")
+    if emulated.MODULE is None:
+        pytest.skip("the emulated kernels are not built: `make emulate`")
+    from guarded import guarded
+
+    def view(name: str, x: Any) -> View:
+        return View(name, x.__array_interface__["data"][0], x.shape, x.dtype.name, "cuda:0")
+
+    def put(x: Any) -> Any:
+        return guarded(np.asarray(x), at_end=True)
+
+    target, rng = emulated.target(), np.random.default_rng(0)
+    size = wire.payload_bytes(N)
+    payloads = put(rng.integers(0, 256, (4, size), dtype=np.uint8))
+    grad = put(rng.standard_normal(N).astype(np.float32))
+    step = put(np.zeros(1, dtype=np.int64))
+    options = LionOptions(**BETAS, binarization_range=1.0, seed=2, rank=1)
+    for now in (5, 6, 2**40 + 3):
+        step[0] = now
+        planes, ballot = put(np.zeros((1, size), np.uint8)), put(np.zeros(size, np.uint8))
+        kernels.majority_vote(
+            target, view("payloads", payloads), view("out", planes),
+            ties="hash", seed=3, step=view("step", step), n=N, segments=None,
+        )  # fmt: skip
+        expected = reference.majority_vote(payloads, ties="hash", seed=3, step=now, n=N)
+        assert (planes == expected).all()
+        kept = put(np.zeros(N, np.float32))
+        momentum = view("momentum", kept)
+        kernels.lion_pack(
+            target, view("grad", grad), momentum, momentum, view("out", ballot), options,
+            flags=None, segments=None, step=view("step", step),
+        )  # fmt: skip
+        wanted = reference.lion_pack(
+            grad, np.zeros(N), **BETAS, binarization_range=1.0, seed=2, rank=1, step=now
+        )
+        assert (ballot == wanted[0]).all()
