@@ -4,6 +4,7 @@
 #   PYTHON=python3.12         the Python that .venv is made with
 #   PYDIST_CUDA=0|1           without CUDA, or an error where nvcc is missing (default: if found)
 #   CMAKE_CUDA_ARCHITECTURES  default: the cards of this machine; without one, 90 alone
+#   OUT=folder                where `make gpu` writes
 #   ARGS="..."                more arguments for the demo, pytest or the benchmark
 
 SHELL := /bin/bash
@@ -81,7 +82,7 @@ emulation: $(ENV_STAMP)
 
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test emulate test-gpu soak neon test-matrix bench
+.PHONY: demo test emulate test-gpu gpu soak neon test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
@@ -94,13 +95,18 @@ emulate: $(BUILD_STAMP) emulation ## the CUDA kernels on the CPU, with races and
 test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu and not soak" $(ARGS)
 
+# With the Python that is there, and no .venv: a machine with a GPU has its torch and may be offline.
+OUT ?= bench/results
+gpu: ## on a machine with a GPU: build, tests, sanitizer and benchmark, into OUT=bench/results
+	@$(PYTHON) bench/gpu.py --out "$(OUT)" $(ARGS)
+
 soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 neon: $(BUILD_STAMP) ## the NEON kernels, cross-compiled, under qemu-user (part of soak)
 	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/test_neon.py $(ARGS)
 
-bench: $(BUILD_STAMP) ## every kernel against the memory roofline
+bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)
 
 # One environment of several GB a version, all with the same wheel; reports what pip can't install.

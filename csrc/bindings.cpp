@@ -25,7 +25,7 @@ T* at(uint64_t address) {
 
 LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
                             double one_minus_beta2, uint32_t zero_bit, double inv_range,
-                            uint32_t seed, uint32_t key1, uint32_t step) {
+                            uint32_t seed, uint32_t key1, uint32_t step, uint64_t step_at) {
   const cpu::DefaultFloatMode mode;
   using cpu::round_scalar;
   return {round_scalar(beta1),
@@ -36,7 +36,8 @@ LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
           round_scalar(inv_range),
           seed,
           key1,
-          step};
+          step,
+          at<const int64_t>(step_at)};
 }
 
 LionApplyArgs lion_apply_args(double decay, double step, int planes, int64_t plane_words,
@@ -46,9 +47,9 @@ LionApplyArgs lion_apply_args(double decay, double step, int planes, int64_t pla
 }
 
 VoteArgs vote_args(uint64_t payloads, int64_t stride, int64_t ranks, uint64_t out,
-                   int64_t plane_bytes, int ties, uint32_t seed, int64_t step) {
-  return {at<const unsigned char>(payloads), stride, ranks, at<unsigned char>(out), plane_bytes,
-          static_cast<Ties>(ties),           seed,   step};
+                   int64_t plane_bytes, int ties, uint32_t seed, int64_t step, uint64_t step_at) {
+  return {at<const unsigned char>(payloads), stride, ranks, at<unsigned char>(out),    plane_bytes,
+          static_cast<Ties>(ties),           seed,   step,  at<const int64_t>(step_at)};
 }
 
 Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t ranks, float divisor) {

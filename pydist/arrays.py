@@ -126,6 +126,11 @@ def _flags(backend: _NumPy | _CuPy, flags: Array | None) -> View | None:
     return backend.view("flags", flags)
 
 
+def _step(step: int | Array) -> tuple[int, Array | None]:
+    """A step that is known, or the array that holds it."""
+    return (0, step) if getattr(step, "shape", ()) else (step, None)
+
+
 def _result(backend: _NumPy | _CuPy, out: Array, gaps: bool = False, *inputs: View) -> View:
     """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
     _check_writable("out", out)
@@ -295,7 +300,7 @@ def majority_vote(
     *,
     ties: str = "hash",
     seed: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     n: int | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -307,7 +312,7 @@ def majority_vote(
         payloads: uint8 [ranks, bytes].
         ties: ``"hash"``, ``"zero"`` or ``"positive"``.
         seed: Seed of the tie hash.
-        step: Step of the tie hash.
+        step: Step of the tie hash, or an array int64[1] that holds it.
         n: Elements; default all bits.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment of ``n``.
         out: Receives the planes, and is returned.
@@ -320,7 +325,8 @@ def majority_vote(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("payloads", payloads), ("out", out))
+    step, step_at = _step(step)
+    backend = _backend(("payloads", payloads), ("out", out), ("step", step_at))
     payloads = _dense(backend, payloads)
     view = backend.view("payloads", payloads)
     _, size = checks.check_payloads(view)
@@ -330,7 +336,8 @@ def majority_vote(
         out = backend.module.empty((2 if ties == "zero" else 1, size), dtype=np.uint8)
     kernels.majority_vote(
         backend.target(threads), view, _result(backend, out, gaps, view),
-        ties=ties, seed=seed, step=step, n=n, segments=table,
+        ties=ties, seed=seed, n=n, segments=table,
+        step=step if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     return out
 
@@ -347,7 +354,7 @@ def lion_pack_(
     binarization_range: float | None = None,
     seed: int = 0,
     rank: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     segments: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -365,7 +372,7 @@ def lion_pack_(
         binarization_range: r votes +1 with probability ``(1 + c / r) / 2`` instead of the sign.
         seed: Seed of those draws.
         rank: This rank.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
         threads: CPU threads; default all cores.
@@ -377,9 +384,10 @@ def lion_pack_(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    step, step_at = _step(step)
     backend = _backend(
         ("grad", grad), ("momentum", momentum), ("momentum_out", momentum_out), ("flags", flags),
-        ("out", out),
+        ("out", out), ("step", step_at),
     )  # fmt: skip
     grad = _dense(backend, grad)
     name, target = (
@@ -401,6 +409,7 @@ def lion_pack_(
         backend.target(threads), g, m, new, out_view,
         LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
         flags=_flags(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     write_back()
     return out

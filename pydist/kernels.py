@@ -7,8 +7,9 @@ rows and calls the compiled module. Nothing is allocated on the caller's behalf.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from pydist.checks import (
     check_seed,
     check_size,
     check_step,
+    check_step_at,
     check_table,
     check_ties,
     vote_table,
@@ -84,8 +86,12 @@ class LionOptions:
     rank: int = 0
     step: int = 0
 
-    def native(self) -> _C.LionPackArgs:
-        """The checked options as the compiled module takes them."""
+    def native(self, step_at: int = 0) -> _C.LionPackArgs:
+        """The checked options as the compiled module takes them.
+
+        Args:
+            step_at: Where a device is to read the step instead; 0 for nowhere.
+        """
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -100,6 +106,7 @@ class LionOptions:
         return _C.LionPackArgs(
             self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, self.zero_bit,
             0.0 if r is None else 1.0 / r, self.seed, self.rank << 2, self.step % 2**32,
+            step_at,
         )  # fmt: skip
 
 
@@ -122,6 +129,19 @@ def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
 
 def _address(view: View | None) -> int:
     return 0 if view is None else view.address
+
+
+def _step(target: Target, step: int | View, like: View) -> tuple[int, int]:
+    """The step where the host knows it, and the address at which a device is to read it."""
+    if not isinstance(step, View):
+        check_step(step)
+        return step, 0
+    check_step_at(step, like)
+    if target.stream is not None:
+        return 0, step.address  # no wait for the device; it is not checked
+    value = ctypes.c_int64.from_address(step.address).value
+    check_step(value)
+    return value, 0
 
 
 def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
@@ -185,7 +205,7 @@ def count_votes(target: Target, payloads: View, out: View) -> None:
     ranks, size = check_payloads(payloads)
     check_out(out, "uint8", (wire.planes_for(ranks), size), payloads)
     rows = wire.one_row(0, size * 8)
-    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, 0, 0, 0)
+    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, 0, 0, 0, 0)
     launch(target, "count_votes", rows, args)
 
 
@@ -196,7 +216,7 @@ def majority_vote(
     *,
     ties: str,
     seed: int,
-    step: int,
+    step: int | View,
     n: int | None,
     segments: IntArray | None,
 ) -> None:
@@ -204,10 +224,12 @@ def majority_vote(
     ranks, size = check_payloads(payloads)
     check_ties(ties)
     check_seed(seed)
-    check_step(step)
+    step, step_at = _step(target, step, payloads)
     check_out(out, "uint8", (2 if ties == "zero" else 1, size), payloads)
     rows = wire.rows_of(vote_table(segments, n, size))
-    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, TIES[ties], seed, step)
+    args = _C.VoteArgs(
+        payloads.address, size, ranks, out.address, size, TIES[ties], seed, step, step_at
+    )
     launch(target, "majority_vote", rows, args)
 
 
@@ -221,6 +243,7 @@ def lion_pack(
     *,
     flags: View | None,
     segments: IntArray | None,
+    step: View | None = None,
 ) -> None:
     """Writes a worker's vote into ``out`` and its new momentum into ``momentum_out``."""
     check_dtype(grad, tuple(FLOATS))
@@ -241,9 +264,10 @@ def lion_pack(
     width = ITEMSIZE[momentum.dtype]
     wire.dense_addresses(rows, wire.MOMENTUM, momentum.address, width)
     wire.dense_addresses(rows, wire.MOMENTUM_OUT, momentum_out.address, width)
+    known, step_at = _step(target, options.step if step is None else step, grad)
     launch(
         target, "lion_pack", rows, FLOATS[grad.dtype], FLOATS[momentum.dtype], out.address,
-        options.native(), _address(flags),
+        replace(options, step=known).native(step_at), _address(flags),
     )  # fmt: skip
 
 

@@ -8,15 +8,29 @@ from collections.abc import Iterator
 import emulated
 import pytest
 from doors import DOOR_PARAMS, HOST_DOORS, Door
-from hypothesis import settings
 from ranks import Worlds
 from wrong import Arrays
 
-# Examples are the same in every run under CI, so that a red run can be repeated; elsewhere they
-# are new each time. Timing on a shared machine says nothing, so there is no deadline.
-settings.register_profile("local", deadline=None, max_examples=60)
-settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, database=None)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+try:  # the tests of `make gpu` need neither hypothesis nor pytest-timeout
+    from hypothesis import settings
+except ModuleNotFoundError:
+    pass
+else:
+    # Examples are the same in every run under CI, so that a red run can be repeated; elsewhere they
+    # are new each time. Timing on a shared machine says nothing, so there is no deadline.
+    settings.register_profile("local", deadline=None, max_examples=60)
+    settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, database=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take; pytest-timeout is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout: pytest-timeout is not installed")
 
 
 @pytest.fixture(params=DOOR_PARAMS)

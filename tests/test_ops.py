@@ -48,6 +48,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "count_votes": ("count_votes", (votes(4),), {}),
     "majority_vote": ("majority_vote", (votes(4),), {"n": N, "seed": 3, "step": 5}),
+    "majority_vote step": (
+        "majority_vote",
+        (votes(4),),
+        {"n": N, "step": torch.tensor([5])},
+    ),
     "majority_vote zero": ("majority_vote", (votes(4),), {"ties": "zero"}),
     "majority_vote segments": (
         "majority_vote",
@@ -59,6 +64,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         "lion_pack_",
         (values(dtype=torch.bfloat16), values()),
         {**BETAS, "momentum_out": values(), "flags": flags(), "binarization_range": 1.0},
+    ),
+    "lion_pack_ step": (
+        "lion_pack_",
+        (values(), values(N)),
+        {**BETAS, "binarization_range": 1.0, "step": torch.tensor([5])},
     ),
     "lion_apply_": ("lion_apply_", (values(), votes(1)), {"lr": 0.1}),
     "lion_apply_ strided": ("lion_apply_", (values(2 * N)[::2], votes(1)), {"lr": 0.1}),
@@ -109,6 +119,8 @@ def test_opcheck(case: str) -> None:
     positional, named = cloned(args, kwargs)
     if "out" in named:
         name = "lion_pack_out_" if name == "lion_pack_" else f"{name}_out"
+    if isinstance(named.get("step"), Tensor):
+        named["step_tensor"] = named.pop("step")
     operator = getattr(torch.ops.pydist, name).default
     torch.library.opcheck(operator, tuple(positional), named)
 

@@ -63,6 +63,15 @@ PYDIST_DEVICE void narrow(float x, Half* out) {
   out->bits = nan ? uint16_t{0x7E00u} : __half_as_ushort(__float2half_rn(x));
 }
 
+// ------------------------------------------------------------ the step
+
+// A captured graph repeats its launches with the arguments they had, so a step that advances from
+// replay to replay must be read here.
+template <typename Args>
+PYDIST_DEVICE int64_t step_of(const Args& a) {
+  return a.step_at ? *a.step_at : static_cast<int64_t>(a.step);
+}
+
 // ------------------------------------------------------------ memory
 
 // An address of a row as a pointer. Told that it is device memory, the compiler emits global loads
