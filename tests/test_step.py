@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
+from guarded import guarded
 from wrong import BETAS, Arrays
 
 from pydist import kernels, reference, wire
@@ -68,12 +70,13 @@ def test_a_step_on_another_device() -> None:
         ops.majority_vote(votes, step=torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
-def test_cuda_kernels_read_it_where_it_lies() -> None:
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=emulated.MARKS) for seed in emulated.SEEDS]
+)
+def test_cuda_kernels_read_it_where_it_lies(seed: int) -> None:
     """Emulated: the launch carries the step's address, so what is there at the time counts."""
-    emulated = pytest.importorskip("emulated", reason="there is no emulation in this tree")
-    if emulated.MODULE is None:
-        pytest.skip("the emulated kernels are not built: `make emulate`")
-    from guarded import guarded
+    assert emulated.EMULATOR is not None
+    emulated.EMULATOR.configure(seed)
 
     def view(name: str, x: Any) -> View:
         return View(name, x.__array_interface__["data"][0], x.shape, x.dtype.name, "cuda:0")
