@@ -52,7 +52,7 @@ def build(
     lr = settings.learning_rate or m.lr
     # The model's only buffer is a constant; broadcasting it would cost more than the votes.
     devices = [device.index] if device.type == "cuda" else None
-    ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
+    ddp = DDP(model, device_ids=devices)
     if method == "adamw":
         return ddp, torch.optim.AdamW(
             ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
