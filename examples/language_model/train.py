@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def build(
     lr = settings.learning_rate or m.lr
     # The model's only buffer is a constant; broadcasting it would cost more than the votes.
     devices = [device.index] if device.type == "cuda" else None
-    ddp = DDP(model, device_ids=devices)
+    ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
     if method == "adamw":
         return ddp, torch.optim.AdamW(
             ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
@@ -158,6 +159,8 @@ def train(
 
 def main() -> None:
     """Runs every method in turn; rank 0 writes the results."""
+    # Its successor is not there in the oldest torch that pydist runs with.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settings", required=True, help="Settings as JSON")
     parser.add_argument("--methods", nargs="+", choices=METHODS, required=True)
