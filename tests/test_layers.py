@@ -17,7 +17,8 @@ PACKAGE = Path(pydist.__file__).parent
 # A module imports from layers below its own, or from its own package. A new module needs a line.
 LAYERS = [
     {"_C", "errors", "wire"},
-    {"reference"},
+    {"blocks", "reference"},
+    {"reference_blocks"},
     {"checks"},
     {"kernels"},
     {"operators"},
@@ -34,7 +35,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {
     "__init__",
     "wire",
+    "blocks",
     "reference",
+    "reference_blocks",
     "checks",
     "kernels",
     "arrays",
