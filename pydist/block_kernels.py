@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydist import _C, blocks, wire
 from pydist.blocks import NORMS, SCHEMES, BlockFormat
@@ -28,7 +29,15 @@ from pydist.kernels import Target, launch
 from pydist.wire import IntArray
 
 
-def format_of(codec: object) -> BlockFormat:
+class BlockCodec(Protocol):
+    """A codec with blocks: a scaled ``Sign``, a ``QSGD``, a ``BlockInt`` or a ``BlockFloat``."""
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """What the kernels are told; ``None`` for bare signs."""
+
+
+def format_of(codec: BlockCodec) -> BlockFormat:
     """The format of a codec with blocks; raises TypeError where it is none."""
     form = getattr(codec, "block_format", None)
     if isinstance(form, BlockFormat):

@@ -16,13 +16,25 @@ from torch import Tensor
 
 from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
+from pydist.block_ops import (
+    dequantize,
+    quantize,
+    quantize_feedback_,
+    reduce_quantized,
+    sum_quantized,
+)
 
 __all__ = [
     "count_votes",
+    "dequantize",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",
     "pack_signs",
+    "quantize",
+    "quantize_feedback_",
+    "reduce_quantized",
+    "sum_quantized",
     "unpack_signs",
     "unpack_votes",
 ]
@@ -111,8 +123,7 @@ def unpack_signs(
         TypeError: A dtype is not supported, or ``out`` has another.
         ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    if payload.dim() != 1:
-        raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
+    checks.check_one_payload(tuple(payload.shape))
     checks.check_payload_of(payload.numel(), n)
     return unpack_votes(payload.unsqueeze(0), n, dtype=dtype, out=out)
 
