@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import socket
 import statistics
@@ -23,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -293,27 +291,6 @@ def show(rows: Mapping[str, Report], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def machine() -> dict[str, object]:
-    """What the figures depend on, apart from the command."""
-    cpu = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = "not installed"
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch_version,
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def run_all_reduce(options: argparse.Namespace) -> Report:
     """Launch, sum up and show the all-reduce benchmark."""
     with Cluster(options.hosts, options.rate) as cluster:
@@ -374,6 +351,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run one task; returns the exit status."""
     if arguments[:1] == ["worker"]:  # how `launch` calls this file on each host
         return work(arguments[1])
+    from pydist.bench.machine import machine
+
     options = parse(arguments)
     record: Report = {
         "command": shlex.join(["python", "bench/cluster.py", *arguments]),

@@ -116,6 +116,11 @@ def flags_view(backend: NumPy | CuPy, flags: Array | None) -> View | None:
     return backend.view("flags", flags)
 
 
+def step_of(step: int | Array) -> tuple[int, Array | None]:
+    """A step that is known, or the array that holds it."""
+    return (0, step) if getattr(step, "shape", ()) else (step, None)
+
+
 def result_view(backend: NumPy | CuPy, out: Array, gaps: bool = False, *inputs: View) -> View:
     """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
     check_writable("out", out)

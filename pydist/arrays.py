@@ -20,6 +20,7 @@ from pydist.array_backends import (
     in_place,
     payload_of,
     result_view,
+    step_of,
     values_of,
 )
 from pydist.block_arrays import (
@@ -188,7 +189,7 @@ def majority_vote(
     *,
     ties: str = "hash",
     seed: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     n: int | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -200,7 +201,7 @@ def majority_vote(
         payloads: uint8 [ranks, bytes].
         ties: ``"hash"``, ``"zero"`` or ``"positive"``.
         seed: Seed of the tie hash.
-        step: Step of the tie hash.
+        step: Step of the tie hash, or an array int64[1] that holds it.
         n: Elements; default all bits.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment of ``n``.
         out: Receives the planes, and is returned.
@@ -213,7 +214,8 @@ def majority_vote(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = backend_of(("payloads", payloads), ("out", out))
+    step, step_at = step_of(step)
+    backend = backend_of(("payloads", payloads), ("out", out), ("step", step_at))
     payloads = contiguous(backend, payloads)
     view = backend.view("payloads", payloads)
     _, size = checks.check_payloads(view)
@@ -223,7 +225,8 @@ def majority_vote(
         out = backend.module.empty((2 if ties == "zero" else 1, size), dtype=np.uint8)
     kernels.majority_vote(
         backend.target(threads), view, result_view(backend, out, gaps, view),
-        ties=ties, seed=seed, step=step, n=n, segments=table,
+        ties=ties, seed=seed, n=n, segments=table,
+        step=step if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     return out
 
@@ -240,7 +243,7 @@ def lion_pack_(
     binarization_range: float | None = None,
     seed: int = 0,
     rank: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     segments: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -258,7 +261,7 @@ def lion_pack_(
         binarization_range: r votes +1 with probability ``(1 + c / r) / 2`` instead of the sign.
         seed: Seed of those draws.
         rank: This rank.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
         threads: CPU threads; default all cores.
@@ -270,9 +273,10 @@ def lion_pack_(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    step, step_at = step_of(step)
     backend = backend_of(
         ("grad", grad), ("momentum", momentum), ("momentum_out", momentum_out), ("flags", flags),
-        ("out", out),
+        ("out", out), ("step", step_at),
     )  # fmt: skip
     grad = contiguous(backend, grad)
     name, target = (
@@ -294,6 +298,7 @@ def lion_pack_(
         backend.target(threads), g, m, new, out_view,
         LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
         flags=flags_view(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     write_back()
     return out

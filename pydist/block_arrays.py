@@ -16,6 +16,7 @@ from pydist.array_backends import (
     flags_view,
     in_place,
     result_view,
+    step_of,
     values_of,
 )
 from pydist.block_kernels import BlockCodec, EncodeOptions, format_of
@@ -52,7 +53,7 @@ def quantize(
     seed: int = 0,
     rank: int = 0,
     phase: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     flags: Array | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -67,7 +68,7 @@ def quantize(
         seed: Seed of the draws.
         rank: This rank.
         phase: 0 for a rank's own contribution, 1 for what an owner has reduced.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where ``x`` is not finite.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
@@ -80,8 +81,9 @@ def quantize(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
-    backend = backend_of(("x", x), ("flags", flags), ("out", out))
+    backend = backend_of(("x", x), ("flags", flags), ("out", out), ("step", step_at))
     x = contiguous(backend, x)
     view = backend.view("x", x)
     table = block_kernels.check_table(kernels.as_table(segments), view.size, "x", form)
@@ -89,6 +91,7 @@ def quantize(
     block_kernels.quantize(
         backend.target(threads), view, out_view, form, options,
         flags=flags_view(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     return out
 
@@ -102,7 +105,7 @@ def quantize_feedback_(
     seed: int = 0,
     rank: int = 0,
     phase: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     flags: Array | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -118,7 +121,7 @@ def quantize_feedback_(
         seed: Seed of the draws.
         rank: This rank.
         phase: 0 for a rank's own contribution, 1 for what an owner has reduced.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where ``x + residual`` is not finite.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
@@ -131,8 +134,11 @@ def quantize_feedback_(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
-    backend = backend_of(("x", x), ("residual", residual), ("flags", flags), ("out", out))
+    backend = backend_of(
+        ("x", x), ("residual", residual), ("flags", flags), ("out", out), ("step", step_at)
+    )
     x = contiguous(backend, x)
     dense, write_back = in_place(backend, "residual", residual)
     if out is not None and dense is not residual and np.may_share_memory(out, residual):
@@ -143,6 +149,7 @@ def quantize_feedback_(
     block_kernels.quantize_feedback(
         backend.target(threads), view, kept, kept, out_view, form, options,
         flags=flags_view(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     write_back()
     return out
@@ -237,7 +244,7 @@ def reduce_quantized(
     seed: int = 0,
     rank: int = 0,
     phase: int = 1,
-    step: int = 0,
+    step: int | Array = 0,
     flags: Array | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -254,7 +261,7 @@ def reduce_quantized(
         seed: Seed of the draws.
         rank: The owner's rank.
         phase: 1, so that an owner does not draw as it did for its own contribution.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where the result is not finite.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
@@ -267,9 +274,10 @@ def reduce_quantized(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
     checks.check_n(n)
-    backend = backend_of(("payloads", payloads), ("flags", flags), ("out", out))
+    backend = backend_of(("payloads", payloads), ("flags", flags), ("out", out), ("step", step_at))
     payloads = contiguous(backend, payloads)
     view = backend.view("payloads", payloads)
     checks.check_payloads(view)
@@ -278,5 +286,6 @@ def reduce_quantized(
     block_kernels.reduce_quantized(
         backend.target(threads), view, n, out_view, form, options,
         mean=mean, flags=flags_view(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     return out

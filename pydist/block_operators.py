@@ -28,7 +28,10 @@ from pydist.operators import (
 )
 
 _FORMAT = "str scheme, int bits, int block, str norm, bool stochastic"
-_ENCODE = "int zero_bit=1, int seed=0, int rank=0, int phase=0, int step=0, Tensor(a!)? flags=None"
+_ENCODE = (
+    "int zero_bit=1, int seed=0, int rank=0, int phase=0, int step=0, "
+    "Tensor? step_tensor=None, Tensor(a!)? flags=None"
+)
 _SEGMENTS = "Tensor? segments=None"
 _QUANTIZE = f"Tensor x, *, {_FORMAT}, {_ENCODE}, {_SEGMENTS}"
 _FEEDBACK = f"Tensor x, Tensor(b!) residual, *, {_FORMAT}, {_ENCODE}, {_SEGMENTS}"
@@ -43,7 +46,8 @@ class _Call:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.form = BlockFormat(*(options.pop(name) for name in self.FORMAT))
-        self.flags: Tensor | None = options.pop("flags", None)
+        self.flags = optional_view("flags", options.pop("flags", None))
+        self.step = optional_view("step", options.pop("step_tensor", None))
         self.encode = EncodeOptions(**options)
 
     def result(
@@ -80,7 +84,7 @@ def _quantize_out(
     with on_device_of(x):
         block_kernels.quantize(
             target_of(x), view, out_view, call.form, call.encode,
-            flags=optional_view("flags", call.flags), segments=table,
+            flags=call.flags, segments=table, step=call.step,
         )  # fmt: skip
     written(out, out)
 
@@ -106,7 +110,7 @@ def _quantize_feedback_out(
     with on_device_of(x):
         block_kernels.quantize_feedback(
             target_of(x), x_view, kept, kept, out_view, call.form, call.encode,
-            flags=optional_view("flags", call.flags), segments=table,
+            flags=call.flags, segments=table, step=call.step,
         )  # fmt: skip
     written(residual, dense)
     written(out, out)
@@ -137,7 +141,7 @@ def _reduce_quantized_out(
     with on_device_of(payloads):
         block_kernels.reduce_quantized(
             target_of(payloads), view, n, out_view, call.form, call.encode,
-            mean=mean, flags=optional_view("flags", call.flags), segments=table,
+            mean=mean, flags=call.flags, segments=table, step=call.step,
         )  # fmt: skip
     written(out, out)
 

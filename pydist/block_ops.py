@@ -28,6 +28,11 @@ def _format(codec: BlockCodec) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def step_options(step: int | Tensor) -> dict[str, int | Tensor]:
+    """A step as operators take it: a number, or the tensor that holds it."""
+    return {"step_tensor": step} if isinstance(step, Tensor) else {"step": step}
+
+
 def quantize(
     x: Tensor,
     codec: BlockCodec,
@@ -36,7 +41,7 @@ def quantize(
     seed: int = 0,
     rank: int = 0,
     phase: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     flags: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor | None = None,
@@ -53,7 +58,7 @@ def quantize(
         seed: Seed of the draws, 0 … 2**32 - 1.
         rank: This rank, so that ranks draw differently.
         phase: 0 for a rank's own contribution, 1 for what an owner has reduced.
-        step: Step of the draws.
+        step: Step of the draws, or a tensor int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where ``x`` holds a NaN or an infinity.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments` with the codec's ``block``);
             default one segment.
@@ -68,7 +73,7 @@ def quantize(
     """
     options = {
         **_format(codec), "zero_bit": zero_bit, "seed": seed, "rank": rank, "phase": phase,
-        "step": step, "flags": flags, "segments": segments,
+        **step_options(step), "flags": flags, "segments": segments,
     }  # fmt: skip
     if out is None:
         return torch.ops.pydist.quantize(x, **options)
@@ -85,7 +90,7 @@ def quantize_feedback_(
     seed: int = 0,
     rank: int = 0,
     phase: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     flags: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor | None = None,
@@ -103,7 +108,7 @@ def quantize_feedback_(
         seed: Seed of the draws, 0 … 2**32 - 1.
         rank: This rank, so that ranks draw differently.
         phase: 0 for a rank's own contribution, 1 for what an owner has reduced.
-        step: Step of the draws.
+        step: Step of the draws, or a tensor int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where ``x + residual`` is not finite.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments` with the codec's ``block``);
             default one segment.
@@ -118,7 +123,7 @@ def quantize_feedback_(
     """
     options = {
         **_format(codec), "zero_bit": zero_bit, "seed": seed, "rank": rank, "phase": phase,
-        "step": step, "flags": flags, "segments": segments,
+        **step_options(step), "flags": flags, "segments": segments,
     }  # fmt: skip
     if out is None:
         return torch.ops.pydist.quantize_feedback_(x, residual, **options)
@@ -203,7 +208,7 @@ def reduce_quantized(
     seed: int = 0,
     rank: int = 0,
     phase: int = 1,
-    step: int = 0,
+    step: int | Tensor = 0,
     flags: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor | None = None,
@@ -219,7 +224,7 @@ def reduce_quantized(
         seed: Seed of the draws, 0 … 2**32 - 1.
         rank: The owner's rank.
         phase: 1, so that an owner does not draw as it did for its own contribution.
-        step: Step of the draws.
+        step: Step of the draws, or a tensor int64[1] that holds it.
         flags: int32[1]; 1 is OR-ed in where the result is not finite.
         segments: int64 [k, 4] on the CPU; default one segment of ``n``.
         out: Receives the payload, and is returned.
@@ -233,7 +238,7 @@ def reduce_quantized(
     """
     options = {
         **_format(codec), "mean": mean, "zero_bit": zero_bit, "seed": seed, "rank": rank,
-        "phase": phase, "step": step, "flags": flags, "segments": segments,
+        "phase": phase, **step_options(step), "flags": flags, "segments": segments,
     }  # fmt: skip
     if out is None:
         return torch.ops.pydist.reduce_quantized(payloads, n, **options)

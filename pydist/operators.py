@@ -29,10 +29,10 @@ unpack_votes(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, Scala
 unpack_votes_out(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, Tensor(a!) out) -> ()
 count_votes(Tensor payloads) -> Tensor
 count_votes_out(Tensor payloads, *, Tensor(a!) out) -> ()
-majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None) -> Tensor
-majority_vote_out(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None, Tensor(a!) out) -> ()
-lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None) -> Tensor
-lion_pack_out_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None, Tensor(d!) out) -> ()
+majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, Tensor? step_tensor=None, SymInt? n=None, Tensor? segments=None) -> Tensor
+majority_vote_out(Tensor payloads, *, str ties="hash", int seed=0, int step=0, Tensor? step_tensor=None, SymInt? n=None, Tensor? segments=None, Tensor(a!) out) -> ()
+lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? step_tensor=None, Tensor? segments=None) -> Tensor
+lion_pack_out_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? step_tensor=None, Tensor? segments=None, Tensor(d!) out) -> ()
 lion_apply_(Tensor(a!) param, Tensor planes, *, float lr, float weight_decay=0.0, int? ranks=None, Tensor? skip=None, Tensor? segments=None) -> ()
 """  # noqa: E501  (a schema is one line)
 
@@ -64,6 +64,11 @@ def target_of(x: Tensor) -> Target:
 
 
 def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"segments has {len(rows)} rows: such a table is copied to the device in each call, "
+            "which a CUDA graph can't repeat; capture one segment a call"
+        )
     # Not waited for: both allocators are stream-ordered, so the copy may outlive the two tensors,
     # and so may the kernel once it is launched.
     table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
@@ -233,6 +238,7 @@ def _majority_vote_out(
     ties: str = "hash",
     seed: int = 0,
     step: int = 0,
+    step_tensor: Tensor | None = None,
     n: int | None = None,
     segments: Tensor | None = None,
     out: Tensor,
@@ -245,7 +251,8 @@ def _majority_vote_out(
     with on_device_of(payloads):
         kernels.majority_vote(
             target_of(payloads), view, result_view(out, gaps, view),
-            ties=ties, seed=seed, step=step, n=n, segments=table,
+            ties=ties, seed=seed, n=n, segments=table,
+            step=optional_view("step", step_tensor) or step,
         )  # fmt: skip
     written(out, out)
 
@@ -264,6 +271,7 @@ def _lion_pack_out(
     *,
     momentum_out: Tensor | None = None,
     flags: Tensor | None = None,
+    step_tensor: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor,
     **scalars: Any,
@@ -282,6 +290,7 @@ def _lion_pack_out(
         kernels.lion_pack(
             target_of(grad), g, m, new, result_view(out, gaps, g, m, new),
             LionOptions(**scalars), flags=optional_view("flags", flags), segments=table,
+            step=optional_view("step", step_tensor),
         )  # fmt: skip
     written(target, dense)
     written(out, out)
@@ -330,7 +339,7 @@ def _count_votes_fake(payloads):  # type: ignore[no-untyped-def]
     return payloads.new_empty((wire.planes_for(payloads.shape[0]), payloads.shape[1]))
 
 
-def _majority_vote_fake(payloads, *, ties="hash", seed=0, step=0, n=None, segments=None):  # type: ignore[no-untyped-def]
+def _majority_vote_fake(payloads, *, ties="hash", **options):  # type: ignore[no-untyped-def]
     return payloads.new_empty((2 if ties == "zero" else 1, payloads.shape[1]))
 
 

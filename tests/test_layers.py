@@ -31,6 +31,7 @@ LAYERS = [
     {"codecs", "communicator"},
     {"collectives"},
     {"ddp", "fsdp", "optim"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

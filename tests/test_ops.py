@@ -56,6 +56,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "count_votes": ("count_votes", (votes(4),), {}),
     "majority_vote": ("majority_vote", (votes(4),), {"n": N, "seed": 3, "step": 5}),
+    "majority_vote step": (
+        "majority_vote",
+        (votes(4),),
+        {"n": N, "step": torch.tensor([5])},
+    ),
     "majority_vote zero": ("majority_vote", (votes(4),), {"ties": "zero"}),
     "majority_vote segments": (
         "majority_vote",
@@ -67,6 +72,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         "lion_pack_",
         (values(dtype=torch.bfloat16), values()),
         {**BETAS, "momentum_out": values(), "flags": flags(), "binarization_range": 1.0},
+    ),
+    "lion_pack_ step": (
+        "lion_pack_",
+        (values(), values(N)),
+        {**BETAS, "binarization_range": 1.0, "step": torch.tensor([5])},
     ),
     "lion_apply_": ("lion_apply_", (values(), votes(1)), {"lr": 0.1}),
     "lion_apply_ strided": ("lion_apply_", (values(2 * N)[::2], votes(1)), {"lr": 0.1}),
@@ -94,6 +104,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         "quantize",
         (values(dtype=torch.bfloat16), QSGD(3, 32, "l2")),
         {"seed": 1, "rank": 2, "step": 3, "flags": flags()},
+    ),
+    "quantize step": (
+        "quantize",
+        (values(), QSGD(3, 32)),
+        {"step": torch.tensor([2**40 + 7])},
     ),
     "quantize empty": ("quantize", (values(0), BlockFloat("e4m3")), {}),
     "quantize_feedback_": ("quantize_feedback_", (values(), values(), Sign("l1", 32)), {}),
@@ -152,6 +167,8 @@ def test_opcheck(case: str) -> None:
         named |= dataclasses.asdict(codecs[0].block_format)
     if "out" in named:
         name = f"{name[:-1]}_out_" if name.endswith("_") else f"{name}_out"
+    if isinstance(named.get("step"), Tensor):
+        named["step_tensor"] = named.pop("step")
     operator = getattr(torch.ops.pydist, name).default
     torch.library.opcheck(operator, tuple(positional), named)
 

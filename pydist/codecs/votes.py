@@ -97,7 +97,7 @@ class VoteCoder:
         rows[:, wire.WORD] -= begin
         args = _C.VoteArgs(
             messages.data_ptr() + offset, messages.stride(0), self.ranks, planes.data_ptr(), size,
-            checks.TIES[self.rule.ties], self.rule.seed, self.step,
+            checks.TIES[self.rule.ties], self.rule.seed, self.step, 0,
         )  # fmt: skip
         kernel = "count_votes" if self.rule.average else "majority_vote"
         kernels.launch(self.target(messages), kernel, rows, args)
