@@ -231,6 +231,34 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
         cuda::majority_vote(rows, args, at<void>(stream));
       },
       nogil);
+  g.def(
+      "quantize",
+      [](const cuda::Rows& rows, int dtype, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "quantize_feedback",
+      [](const cuda::Rows& rows, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
+                                at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "reduce_quantized",
+      [](const cuda::Rows& rows, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
+         uint64_t stream) {
+        cuda::reduce_quantized(rows, from, to, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "dequantize",
+      [](const cuda::Rows& rows, int dtype, const DecodeArgs& args, uint64_t stream) {
+        cuda::dequantize(rows, DType(dtype), args, at<void>(stream));
+      },
+      nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())
       .def(py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
 #else

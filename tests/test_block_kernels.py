@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bitwise import assert_same_bits
-from doors import DOORS, Codec, Door
+from doors import DOOR_GROUPS, Codec, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,7 +82,8 @@ def test_layouts(door: Door, rng: np.random.Generator, layout: str) -> None:
         cases.check_sum(door, payloads, 201, form)
 
 
-def test_large_arrays_with_one_thread_and_several() -> None:
+@pytest.mark.parametrize("group", DOOR_GROUPS)
+def test_large_arrays_with_one_thread_and_several(group: list[tuple[str, str]]) -> None:
     rng, n = np.random.default_rng(2), 2**19 + 77
     for form in (
         NEAREST4,
@@ -94,7 +95,7 @@ def test_large_arrays_with_one_thread_and_several() -> None:
             x, form, zero_bit=options.zero_bit, draws=cases._draws(options)
         )
         decoded = reference.dequantize(payload, form, n)
-        for kind, isa in DOORS:
+        for kind, isa in group:
             for threads in (1, 3):
                 door = Door(kind, isa, "dense", threads)
                 got, flags = door.quantize(x, form, options, None)
@@ -250,17 +251,17 @@ def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
 
 # --------------------------------------------------------------------------- random cases
 
-doors = st.builds(
-    lambda key, layout, threads: Door(*key, layout, threads),
-    st.sampled_from(DOORS),
-    st.sampled_from(["dense", "offset", "strided"]),
-    st.sampled_from([1, 2]),
-)
 
-
-@given(doors, st.sampled_from(cases.FORMATS), st.sampled_from(cases.BLOCKS), st.integers(0, 3000),
-       st.integers(0, 2**32 - 1))  # fmt: skip
-def test_random_blocks(door: Door, form: BlockFormat, block: int, n: int, seed: int) -> None:
+@pytest.mark.parametrize("group", DOOR_GROUPS)
+@given(st.data(), st.sampled_from(cases.FORMATS), st.sampled_from(cases.BLOCKS),
+       st.integers(0, 3000), st.integers(0, 2**32 - 1))  # fmt: skip
+def test_random_blocks(
+    group: list[tuple[str, str]], data: Any, form: BlockFormat, block: int, n: int, seed: int
+) -> None:
+    layouts = st.sampled_from(["dense", "offset", "strided"])
+    door = Door(
+        *data.draw(st.sampled_from(group)), data.draw(layouts), data.draw(st.integers(1, 2))
+    )
     rng, sized = np.random.default_rng(seed), with_block(form, block)
     storage = door.storages[seed % len(door.storages)]
     table = cases.some_segments(rng, n, sized) if seed % 2 else None
