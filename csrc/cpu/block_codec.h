@@ -53,9 +53,11 @@ PYDIST_INLINE void narrow_words(const uint64_t* words, int count, unsigned char*
 }
 template <typename Narrow>
 PYDIST_INLINE void widen_words(const unsigned char* stream, int count, uint64_t* words) {
-  Narrow narrow[kTile / 8];
-  std::memcpy(narrow, stream, count * sizeof(Narrow));
-  for (int i = 0; i < count; ++i) words[i] = narrow[i];
+  for (int i = 0; i < count; ++i) {
+    Narrow narrow;
+    std::memcpy(&narrow, stream + i * sizeof(Narrow), sizeof(Narrow));
+    words[i] = narrow;
+  }
 }
 
 PYDIST_INLINE void pack_codes(const uint8_t* codes, int n, int bits, unsigned char* stream) {
