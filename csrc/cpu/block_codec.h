@@ -46,6 +46,10 @@ PYDIST_INLINE void for_blocks(const Row& row, int block, const Body& body) {
 // whose fields are pushed together in three steps. Plain loops that compilers turn into vectors;
 // copies of a length that is not constant would become `rep movs`, which is slow to start.
 // `n` is a multiple of 32; both arrays have room for eight bytes more than their codes take.
+PYDIST_INLINE void copy_words(const unsigned char* from, size_t bytes, unsigned char* to) {
+  for (size_t b = 0; b < bytes; b += 4) store_word(to + b, load_word(from + b));
+}
+
 template <typename Narrow>
 PYDIST_INLINE void narrow_words(const uint64_t* words, int count, unsigned char* stream) {
   for (int i = 0; i < count; ++i) {

@@ -83,7 +83,7 @@ void decode_block(const BlockFormat& f, const unsigned char* codes, const unsign
     alignas(64) unsigned char stream[kTile + 8];
     if (!in_place) {
       std::memset(stream, 0, sizeof(stream));
-      std::memcpy(stream, from, size);
+      copy_words(from, size, stream);
     }
     const unsigned char* bytes = in_place ? from : stream;
     alignas(64) uint8_t unpacked[kTile];

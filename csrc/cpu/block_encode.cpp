@@ -178,7 +178,7 @@ uint32_t encode_block(const float* x, const BlockPlace& place, const EncodeArgs&
     } else {
       unsigned char stream[kTile + 8];
       pack_codes(codes, padded, f.bits, stream);
-      std::memcpy(out + written, stream, size);
+      copy_words(stream, size, out + written);
     }
     written += static_cast<int64_t>(size);
   }
