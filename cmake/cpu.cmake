@@ -22,7 +22,8 @@ endif()
 
 # pydist_isa(<namespace> <table> [flag...]): the kernels once more, for one instruction set.
 function(pydist_isa isa table)
-  set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp table.cpp)
+  set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp block_encode.cpp
+              block_decode.cpp quantize.cpp table.cpp)
   list(TRANSFORM sources PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/)
   add_library(pydist_${isa} OBJECT ${sources})
   string(TOUPPER ${isa} vectors)
@@ -38,7 +39,7 @@ if(PYDIST_X86)
   set(avx2 -mavx2 -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    list(APPEND avx512 -Wno-maybe-uninitialized)  # GCC 12 warns inside its own intrinsics header
+    list(APPEND avx512 -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12 warns inside its own intrinsics header
   endif()
   pydist_isa(avx2 kAvx2 ${avx2})
   pydist_isa(avx512 kAvx512 ${avx512})

@@ -56,6 +56,26 @@ Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t rank
   return {at<const unsigned char>(planes), plane_bytes, count, ranks, divisor};
 }
 
+EncodeArgs encode_args(const BlockFormat& format, uint64_t codes, uint64_t scales,
+                       int64_t code_bytes, uint32_t zero_bit, uint32_t seed, uint32_t key1,
+                       uint32_t step, uint64_t step_at) {
+  return {format,
+          at<unsigned char>(codes),
+          at<unsigned char>(scales),
+          code_bytes,
+          zero_bit,
+          seed,
+          key1,
+          step,
+          at<const int64_t>(step_at)};
+}
+
+DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scales, int64_t stride,
+                       int64_t ranks, float divisor) {
+  return {format, at<const unsigned char>(codes), at<const unsigned char>(scales), stride, ranks,
+          divisor};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -67,6 +87,10 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<LionApplyArgs>(m, "LionApplyArgs", py::module_local()).def(py::init(&lion_apply_args));
   py::class_<VoteArgs>(m, "VoteArgs", py::module_local()).def(py::init(&vote_args));
   py::class_<Unpack>(m, "Unpack", py::module_local()).def(py::init(&unpack_args));
+
+  py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&cpu::block_format));
+  py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
+  py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -116,6 +140,33 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
         cpu::majority_vote(at<Row>(rows), n, args, threads);
       },
       nogil);
+  c.def(
+      "quantize",
+      [](uint64_t rows, int64_t n, int dtype, const EncodeArgs& args, uint64_t flags, int threads) {
+        cpu::quantize(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "quantize_feedback",
+      [](uint64_t rows, int64_t n, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
+         int threads) {
+        cpu::quantize_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
+                               at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "reduce_quantized",
+      [](uint64_t rows, int64_t n, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
+         int threads) {
+        cpu::reduce_quantized(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "dequantize",
+      [](uint64_t rows, int64_t n, int dtype, const DecodeArgs& args, int threads) {
+        cpu::dequantize(at<Row>(rows), n, DType(dtype), args, threads);
+      },
+      nogil);
 
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
@@ -163,6 +214,34 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       "majority_vote",
       [](const cuda::Rows& rows, const VoteArgs& args, uint64_t stream) {
         cuda::majority_vote(rows, args, at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "quantize",
+      [](const cuda::Rows& rows, int dtype, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "quantize_feedback",
+      [](const cuda::Rows& rows, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
+                                at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "reduce_quantized",
+      [](const cuda::Rows& rows, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
+         uint64_t stream) {
+        cuda::reduce_quantized(rows, from, to, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "dequantize",
+      [](const cuda::Rows& rows, int dtype, const DecodeArgs& args, uint64_t stream) {
+        cuda::dequantize(rows, DType(dtype), args, at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydist.wire import WIRE_VERSION, segments
 
 if TYPE_CHECKING:
-    from pydist import arrays, collectives, ops, reference
-    from pydist.codecs import Sign
+    from pydist import arrays, collectives, ops, reference, reference_blocks
+    from pydist.codecs import QSGD, BlockFloat, BlockInt, Sign
     from pydist.collectives import all_reduce
 
 try:
@@ -22,8 +22,13 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_MODULES = {"arrays", "codecs", "collectives", "errors", "ops", "optim", "reference"}
+_MODULES = {
+    "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
+}  # fmt: skip
 _HOMES = {
+    "BlockFloat": "codecs",
+    "BlockInt": "codecs",
+    "QSGD": "codecs",
     "Sign": "codecs",
     "all_reduce": "collectives",
     "PydistError": "errors",
@@ -31,7 +36,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "QSGD",
     "WIRE_VERSION",
+    "BlockFloat",
+    "BlockInt",
     "MismatchError",
     "PydistError",
     "Sign",
@@ -42,6 +50,7 @@ __all__ = [
     "ops",
     "optim",
     "reference",
+    "reference_blocks",
     "segments",
 ]
 

@@ -185,6 +185,12 @@ def check_n(n: int) -> None:
         raise ValueError(f"n must be at least 0, got {n}")
 
 
+def check_one_payload(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a payload has one dimension."""
+    if len(shape) != 1:
+        raise ValueError(f"payload must be one-dimensional, got shape {list(shape)}")
+
+
 def check_payload_of(size: int, n: int) -> None:
     """Raises ValueError unless a payload of ``size`` bytes holds ``n`` elements."""
     check_n(n)

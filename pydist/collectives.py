@@ -28,7 +28,7 @@ from torch import Tensor
 from pydist import checks, wire
 from pydist.codecs import Sign
 from pydist.codecs.base import Coder
-from pydist.codecs.sign import OPS, TensorVoteCoder, VoteRule
+from pydist.codecs.votes import OPS, TensorVoteCoder, VoteRule
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
 from pydist.groups import all_gather
@@ -320,6 +320,8 @@ def _step_of(step: int | Tensor) -> int:
 def _check_all_reduce(tensor: Tensor, codec: Any, op: str) -> None:
     if not isinstance(codec, Sign):
         raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
+    if codec.scale is not None:
+        raise ValueError(f"codec must be Sign(scale=None) in this version, got {codec}")
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     if type(tensor) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere

@@ -117,9 +117,9 @@ def _cpu_rows(rows: IntArray) -> tuple[int, int]:
     return rows.__array_interface__["data"][0], len(rows)
 
 
-def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
+def _cuda_rows(target: Target, rows: IntArray, unit: int) -> tuple[_C.cuda.Rows, object]:
     rows_class = target.module.cuda.Rows
-    words = int(rows[-1, wire.WORDS_BEFORE]) + wire.words_for(int(rows[-1, wire.N]))
+    words = int(rows[-1, wire.WORDS_BEFORE]) - int(-rows[-1, wire.N] // unit)
     if len(rows) == 1:
         return rows_class(0, 1, words, rows[0].tolist()), None
     assert target.upload is not None
@@ -127,11 +127,12 @@ def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
     return rows_class(address, len(rows), words, [0] * 8), owner
 
 
-def _address(view: View | None) -> int:
+def address_of(view: View | None) -> int:
+    """The address of what need not be given; 0 where it is not."""
     return 0 if view is None else view.address
 
 
-def _step(target: Target, step: int | View, like: View) -> tuple[int, int]:
+def step_of(target: Target, step: int | View, like: View) -> tuple[int, int]:
     """The step where the host knows it, and the address at which a device is to read it."""
     if not isinstance(step, View):
         check_step(step)
@@ -144,7 +145,9 @@ def _step(target: Target, step: int | View, like: View) -> tuple[int, int]:
     return value, 0
 
 
-def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
+def launch(
+    target: Target, kernel: str, rows: IntArray, *args: object, unit: int = wire.WORD_BITS
+) -> None:
     """Calls ``kernel`` of the compiled module over checked rows.
 
     Args:
@@ -152,13 +155,15 @@ def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
         kernel: Its name in ``cpu`` and ``cuda`` of the compiled module.
         rows: int64 [k, 8], C-contiguous.
         *args: What follows the rows, up to threads or stream.
+        unit: Elements that stay together: a payload word, or the block of a codec.
     """
     if not len(rows):
         return
     if target.stream is None:
         getattr(target.module.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
     else:
-        table, _owner = _cuda_rows(target, rows)  # another thread must not get its memory yet
+        # The owner lives on here: another thread must not get its memory yet.
+        table, _owner = _cuda_rows(target, rows, unit)
         getattr(target.module.cuda, kernel)(table, *args, target.stream)
 
 
@@ -180,7 +185,7 @@ def pack_signs(
     check_out(out, "uint8", (wire.segments_words(table) * wire.WORD_BYTES,), x)
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, x.address, ITEMSIZE[x.dtype])
-    launch(target, "pack_signs", rows, FLOATS[x.dtype], out.address, zero_bit, _address(flags))
+    launch(target, "pack_signs", rows, FLOATS[x.dtype], out.address, zero_bit, address_of(flags))
 
 
 def unpack_votes(target: Target, planes: View, out: View, *, ranks: int | None, mean: bool) -> None:
@@ -224,7 +229,7 @@ def majority_vote(
     ranks, size = check_payloads(payloads)
     check_ties(ties)
     check_seed(seed)
-    step, step_at = _step(target, step, payloads)
+    step, step_at = step_of(target, step, payloads)
     check_out(out, "uint8", (2 if ties == "zero" else 1, size), payloads)
     rows = wire.rows_of(vote_table(segments, n, size))
     args = _C.VoteArgs(
@@ -264,10 +269,10 @@ def lion_pack(
     width = ITEMSIZE[momentum.dtype]
     wire.dense_addresses(rows, wire.MOMENTUM, momentum.address, width)
     wire.dense_addresses(rows, wire.MOMENTUM_OUT, momentum_out.address, width)
-    known, step_at = _step(target, options.step if step is None else step, grad)
+    known, step_at = step_of(target, options.step if step is None else step, grad)
     launch(
         target, "lion_pack", rows, FLOATS[grad.dtype], FLOATS[momentum.dtype], out.address,
-        replace(options, step=known).native(step_at), _address(flags),
+        replace(options, step=known).native(step_at), address_of(flags),
     )  # fmt: skip
 
 
@@ -305,7 +310,7 @@ def lion_apply(
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, param.address, ITEMSIZE[param.dtype])
     args = lion_apply_args(lr, weight_decay, count, size, ranks)
-    launch(target, "lion_apply", rows, FLOATS[param.dtype], planes.address, args, _address(skip))
+    launch(target, "lion_apply", rows, FLOATS[param.dtype], planes.address, args, address_of(skip))
 
 
 def as_table(segments: object) -> IntArray | None:

@@ -16,13 +16,26 @@ from torch import Tensor
 
 from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
+from pydist.block_ops import (
+    dequantize,
+    quantize,
+    quantize_feedback_,
+    reduce_quantized,
+    step_options,
+    sum_quantized,
+)
 
 __all__ = [
     "count_votes",
+    "dequantize",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",
     "pack_signs",
+    "quantize",
+    "quantize_feedback_",
+    "reduce_quantized",
+    "sum_quantized",
     "unpack_signs",
     "unpack_votes",
 ]
@@ -111,8 +124,7 @@ def unpack_signs(
         TypeError: A dtype is not supported, or ``out`` has another.
         ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    if payload.dim() != 1:
-        raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
+    checks.check_one_payload(tuple(payload.shape))
     checks.check_payload_of(payload.numel(), n)
     return unpack_votes(payload.unsqueeze(0), n, dtype=dtype, out=out)
 
@@ -169,15 +181,11 @@ def majority_vote(
         TypeError: ``payloads`` is not uint8.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    options = {"ties": ties, "seed": seed, **_step(step), "n": n, "segments": segments}
+    options = {"ties": ties, "seed": seed, **step_options(step), "n": n, "segments": segments}
     if out is None:
         return torch.ops.pydist.majority_vote(payloads, **options)
     torch.ops.pydist.majority_vote_out(payloads, **options, out=out)
     return out
-
-
-def _step(step: int | Tensor) -> dict[str, int | Tensor]:
-    return {"step_tensor": step} if isinstance(step, Tensor) else {"step": step}
 
 
 def lion_pack_(
@@ -227,7 +235,7 @@ def lion_pack_(
     options = {
         "beta1": beta1, "beta2": beta2, "zero_bit": zero_bit, "momentum_out": momentum_out,
         "flags": flags, "binarization_range": binarization_range, "seed": seed, "rank": rank,
-        **_step(step), "segments": segments,
+        **step_options(step), "segments": segments,
     }  # fmt: skip
     if out is None:
         return torch.ops.pydist.lion_pack_(grad, momentum, **options)

@@ -29,7 +29,9 @@ MAGIC = b"PDst"
 _HEADER = struct.Struct("<4sBBBBII")
 HEADER_BYTES = _HEADER.size
 
-CODECS = {"sign": 1, "agreement": 255}
+CODECS = {
+    "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5, "agreement": 255,
+}  # fmt: skip
 
 MAX_ENTRY = 2**48
 """Bound of offsets and lengths in a segment table: their sums then fit 64 bits."""
@@ -116,6 +118,8 @@ def segments(
     lengths: Sequence[int],
     ordinals: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
+    *,
+    block: int = WORD_BITS,
 ) -> IntArray:
     """Builds the segment table of parameters that lie one behind the other.
 
@@ -123,14 +127,18 @@ def segments(
         lengths: Elements of each parameter.
         ordinals: Each parameter's place in ``named_parameters()``; default 0, 1, 2, ….
         firsts: Index of the first element inside each parameter; default 0.
+        block: Elements that must stay together: a codec's ``block``; default one payload word.
 
     Returns:
         int64 ``[len(lengths), 4]``: offset, length, ordinal, first.
 
     Raises:
         TypeError: An entry is not an integer.
-        ValueError: The arguments have different lengths, or an entry is negative or huge.
+        ValueError: The arguments have different lengths, or an entry is negative or huge, or not
+            on the boundary of a block.
     """
+    if as_int("block", block) < 1:
+        raise ValueError(f"block must be positive, got {block}")
     k = len(lengths)
     table = np.zeros((k, 4), dtype=np.int64)
     columns = {
@@ -142,9 +150,9 @@ def segments(
         if len(values) != k:
             raise ValueError(f"{name} has {len(values)} entries, lengths has {k}")
         table[:, column] = [as_int(name, value) for value in values]
-    padded = -(-table[:, 1] // WORD_BITS) * WORD_BITS
+    padded = -(-table[:, 1] // block) * block
     table[1:, 0] = np.cumsum(padded)[:-1]
-    check_segments(table)
+    check_segments(table, block)
     return table
 
 
@@ -153,8 +161,13 @@ def one_segment(n: int) -> IntArray:
     return np.array([[0, n, 0, 0]], dtype=np.int64)
 
 
-def check_segments(table: IntArray) -> IntArray:
-    """Raises ValueError, naming row and value, unless ``table`` is a segment table."""
+def check_segments(table: IntArray, block: int = WORD_BITS) -> IntArray:
+    """Raises ValueError, naming row and value, unless ``table`` is a segment table.
+
+    Args:
+        table: What to check.
+        block: Rows start on multiples of this many elements of the payload.
+    """
     if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 4:
         raise ValueError(
             f"segments: expected int64 [k, 4] (offset, length, ordinal, first), "
@@ -164,12 +177,12 @@ def check_segments(table: IntArray) -> IntArray:
         raise ValueError(f"segments: negative entry {int(table.min())}")
     if table.size and int(table.max()) >= MAX_ENTRY:
         raise ValueError(f"segments: entry {int(table.max())} is not below {MAX_ENTRY}")
-    if np.any(table[:, 0] % WORD_BITS):
-        row = int(np.flatnonzero(table[:, 0] % WORD_BITS)[0])
+    if np.any(table[:, 0] % block):
+        row = int(np.flatnonzero(table[:, 0] % block)[0])
         raise ValueError(
-            f"segments: offset {int(table[row, 0])} of row {row} is not a multiple of {WORD_BITS}"
+            f"segments: offset {int(table[row, 0])} of row {row} is not a multiple of {block}"
         )
-    ends = table[:, 0] + -(-table[:, 1] // WORD_BITS) * WORD_BITS
+    ends = table[:, 0] + -(-table[:, 1] // block) * block
     overlap = np.flatnonzero(table[1:, 0] < ends[:-1])
     if overlap.size:
         row = int(overlap[0]) + 1
@@ -212,9 +225,9 @@ def one_row(x: int, n: int, *, word: int = 0, ordinal: int = 0, first: int = 0) 
     return np.array([[x, 0, 0, n, word, ordinal, first, 0]], dtype=np.int64)
 
 
-def number_rows(rows: IntArray) -> IntArray:
-    """Fills in how many words of work lie before each row (device code searches by it)."""
-    words = -(-rows[:, N] // WORD_BITS)
+def number_rows(rows: IntArray, unit: int = WORD_BITS) -> IntArray:
+    """Fills in how many units of work lie before each row (device code searches by it)."""
+    words = -(-rows[:, N] // unit)
     rows[:, WORDS_BEFORE] = np.cumsum(words) - words
     return rows
 
@@ -225,7 +238,12 @@ def dense_addresses(rows: IntArray, column: int, base: int, itemsize: int) -> No
 
 
 def cut_rows(
-    rows: IntArray, begin: int, end: int, widths: tuple[int, int] | None = None
+    rows: IntArray,
+    begin: int,
+    end: int,
+    widths: tuple[int, int] | None = None,
+    *,
+    unit: int = WORD_BITS,
 ) -> IntArray:
     """The parts of rows whose bits lie in payload words ``begin`` … ``end``.
 
@@ -234,21 +252,23 @@ def cut_rows(
         begin: First payload word wanted.
         end: One past the last payload word wanted.
         widths: Bytes an element of ``X`` and of the momenta, to advance their addresses.
+        unit: Elements a word; a codec's ``block`` where ``WORD`` counts blocks.
 
     Returns:
         A new table; words stay those of the whole payload.
     """
-    if len(rows) == 1 and begin <= rows[0, WORD] and rows[0, WORD] + words_for(rows[0, N]) <= end:
+    words = -(-rows[:, N] // unit)
+    if len(rows) == 1 and begin <= rows[0, WORD] and rows[0, WORD] + words[0] <= end:
         return rows.copy()  # nothing to cut
-    last = rows[:, WORD] + -(-rows[:, N] // WORD_BITS)
+    last = rows[:, WORD] + words
     part = rows[(last > begin) & (rows[:, WORD] < end)].copy()
     skip = np.maximum(begin - part[:, WORD], 0)
-    drop = skip * WORD_BITS
+    drop = skip * unit
     if widths is not None:
         part[:, X] += drop * widths[0]
         part[:, MOMENTUM] += drop * widths[1]
         part[:, MOMENTUM_OUT] += drop * widths[1]
     part[:, FIRST] += drop
     part[:, WORD] += skip
-    part[:, N] = np.minimum(part[:, N] - drop, (end - part[:, WORD]) * WORD_BITS)
-    return number_rows(part)
+    part[:, N] = np.minimum(part[:, N] - drop, (end - part[:, WORD]) * unit)
+    return number_rows(part, unit)

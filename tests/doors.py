@@ -219,3 +219,58 @@ class Door:
         p.unchanged()
         assert storage_of(x.bits) == storage_of(param)
         return x.result()
+
+    # ----------------------------------------------------------------- selfcheck.BlockRunner
+
+    def _encode(
+        self, function: str, args: list[Any], options: Any, segments: Any, **more: Any
+    ) -> tuple[Any, int]:
+        flags, native_flags = self._flags()
+        payload = self.call(
+            function, *args, **more, flags=native_flags,
+            segments=self.native(segments), **dataclasses.asdict(options),
+        )  # fmt: skip
+        return payload, self._raised(flags)
+
+    def quantize(self, x: Bits, form: Any, options: Any, segments: Any) -> tuple[Any, int]:
+        placed, native = self._place("x", x)
+        result = self._encode("quantize", [native, Codec(form)], options, segments)
+        placed.unchanged()
+        return result
+
+    def quantize_feedback(
+        self, x: Bits, residual: Bits, form: Any, options: Any, segments: Any
+    ) -> tuple[Any, Bits, int]:
+        placed, native = self._place("x", x)
+        kept, native_kept = self._place("residual", residual)
+        args = [native, native_kept, Codec(form)]
+        payload, flags = self._encode("quantize_feedback_", args, options, segments)
+        placed.unchanged()
+        return payload, kept.result(), flags
+
+    def reduce_quantized(
+        self, payloads: Any, n: int, form: Any, options: Any, *, mean: bool, segments: Any
+    ) -> tuple[Any, int]:
+        placed, native = self._place("payloads", payloads)
+        args = [native, Codec(form), n]
+        result = self._encode("reduce_quantized", args, options, segments, mean=mean)
+        placed.unchanged()
+        return result
+
+    def sum_quantized(
+        self, payloads: Any, n: int, form: Any, *, mean: bool, storage: str, segments: Any
+    ) -> Any:
+        placed, native = self._place("payloads", payloads)
+        values = self.call(
+            "sum_quantized", native, Codec(form), n,
+            mean=mean, dtype=self._dtype(storage), segments=self.native(segments),
+        )  # fmt: skip
+        placed.unchanged()
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A codec of any format."""
+
+    block_format: Any

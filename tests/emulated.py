@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from guarded import guarded, guarded_bytes
 
-from pydist import arrays, selfcheck
+from pydist import array_backends, selfcheck
 from pydist.checks import View
 from pydist.kernels import Target
 
@@ -166,7 +166,7 @@ class _GuardedNumPy:
         return x if x.flags.c_contiguous else guarded(np.ascontiguousarray(x), at_end=True)
 
 
-class _Arrays(arrays._NumPy):
+class _Arrays(array_backends.NumPy):
     """NumPy arrays as if they were in device memory."""
 
     module = _GuardedNumPy
@@ -183,7 +183,7 @@ def running(seed: int) -> Iterator[None]:
     """Within it, `pydist.arrays` runs NumPy arrays through the emulated kernels."""
     assert EMULATOR is not None
     EMULATOR.configure(seed)
-    with mock.patch.object(arrays, "_NumPy", _Arrays):
+    with mock.patch.object(array_backends, "NumPy", _Arrays):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from bitwise import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import reference, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, reference, reference_blocks, wire
 
 WIRE_FORMAT = Path(__file__).parents[1] / "docs" / "wire_format.md"
 
@@ -198,6 +199,30 @@ def computed() -> dict[str, bytes]:
             zero, zero, **lion, binarization_range=1.0, seed=1, rank=2, step=3
         )[0].tobytes(),
         "header": header.pack(),
+        **computed_blocks(),
+    }
+
+
+def computed_blocks() -> dict[str, bytes]:
+    """The same for formats with a scale."""
+    x = np.array([1, -2, 0, 3, 0.25, -0.0], dtype=np.float32)
+    two, nan = wire.segments([2, 4], block=32), np.where(x == -2, np.float32(np.nan), x)
+    draws = reference_blocks.Draws(seed=1, rank=2, phase=0, step=3)
+    cases: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "sign-l1": (x, Sign("l1", 32), {}),
+        "sign-l2": (x, Sign("l2", 32), {}),
+        "block-int-4": (x, BlockInt(4, 32), {}),
+        "block-int-3": (x, BlockInt(3, 32), {}),
+        "block-segments": (x, BlockInt(4, 32), {"segments": two}),
+        "block-nan": (nan, BlockInt(4, 32), {}),
+        "qsgd-2": (x, QSGD(2, 32), {"draws": draws}),
+        "qsgd-4-l2": (x, QSGD(4, 32, "l2"), {"draws": draws}),
+        "block-float-e4m3": (x, BlockFloat("e4m3", 32), {}),
+        "block-float-e5m2": (x, BlockFloat("e5m2", 32), {}),
+    }
+    return {
+        name: reference_blocks.quantize(values, codec.block_format, **options)[0].tobytes()
+        for name, (values, codec, options) in cases.items()
     }
 
 

@@ -22,6 +22,7 @@
 #include "launch.h"
 
 #define PYDIST_DEVICE static __device__ __forceinline__
+#define PYDIST_DEVICE_MEMBER __device__ __forceinline__
 
 // `extern __shared__ type name[]`, which the stand-ins spell otherwise.
 #if defined(EMULATION)

@@ -1,7 +1,9 @@
-"""Codecs: frozen values that say how numbers become bytes. No process group, no state."""
+"""Codecs: frozen values that say how numbers become bytes. No process group, no state, no torch."""
 
 from __future__ import annotations
 
+from pydist.codecs.block import BlockFloat, BlockInt
+from pydist.codecs.qsgd import QSGD
 from pydist.codecs.sign import Sign
 
-__all__ = ["Sign"]
+__all__ = ["QSGD", "BlockFloat", "BlockInt", "Sign"]

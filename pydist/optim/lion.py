@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from pydist import checks
-from pydist.codecs.sign import VoteRule
+from pydist.codecs.votes import VoteRule
 from pydist.collectives import ALGORITHMS, Road, refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pydist import checks, kernels, wire
 from pydist.checks import FLOATS
-from pydist.codecs.sign import VoteCoder, VoteRule
+from pydist.codecs.votes import VoteCoder, VoteRule
 from pydist.kernels import LionOptions
 from pydist.operators import on_device_of
 from pydist.wire import IntArray

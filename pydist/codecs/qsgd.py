@@ -1,0 +1,40 @@
+"""QSGD: levels between minus and plus the norm of a block, rounded at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydist.blocks import BlockFormat, check_bits, check_block, check_choice
+
+
+@dataclass(frozen=True)
+class QSGD:
+    """Quantized SGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132): unbiased.
+
+    A value is rounded up or down to one of ``2**bits - 1`` levels between ± the norm, at random and
+    so that its expectation stays (to 2**-16 of a level).
+
+    Attributes:
+        bits: Bits an element, 2 … 8.
+        block: Elements that share a norm, a multiple of 32 from 32 to 65,536.
+        norm: ``"max"``: the largest magnitude, as in the paper's experiments; ``"l2"``: the
+            Euclidean norm, as in its theorems: sparser, and of larger variance.
+
+    Raises:
+        TypeError: A number is not an integer.
+        ValueError: An attribute is out of range.
+    """
+
+    bits: int
+    block: int = 512
+    norm: str = "max"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_block(self.block)
+        check_choice("norm", self.norm, ("max", "l2"))
+
+    @property
+    def block_format(self) -> BlockFormat:
+        """What the kernels are told."""
+        return BlockFormat("levels", self.bits, self.block, self.norm, stochastic=True)
