@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 570.0
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_FAILED = 97
+PASS_ENDED = "all equal to the reference"
+MEASURED = "kernels-cuda"  # .json, .txt and .png
+BUDGET_MARGIN = 45.0  # of the benchmark's time: for the last row, the tables and the plot
+REPEATS = 10
+END_SECONDS = 5.0  # for the output of what was ended by force
 TAIL_LINES = 30
 OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
 
@@ -43,6 +49,8 @@ class Step:
         env: Added to the environment.
         folder: Where to run it.
         judge: Says what is wrong with the output of a command that ended with 0; empty if nothing.
+        cannot: Says from the output of one that failed why it can't work here, so that it counts
+            as left out; empty if it failed.
         verdict: ``ok``, ``FAILED`` or ``left out``.
         seconds: It took.
         note: What the summary says of it.
@@ -55,6 +63,7 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
     folder: Path = ROOT
     judge: Callable[[str], str] = lambda output: ""
+    cannot: Callable[[str], str] = lambda output: ""
     verdict: str = ""
     seconds: float = 0.0
     note: str = ""
@@ -80,14 +89,24 @@ class Step:
         elif code:
             self.note = f"exit status {code}: {lines[-1] if lines else 'no output'}"[:200]
         else:
-            self.note = self.judge(output)
+            self.note = self.judged(output)
         self.verdict = FAILED if self.note else OK
+        if self.note and (why := self.cannot(output)):
+            self.verdict, self.note = LEFT_OUT, why[:200]
         if not self.note and lines:
             self.note = lines[-1].strip("= ")[:200]
 
+    def judged(self, output: str) -> str:
+        """What the judge says; one that trips over the output must not take the rest along."""
+        try:
+            return self.judge(output)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:200]
+
     def typed(self) -> str:
         """The command without this machine's paths."""
-        return shlex.join(["python3" if word == sys.executable else word for word in self.command])
+        words = ["python3" if word == sys.executable else word for word in self.command]
+        return shlex.join([Path(word).name for word in words[:1]] + words[1:])
 
 
 def run_limited(
@@ -106,10 +125,19 @@ def run_limited(
         return process.returncode, output
     except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        output = rest_of(process)
         if isinstance(error, subprocess.TimeoutExpired):
             return None, output
         raise
+
+
+def rest_of(process: subprocess.Popen[str]) -> str:
+    """Output of what was ended; not all of it where a child in a session of its own holds on."""
+    try:
+        return process.communicate(timeout=END_SECONDS)[0]
+    except subprocess.TimeoutExpired as error:
+        so_far = error.output or ""  # bytes, even of a process that is read as text
+        return so_far.decode(errors="replace") if isinstance(so_far, bytes) else so_far
 
 
 def environment(added: dict[str, str]) -> dict[str, str]:
@@ -125,7 +153,10 @@ def has(module: str) -> bool:
 
 def no_device(output: str) -> str:
     """What `pydist info` lacks."""
-    facts = json.loads(output[output.index("{") :])
+    found = re.search(r"^\{", output, re.MULTILINE)
+    if not found:
+        return "it printed no JSON"
+    facts, _ = json.JSONDecoder().raw_decode(output, found.start())  # a warning may follow
     if facts["cuda_build"] is None:
         return "pydist was built without CUDA"
     return "" if facts["cuda_devices"] else "no CUDA device"
@@ -133,7 +164,7 @@ def no_device(output: str) -> str:
 
 def nothing_ran(output: str) -> str:
     """Tests that were all skipped prove nothing."""
-    return "" if " passed" in output.rstrip().splitlines()[-1] else "no test ran"
+    return "" if re.search(r"\b[1-9]\d* passed\b", output) else "no test ran"
 
 
 def steps(out: Path) -> list[Step]:
@@ -157,23 +188,33 @@ def steps(out: Path) -> list[Step]:
     )
     for name in SANITIZERS:
         # A library that asks whether the driver has a function gets an error, which is none here.
-        quiet = ["--report-api-errors", "no"] if name == "memcheck" else []
         command = [
-            tool or "", "--tool", name, *quiet, "--error-exitcode", str(SANITIZER_FAILED),
-            *python, "bench/gpu_pass.py",
+            tool or "compute-sanitizer", "--tool", name, "--report-api-errors", "no",
+            "--error-exitcode", str(SANITIZER_FAILED), *python, "bench/gpu_pass.py",
         ]  # fmt: skip
         why = "" if tool else "compute-sanitizer was not found"
-        found.append(Step(name, command, 45.0, why, judge=no_errors))
+        found.append(Step(name, command, 45.0, why, judge=no_errors, cannot=tool_cannot))
     return [*found, benchmark(out)]
 
 
 def no_errors(output: str) -> str:
     """The sanitizer's own summary must say that nothing was found."""
-    if "all equal to the reference" not in output:
+    if PASS_ENDED not in output:
         return "the pass did not end"
     found = [line for line in output.splitlines() if "SUMMARY" in line]
     clean = found and all("SUMMARY: 0 " in line for line in found)
     return "" if clean else f"{found[-1] if found else 'no summary from the tool'}"
+
+
+def tool_cannot(output: str) -> str:
+    """The line in which the sanitizer says that it can't work on this machine."""
+    if PASS_ENDED in output:
+        return ""
+    signs = ["Device not supported"]
+    if not re.search(r"SUMMARY: [1-9]", output):  # it found something: so it worked
+        signs.append("error 999")  # what cuInit answers where the tool may not attach
+    lines = output.splitlines()
+    return next((s.strip("= ") for s in lines if any(sign in s for sign in signs)), "")
 
 
 def benchmark(out: Path) -> Step:
@@ -181,10 +222,10 @@ def benchmark(out: Path) -> Step:
     needs = [name for name in ("torch", "rich") if not has(name)]
     command = [
         sys.executable, "-m", "pydist", "bench", "kernels", "--device", "cuda",
-        "--json", "kernels-cuda.json", "--table", "kernels-cuda.txt",
+        "--repeats", str(REPEATS), "--json", f"{MEASURED}.json", "--table", f"{MEASURED}.txt",
     ]  # fmt: skip
     if has("matplotlib"):
-        command += ["--plot", "kernels-cuda.png"]
+        command += ["--plot", f"{MEASURED}.png"]
     else:
         print("matplotlib is not installed: the benchmark draws no plot")
     why = f"{', '.join(needs)} not installed" if needs else ""
@@ -195,17 +236,32 @@ def measured(out: Path) -> Callable[[str], str]:
     """Whether any row was written."""
 
     def judge(output: str) -> str:
-        record = json.loads((out / "kernels-cuda.json").read_text())
+        record = json.loads((out / f"{MEASURED}.json").read_text())
         return "" if record["results"] else "nothing was measured"
 
     return judge
 
 
+def remove_measured(out: Path) -> None:
+    """Figures of an earlier run must not lie beside a summary that does not speak of them."""
+    for suffix in ("json", "txt", "png"):
+        (out / f"{MEASURED}.{suffix}").unlink(missing_ok=True)
+
+
 def goals_line(out: Path) -> str:
-    """How many of the goals were met."""
-    goals = json.loads((out / "kernels-cuda.json").read_text())["goals"]
-    met = sum(goal["met"] == "yes" for goal in goals)
-    return f"{met} of {len(goals)} goals met; those missed are marked in kernels-cuda.txt"
+    """How many of the goals were met, and how many rows are missing; empty without figures."""
+    file = out / f"{MEASURED}.json"
+    if not file.exists():
+        return ""
+    record = json.loads(file.read_text())
+    met = sum(goal["met"] == "yes" for goal in record["goals"])
+    planned, missing = record["planned"], record["planned"] - len(record["results"])
+    if missing:  # "all met" would be wrong: some of these may have a goal
+        return (
+            f"{met} goals met and {len(record['goals']) - met} missed so far: {missing} of "
+            f"{planned} rows not measured; see {MEASURED}.txt"
+        )
+    return f"{met} of {len(record['goals'])} goals met; those missed are marked in {MEASURED}.txt"
 
 
 def summary(done: Sequence[Step], goals: str) -> str:
@@ -237,16 +293,18 @@ def main(arguments: Sequence[str]) -> int:
     for step in todo:
         left = end - time.monotonic()
         if step.name == "benchmark":  # what is left; the rows it has no time for are named
-            step.command += ["--budget", f"{max(0.0, left - 45):.0f}"]
+            step.command += ["--budget", f"{max(0.0, left - BUDGET_MARGIN):.0f}"]
+            remove_measured(out)
         step.run(log, max(1.0, left))
-    measured_now = any(step.name == "benchmark" and step.verdict == OK for step in todo)
-    text = summary(todo, goals_line(out) if measured_now else "")
+    # A benchmark that failed may have measured most rows: its file is written after each.
+    goals = goals_line(out) if any(step.name == "benchmark" for step in todo) else ""
+    text = summary(todo, goals)
     (out / "gpu.md").write_text(text + "\n")
     kept = ("name", "verdict", "seconds", "note")
     record = [{key: getattr(s, key) for key in kept} | {"command": s.typed()} for s in todo]
     (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{text}\n\nwritten to {out}: gpu.md, gpu.json, gpu.log", end="")
-    print(", kernels-cuda.*" if measured_now else "")
+    print(f", {MEASURED}.*" if goals else "")
     failed = [step.name for step in todo if step.verdict == FAILED]
     if failed:
         print(f"make gpu: FAILED: {', '.join(failed)}", file=sys.stderr)

@@ -6,6 +6,7 @@ Short, and with few kernels of anybody else's, because it is made to run under c
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -26,14 +27,25 @@ def runner() -> KernelRunner | None:
     """Arrays of CuPy, which starts quickly, or else of torch."""
     if not environment.cuda_devices():
         return None
-    if environment.has_cupy():
+    try:
         import cupy
 
         cupy.cuda.set_allocator(None)
         return KernelRunner(backends.CuPyMemory(0))
+    except Exception as error:  # one that is there may still not fit this CUDA or NumPy
+        print(f"gpu_pass: without CuPy: {type(error).__name__}: {error}", file=sys.stderr)
     if environment.torch_sees_cuda():
         return KernelRunner(backends.TorchMemory(0))
     return None
+
+
+def driver() -> str:
+    """What the driver says, which a sanitizer may keep from starting."""
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError:
+        return "no driver"
+    return f"cuInit: error {code}" if code else "a driver"
 
 
 def launch_all(run: KernelRunner) -> int:
@@ -70,7 +82,8 @@ def main() -> int:
     """Returns the exit status."""
     run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
     if run is None:
-        print("gpu_pass: no CUDA device, or neither CuPy nor torch with CUDA", file=sys.stderr)
+        lacks = "no CUDA device, or neither CuPy nor torch with CUDA"
+        print(f"gpu_pass: {lacks} ({driver()})", file=sys.stderr)
         return 2
     try:
         calls = launch_all(run)

@@ -102,3 +102,8 @@ def test_values_of_enums() -> None:
 def test_blocks_that_fit(registers: int, shared: int, arch: int, blocks: int | None) -> None:
     usage = ptxas.Usage("f", arch, registers=registers, shared=shared)
     assert usage.blocks_per_sm(256) == blocks
+
+
+@pytest.mark.parametrize(("arch", "blocks"), [(75, 16), (80, 32), (86, 16), (89, 24), (120, 24)])
+def test_small_blocks_are_limited_in_number(arch: int, blocks: int) -> None:
+    assert ptxas.Usage("f", arch, registers=16).blocks_per_sm(32) == blocks

@@ -23,7 +23,8 @@ REPORT = ".ptxas"  # suffix of a report beside its object
 
 REGISTERS_PER_SM = 65536
 REGISTER_UNIT = 256  # registers are given to a warp in units of so many
-BLOCKS_PER_SM = 32
+# As the toolkit's cuda_occupancy.h has them.
+BLOCKS_PER_SM = {75: 16, 80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 100: 32, 103: 32, 120: 24}
 WARPS_PER_SM = {75: 32, 80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}
 SHARED_KIB_PER_SM = {
     75: 64,
@@ -61,7 +62,7 @@ class Usage:
             return None
         warps = -(-threads // 32)
         a_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-        limits = [BLOCKS_PER_SM, WARPS_PER_SM[self.arch] // warps]
+        limits = [BLOCKS_PER_SM[self.arch], WARPS_PER_SM[self.arch] // warps]
         limits.append(REGISTERS_PER_SM // a_warp // warps)
         limits.append(SHARED_KIB_PER_SM[self.arch] * 1024 // (self.shared + SHARED_RESERVED))
         return min(limits)

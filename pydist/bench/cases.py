@@ -19,6 +19,7 @@ from pydist.bench.timing import Buffers
 
 RANKS = 8
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
+COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Case:
     def name(self) -> str:
         """Kernel and variant."""
         return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
+
+    @property
+    def compiled(self) -> list[str]:
+        """Names of the rivals under torch.compile."""
+        return [rival.name for rival in self.rivals if rival.name.startswith(COMPILED)]
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Maker:
         if not self.compiled:
             return others
         lazy = _Compiled(function)
-        name = f"torch.compile{what}"
+        name = f"{COMPILED}{what}"
         return [*others, Rival(name, lambda s: lazy.function(*arguments(s)))]
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydist.bench.options import shown
+from pydist.bench.options import GOAL_SIZES, shown, size
 
 Row = dict[str, Any]
 
 SCALING = 1.7
-CPU_SIZE = 32 << 20
-CUDA_SIZE = 64 << 20
+CPU_SIZE = size(GOAL_SIZES["cpu"][0])
+CUDA_SIZE = size(GOAL_SIZES["cuda"][0])
 CUDA_OF_COPY = 0.9
 CUDA_LAUNCH_SECONDS = 5e-6
 # A size is bound by its launch where copying as many bytes would take less than this.

@@ -11,22 +11,18 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from pydist import _C
 from pydist.bench import goals, show
 from pydist.bench import options as arguments
-from pydist.bench.cases import BITS, Case, Maker
 from pydist.bench.machine import machine
-from pydist.bench.measure import Bench
+from pydist.bench.rows import Rows
 from pydist.environment import describe
 
 Report = dict[str, Any]
@@ -95,44 +91,6 @@ def surroundings(options: argparse.Namespace) -> Report:
     return found | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
 
 
-def cases(options: argparse.Namespace) -> Iterator[tuple[Case, int]]:
-    """All cases asked for, and how many there are."""
-    chosen = []
-    for numel in reversed(options.sizes):  # the goals first, should there be a budget
-        compiled = options.compile and numel == options.sizes[-1] and not options.no_rivals
-        maker = Maker(numel, options.device, tuple(options.dtype), compiled)
-        chosen += [case for case in maker.cases() if case.kernel in options.kernels]
-    for case in chosen:
-        if options.no_rivals:
-            case.rivals.clear()
-        yield case, len(chosen)
-
-
-def measure(options: argparse.Namespace, console: Console, skipped: list[Report]) -> list[Report]:
-    """Runs all cases asked for, with a progress bar; ``skipped`` takes those that did not fit."""
-    start = time.monotonic()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    bench = Bench(options.device, options.repeats, options.threads, options.clock)
-    rows: list[Report] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=None)
-        for case, count in cases(options):
-            dtype = "" if case.dtype == BITS else f" {case.dtype}"
-            label = f"{case.kernel}{dtype} {arguments.shown(case.numel)}"
-            progress.update(bar, description=label, total=count * options.repeats)
-            if options.budget is not None and time.monotonic() - start > options.budget:
-                skipped.append({"row": f"{case.name} {label}", "why": "no time left (--budget)"})
-                continue
-            try:
-                rows += bench.run(case, lambda: progress.advance(bar))
-            except torch.OutOfMemoryError as error:
-                skipped.append({"row": f"{case.name} {label}", "why": str(error).split(". ")[0]})
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
-    names = list(arguments.KERNELS)
-    return sorted(rows, key=lambda row: (names.index(row["kernel"]), row["numel"]))
-
-
 def report(options: argparse.Namespace, record: Report, console: Console) -> None:
     """Prints the tables, and adds to the record what they hold."""
     rows, found = record["results"], record["machine"]
@@ -141,7 +99,7 @@ def report(options: argparse.Namespace, record: Report, console: Console) -> Non
     record["memory_gigabytes_per_second"] = show.show_references(rows, console)
     for entry in record["skipped"]:
         console.print(f"[yellow]not measured: {entry['row']}: {entry['why']}")
-    record["goals"] = show.show_goals(rows, options.device, console)
+    show.show_goals(record["goals"], console)
     if options.compare:
         old = json.loads(Path(options.compare).read_text())
         changed = show.compared(record, old)
@@ -150,12 +108,28 @@ def report(options: argparse.Namespace, record: Report, console: Console) -> Non
             "with": options.compare,
             "rows": [{**entry, "row": goals.title(entry["row"])} for entry in changed],
         }
+    planned, missing = record["planned"], record["planned"] - len(rows)
+    console.print(f"{missing} of {planned} rows not measured" if missing else f"{planned} rows")
+
+
+def save(options: argparse.Namespace, record: Report, indent: int | None = None) -> None:
+    """Writes the figures; whoever reads them meanwhile, or ends this, finds a whole file.
+
+    Args:
+        options: Those of the command.
+        record: What to write.
+        indent: None is quick enough to do so after every row.
+    """
+    if options.json:
+        path = _path(options.json)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(record, indent=indent) + "\n")
+        part.replace(path)
 
 
 def write(options: argparse.Namespace, record: Report) -> None:
     """Writes the files that were asked for."""
-    if options.json:
-        _path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+    save(options, record, indent=1)
     if options.table:
         with _path(options.table).open("w") as file:
             report(options, record, Console(width=170, file=file, highlight=False, no_color=True))
@@ -180,7 +154,8 @@ def main(options: argparse.Namespace, command: str) -> int:
         command: What was typed, for the record.
 
     Returns:
-        The exit status: 2 where something asked for is not here.
+        The exit status: 1 where a row failed or a rival answers otherwise than the kernel, 2 where
+        something asked for is not here.
     """
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     try:
@@ -190,9 +165,9 @@ def main(options: argparse.Namespace, command: str) -> int:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": surroundings(options),
             "options": {k: v for k, v in vars(options).items() if k not in _NOT_RECORDED},
-            "skipped": [],
         }
-        record["results"] = measure(options, console, record["skipped"])
+        rows = Rows(options, record, lambda: save(options, record))
+        rows.measure(console)
     except UsageError as error:
         print(f"pydist bench kernels: {error}", file=sys.stderr)
         return 2
@@ -201,4 +176,7 @@ def main(options: argparse.Namespace, command: str) -> int:
     record["machine"]["load_after"] = os.getloadavg()[0]
     report(options, record, console)
     write(options, record)
-    return 0
+    if failed := rows.failures():
+        more = f" and {len(failed) - 1} more" if failed[1:] else ""
+        print(f"pydist bench kernels: failed: {failed[0]}{more}", file=sys.stderr)
+    return 1 if failed else 0

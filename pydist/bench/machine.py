@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "kernel": platform.release(),
+        "kernel": numeric(platform.release()),
         "python": platform.python_version(),
         "torch": package_version("torch") or "not installed",
         "load_before": os.getloadavg()[0],
     }
+
+
+def numeric(release: str) -> str:
+    """The version of a kernel without what the one who built it added."""
+    found = re.match(r"\d+(\.\d+)*", release)
+    return found[0] if found else "unknown"

@@ -23,9 +23,11 @@ from pydist.bench.timing import (
 )
 
 RIVAL_REPEATS = 5  # rivals are up to a hundred times slower; their place is known soon enough
-COPY_BYTES = 1 << 30  # CUDA: read and written by the copy that all sizes are held to
+COPY_BYTES = 1 << 30  # CUDA: the copy that all sizes are held to reads as many and writes as many
+DIFFERS = "its answer is not the kernel's"
 
 Report = dict[str, Any]
+_RIVAL = "rival "  # before a rival's name in a plan
 
 
 def references(numel: int, device: str, cold: int) -> dict[str, Task]:
@@ -39,17 +41,24 @@ def references(numel: int, device: str, cold: int) -> dict[str, Task]:
     }
 
 
-def check_rivals(case: Case) -> None:
-    """Raises AssertionError where a rival answers something else than the kernel."""
+def failing_rivals(case: Case) -> dict[str, str]:
+    """Rivals that fail or answer something else than the kernel, and why they aren't timed."""
     buffers = case.make()
     answer = case.run(copy_of(buffers))
+    failed = {}
     for rival in case.rivals:
         try:
             other = rival.run(copy_of(buffers))
-        except Exception:
-            continue  # it fails again when it is timed, and is reported then
-        if other is not None and answer is not None and not torch.equal(other, answer):
-            raise AssertionError(f"{rival.name} and {case.name} ({case.dtype}) differ")
+            if other is not None and answer is not None and not torch.equal(other, answer):
+                failed[rival.name] = DIFFERS
+        except Exception as error:  # of another library: its row says why
+            failed[rival.name] = brief(error)
+    return failed
+
+
+def brief(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @dataclass
@@ -79,6 +88,22 @@ class Series:
         }
 
 
+def _sample(plan: dict[str, Series], repeat: int) -> dict[str, str]:
+    """One sample of each series; rivals that fail leave the plan, and are returned."""
+    failed = {}
+    for name, series in list(plan.items()):
+        if repeat >= series.repeats:
+            continue
+        try:
+            series.samples.append(series.sample())
+        except Exception as error:
+            if not name.startswith(_RIVAL):
+                raise
+            del plan[name]
+            failed[name.removeprefix(_RIVAL)] = brief(error)
+    return failed
+
+
 class Bench:
     """Times cases on one device.
 
@@ -96,10 +121,12 @@ class Bench:
 
     def run(self, case: Case, advance: Callable[[], object]) -> list[Report]:
         """One row for each number of threads; ``advance`` is called after each repeat."""
-        check_rivals(case)
+        failed = failing_rivals(case)
         ring = Ring.filled(case.make(), self.cold)
         kernel = Task(case.run, ring, case.bytes)
-        plans, failed = {}, {}
+        plans = {}
+        if isinstance(self.clock, CudaClock):
+            self.clock.late = 0
         for threads in self.threads:
             self._use(threads)
             plan = {"kernel": Series(case.bytes, self.clock.computed(kernel), self.repeats)}
@@ -107,20 +134,18 @@ class Bench:
                 plan["hot"] = Series(case.bytes, self.clock.computed(kernel.hot()), self.repeats)
                 plan["called"] = Series(case.bytes, self.clock.called(kernel), RIVAL_REPEATS)
             for rival in case.rivals:
-                if not (rival.threaded or threads == self.threads[0]):
+                if rival.name in failed or not (rival.threaded or threads == self.threads[0]):
                     continue
                 try:
                     sample = self.clock.called(Task(rival.run, ring, case.bytes))
-                    plan[f"rival {rival.name}"] = Series(case.bytes, sample, RIVAL_REPEATS)
-                except Exception as error:  # of another library: its row says why
-                    failed[rival.name] = f"{type(error).__name__}: {error}"[:200]
+                    plan[f"{_RIVAL}{rival.name}"] = Series(case.bytes, sample, RIVAL_REPEATS)
+                except Exception as error:
+                    failed[rival.name] = brief(error)
             plans[threads] = {**self._reference_series(case.numel, threads), **plan}
         for repeat in range(self.repeats):
             for threads, plan in plans.items():
                 self._use(threads)
-                for series in plan.values():
-                    if repeat < series.repeats:
-                        series.samples.append(series.sample())
+                failed |= _sample(plan, repeat)
             advance()
         return [self._row(case, kernel, threads, plans[threads], failed) for threads in plans]
 
@@ -162,7 +187,7 @@ class Bench:
         }
         if isinstance(self.clock, CudaClock):
             row |= {"hot": found.pop("hot"), "called": found.pop("called")}
-            row["host_seconds"] = self.clock.host_seconds(kernel)
-        row["rivals"] = {name.removeprefix("rival "): entry for name, entry in found.items()}
+            row |= {"host_seconds": self.clock.host_seconds(kernel), "late": self.clock.late}
+        row["rivals"] = {name.removeprefix(_RIVAL): entry for name, entry in found.items()}
         row["rivals_failed"] = failed
         return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
 
 KERNELS = (
     "pack_signs",
@@ -17,6 +18,8 @@ SIZES = {
     "cpu": ("64Ki", "1Mi", "32Mi"),
     "cuda": ("64Ki", "256Ki", "1Mi", "4Mi", "16Mi", "64Mi", "256Mi"),
 }
+# Measured first, should there be a budget: those that have goals, and one of torch.compile.
+GOAL_SIZES = {"cpu": ("32Mi",), "cuda": ("64Mi", "64Ki", "256Mi", "256Ki")}
 _UNITS = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
 
 
@@ -30,6 +33,18 @@ def size(text: str) -> int:
     if elements <= 0 or elements % 32:
         raise argparse.ArgumentTypeError(f"must be a positive multiple of 32, got {text}")
     return elements
+
+
+def in_order(sizes: Iterable[int], device: str) -> list[int]:
+    """Sizes in the order in which they are measured: those with goals, then the others, upwards."""
+    first = [size(text) for text in GOAL_SIZES[device]]
+    return sorted(sizes, key=lambda n: (first.index(n) if n in first else len(first), n))
+
+
+def compiled_size(sizes: Sequence[int], device: str) -> int:
+    """The size at which torch.compile is a rival: that of the goals, or else the largest."""
+    goal = size(GOAL_SIZES[device][0])
+    return goal if goal in sizes else max(sizes)
 
 
 def shown(elements: int) -> str:
@@ -61,14 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="begin no further row after this long, and say which were left out",
+        help="begin no further row after this long, and say which were left out; sizes with goals "
+        "come first",
     )
     add("--no-rivals", action="store_true", help="the kernels alone")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="put torch.compile beside the kernels at the largest size; default on CUDA only, "
-        "since it costs some seconds a row",
+        help="put torch.compile beside the kernels at one size, that of the goals or else the "
+        "largest, after all else; default on CUDA only, since it costs some seconds a row",
     )
     add(
         "--clock",
@@ -76,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="cpu: time that the thread had a core, where others use the machine; one thread only",
     )
-    add("--json", metavar="FILE", help="write all figures here")
+    add("--json", metavar="FILE", help="write all figures here, after every row")
     add("--table", metavar="FILE", help="write the table here, as text")
     add("--plot", metavar="FILE", help="draw GB/s against bytes here (.png, .svg, .pdf)")
     add("--compare", metavar="FILE", help="JSON of an earlier run: print what changed")

@@ -13,13 +13,16 @@ _COLUMNS = 3
 
 
 def draw(rows: Sequence[Report], title: str, path: str | Path) -> None:
-    """Draws one panel a kernel into a file.
+    """Draws one panel a kernel into a file; without rows only says that there are none.
 
     Args:
         rows: Those of one run.
         title: What stands above.
         path: Its suffix says which format.
     """
+    if not rows:
+        print(f"{path} was not drawn: no row was measured")
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pydist.bench.goals import verdicts
 from pydist.bench.options import shown
 from pydist.bench.timing import spread
 
@@ -64,6 +63,10 @@ def show_rows(rows: Sequence[Report], title: str, device: str, console: Console)
                 f"{rival['gigabytes_per_second']:.2f}", "",
                 f"{rival['seconds']['median'] / mine:.1f}x time",
             )  # fmt: skip
+        if row.get("late"):
+            table.add_row(
+                f"  [dim]{row['late']} samples of it were late: they hold time of the host"
+            )
         for name, why in row["rivals_failed"].items():
             table.add_row(f"  [dim]{name}: {why}")
     console.print(table)
@@ -89,9 +92,8 @@ def show_references(rows: Sequence[Report], console: Console) -> dict[str, Repor
     return found
 
 
-def show_goals(rows: Sequence[Report], device: str, console: Console) -> list[Report]:
+def show_goals(found: Sequence[Report], console: Console) -> None:
     """Prints each goal with what was measured."""
-    found = verdicts(rows, device)
     if found:
         console.print("\n[bold]Goals")
     colours = {"yes": "green", "no": "red"}
@@ -100,7 +102,6 @@ def show_goals(rows: Sequence[Report], device: str, console: Console) -> list[Re
         console.print(
             f"  {goal['goal']:<78} {goal['measured']:<24} [{colours.get(met, 'yellow')}]{met}"
         )
-    return found
 
 
 # ---------------------------------------------------------------- an earlier run
