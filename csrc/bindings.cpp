@@ -49,6 +49,35 @@ Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t rank
   return {at<const unsigned char>(planes), plane_bytes, count, ranks, divisor};
 }
 
+BlockFormat block_format(int scheme, int bits, int block, int norm, bool stochastic) {
+  const cpu::DefaultFloatMode mode;
+  using cpu::round_scalar;
+  const int top = scheme == static_cast<int>(Scheme::kLevels) ? (1 << (bits - 1)) - 1 : 1;
+  const float high = bits_float(float_bits(round_scalar(1.0 / top)) & ~0x7Fu);
+  return {static_cast<Scheme>(scheme),
+          bits,
+          block,
+          static_cast<Norm>(norm),
+          stochastic,
+          static_cast<float>(top),
+          high,
+          round_scalar(1.0 / top - high)};
+}
+
+EncodeArgs encode_args(const BlockFormat& format, uint64_t codes, uint64_t scales,
+                       int64_t code_bytes, uint32_t zero_bit, uint32_t seed, uint32_t key1,
+                       uint32_t step) {
+  return {
+      format, at<unsigned char>(codes), at<unsigned char>(scales), code_bytes, zero_bit, seed, key1,
+      step};
+}
+
+DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scales, int64_t stride,
+                       int64_t ranks, float divisor) {
+  return {format, at<const unsigned char>(codes), at<const unsigned char>(scales), stride, ranks,
+          divisor};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -60,6 +89,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LionApplyArgs>(m, "LionApplyArgs").def(py::init(&lion_apply_args));
   py::class_<VoteArgs>(m, "VoteArgs").def(py::init(&vote_args));
   py::class_<Unpack>(m, "Unpack").def(py::init(&unpack_args));
+
+  py::class_<BlockFormat>(m, "BlockFormat").def(py::init(&block_format));
+  py::class_<EncodeArgs>(m, "EncodeArgs").def(py::init(&encode_args));
+  py::class_<DecodeArgs>(m, "DecodeArgs").def(py::init(&decode_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -107,6 +140,33 @@ PYBIND11_MODULE(_C, m) {
       "majority_vote",
       [](uint64_t rows, int64_t n, const VoteArgs& args, int threads) {
         cpu::majority_vote(at<Row>(rows), n, args, threads);
+      },
+      nogil);
+  c.def(
+      "quantize",
+      [](uint64_t rows, int64_t n, int dtype, const EncodeArgs& args, uint64_t flags, int threads) {
+        cpu::quantize(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "quantize_feedback",
+      [](uint64_t rows, int64_t n, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
+         int threads) {
+        cpu::quantize_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
+                               at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "reduce_quantized",
+      [](uint64_t rows, int64_t n, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
+         int threads) {
+        cpu::reduce_quantized(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "dequantize",
+      [](uint64_t rows, int64_t n, int dtype, const DecodeArgs& args, int threads) {
+        cpu::dequantize(at<Row>(rows), n, DType(dtype), args, threads);
       },
       nogil);
 

@@ -48,6 +48,37 @@ class Unpack:
         self, planes: int, plane_bytes: int, count: int, ranks: int, divisor: float, /
     ) -> None: ...
 
+class BlockFormat:
+    def __init__(
+        self, scheme: int, bits: int, block: int, norm: int, stochastic: bool, /
+    ) -> None: ...
+
+class EncodeArgs:
+    def __init__(
+        self,
+        form: BlockFormat,
+        codes: int,
+        scales: int,
+        code_bytes: int,
+        zero_bit: int,
+        seed: int,
+        key1: int,
+        step: int,
+        /,
+    ) -> None: ...
+
+class DecodeArgs:
+    def __init__(
+        self,
+        form: BlockFormat,
+        codes: int,
+        scales: int,
+        stride: int,
+        ranks: int,
+        divisor: float,
+        /,
+    ) -> None: ...
+
 # The submodules, as classes: a stub file can't hold a module.
 
 class cpu:
@@ -91,6 +122,27 @@ class cpu:
     def count_votes(rows: int, n: int, args: VoteArgs, threads: int, /) -> None: ...
     @staticmethod
     def majority_vote(rows: int, n: int, args: VoteArgs, threads: int, /) -> None: ...
+    @staticmethod
+    def quantize(
+        rows: int, n: int, dtype: int, args: EncodeArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def quantize_feedback(
+        rows: int,
+        n: int,
+        dtype: int,
+        residual: int,
+        args: EncodeArgs,
+        flags: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def reduce_quantized(
+        rows: int, n: int, source: DecodeArgs, to: EncodeArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def dequantize(rows: int, n: int, dtype: int, args: DecodeArgs, threads: int, /) -> None: ...
 
 class cuda:
     class Rows:
@@ -127,3 +179,15 @@ class cuda:
     def count_votes(rows: Rows, args: VoteArgs, stream: int, /) -> None: ...
     @staticmethod
     def majority_vote(rows: Rows, args: VoteArgs, stream: int, /) -> None: ...
+    @staticmethod
+    def quantize(rows: Rows, dtype: int, args: EncodeArgs, flags: int, stream: int, /) -> None: ...
+    @staticmethod
+    def quantize_feedback(
+        rows: Rows, dtype: int, residual: int, args: EncodeArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def reduce_quantized(
+        rows: Rows, source: DecodeArgs, to: EncodeArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def dequantize(rows: Rows, dtype: int, args: DecodeArgs, stream: int, /) -> None: ...

@@ -106,8 +106,8 @@ def _cpu_rows(rows: IntArray) -> tuple[int, int]:
     return rows.__array_interface__["data"][0], len(rows)
 
 
-def _cuda_rows(target: Target, rows: IntArray) -> tuple[_C.cuda.Rows, object]:
-    words = int(rows[-1, wire.WORDS_BEFORE]) + wire.words_for(int(rows[-1, wire.N]))
+def _cuda_rows(target: Target, rows: IntArray, unit: int) -> tuple[_C.cuda.Rows, object]:
+    words = int(rows[-1, wire.WORDS_BEFORE]) - int(-rows[-1, wire.N] // unit)
     if len(rows) == 1:
         return _C.cuda.Rows(0, 1, words, rows[0].tolist()), None
     assert target.upload is not None
@@ -119,7 +119,9 @@ def _address(view: View | None) -> int:
     return 0 if view is None else view.address
 
 
-def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
+def launch(
+    target: Target, kernel: str, rows: IntArray, *args: object, unit: int = wire.WORD_BITS
+) -> None:
     """Calls ``kernel`` of the compiled module over checked rows.
 
     Args:
@@ -127,13 +129,14 @@ def launch(target: Target, kernel: str, rows: IntArray, *args: object) -> None:
         kernel: Its name in ``_C.cpu`` and ``_C.cuda``.
         rows: int64 [k, 8], C-contiguous.
         *args: What follows the rows, up to threads or stream.
+        unit: Elements that stay together: a payload word, or the block of a codec.
     """
     if not len(rows):
         return
     if target.stream is None:
         getattr(_C.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
     else:
-        table, _owner = _cuda_rows(target, rows)  # another thread must not get its memory yet
+        table, _owner = _cuda_rows(target, rows, unit)  # another thread must not get its memory yet
         getattr(_C.cuda, kernel)(table, *args, target.stream)
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 
 #include "float_mode.h"
@@ -56,29 +57,31 @@ constexpr int64_t kTaskWords = 4096;   // 131,072 elements: small enough to shar
                                        // that taking a task costs nothing
 constexpr int64_t kTasksAThread = 16;  // a slow thread leaves the last ones to the others
 
-// Words of a task: of large arrays each thread gets long runs, since what a kernel has prefetched
-// beyond the end of its run is in the wrong core's cache.
-int64_t task_words(int64_t total, int threads) {
+// Units (words, blocks) of a task: of large arrays each thread gets long runs, since what a kernel
+// has prefetched beyond the end of its run is in the wrong core's cache.
+int64_t task_units(int64_t total, int threads, int64_t unit) {
   const int64_t share = total / (std::max(threads, 1) * kTasksAThread);
-  return std::max<int64_t>(share / kTaskWords, 1) * kTaskWords;
+  const int64_t fewest = std::max<int64_t>(kTaskWords * kWordBits / unit, 1);
+  return std::max<int64_t>(share / fewest, 1) * fewest;
 }
 
 // Calls piece(row, from, n) for the n elements from element `from` on of every row, cut at task
-// boundaries.
+// boundaries. What is cut stays whole in units of `unit` elements.
 template <typename Piece>
-void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece) {
-  std::vector<int64_t> start(n_rows + 1, 0);  // words before each row
-  for (int64_t r = 0; r < n_rows; ++r) start[r + 1] = start[r] + words_for(rows[r].n);
+void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece,
+                int64_t unit = kWordBits) {
+  std::vector<int64_t> start(n_rows + 1, 0);  // units before each row
+  for (int64_t r = 0; r < n_rows; ++r) start[r + 1] = start[r] + (rows[r].n + unit - 1) / unit;
   const int64_t total = start[n_rows];
-  const int64_t size = task_words(total, threads);
+  const int64_t size = task_units(total, threads, unit);
   const auto task = [&](int64_t t) {
     const DefaultFloatMode mode;
     const int64_t begin = t * size;
     const int64_t end = std::min(total, begin + size);
     int64_t r = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
     for (; r < n_rows && start[r] < end; ++r) {
-      const int64_t from = std::max<int64_t>(begin - start[r], 0) * kWordBits;
-      const int64_t to = std::min(rows[r].n, (end - start[r]) * kWordBits);
+      const int64_t from = std::max<int64_t>(begin - start[r], 0) * unit;
+      const int64_t to = std::min(rows[r].n, (end - start[r]) * unit);
       if (from < to) piece(rows[r], from, to - from);
     }
   };
@@ -91,6 +94,19 @@ void raise_flags(uint32_t* flags, uint32_t value) {
   if (flags && value) __atomic_fetch_or(flags, value, __ATOMIC_RELAXED);
 }
 
+// Room for the floats of two blocks, this thread's own.
+float* block_scratch(int block) {
+  constexpr size_t kAlignment = 64 / sizeof(float);
+  thread_local std::unique_ptr<float[]> room;
+  thread_local int held = 0;
+  if (held < block) {
+    room.reset(new float[2 * static_cast<size_t>(block) + kAlignment]);
+    held = block;
+  }
+  const size_t past = reinterpret_cast<uintptr_t>(room.get()) / sizeof(float) % kAlignment;
+  return room.get() + (kAlignment - past) % kAlignment;
+}
+
 // The words of a vote as a row of its own: a piece of `row` of n elements from element `from`.
 Row vote_piece(const Row& row, int64_t from, int64_t n) {
   Row part = row;
@@ -98,6 +114,21 @@ Row vote_piece(const Row& row, int64_t from, int64_t n) {
   part.word += from / kWordBits;
   part.first += from;
   return part;
+}
+
+// Calls piece(part, scratch) for the pieces of all rows; they start on blocks.
+template <typename Piece>
+void for_block_pieces(const Row* rows, int64_t n_rows, int block, int threads, const Piece& piece) {
+  for_pieces(
+      rows, n_rows, threads,
+      [&](const Row& row, int64_t from, int64_t n) {
+        Row part = row;
+        part.n = n;
+        part.word += from / block;
+        part.first += from;
+        piece(part, from, block_scratch(block));
+      },
+      block);
 }
 
 }  // namespace
@@ -163,6 +194,47 @@ void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int th
   for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
     kernel(args, vote_piece(row, from, n));
   });
+}
+
+void quantize(const Row* rows, int64_t n_rows, DType dtype, const EncodeArgs& args, uint32_t* flags,
+              int threads) {
+  const auto kernel = kernels().quantize[static_cast<int>(dtype)];
+  for_block_pieces(rows, n_rows, args.format.block, threads,
+                   [&](Row& part, int64_t from, float* scratch) {
+                     part.x += from * width_of(dtype);
+                     raise_flags(flags, kernel(part, args, scratch));
+                   });
+}
+
+void quantize_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
+                       const EncodeArgs& args, uint32_t* flags, int threads) {
+  const auto kernel =
+      kernels().quantize_feedback[static_cast<int>(dtype)][residual == DType::kFloat32 ? 0 : 1];
+  for_block_pieces(rows, n_rows, args.format.block, threads,
+                   [&](Row& part, int64_t from, float* scratch) {
+                     part.x += from * width_of(dtype);
+                     part.momentum += from * width_of(residual);
+                     part.momentum_out += from * width_of(residual);
+                     raise_flags(flags, kernel(part, args, scratch));
+                   });
+}
+
+void reduce_quantized(const Row* rows, int64_t n_rows, const DecodeArgs& from, const EncodeArgs& to,
+                      uint32_t* flags, int threads) {
+  const auto kernel = kernels().reduce_quantized;
+  for_block_pieces(rows, n_rows, from.format.block, threads,
+                   [&](Row& part, int64_t, float* scratch) {
+                     raise_flags(flags, kernel(part, from, to, scratch));
+                   });
+}
+
+void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& args, int threads) {
+  const auto kernel = kernels().dequantize[static_cast<int>(dtype)];
+  for_block_pieces(rows, n_rows, args.format.block, threads,
+                   [&](Row& part, int64_t from, float* scratch) {
+                     part.x += from * width_of(dtype);
+                     kernel(part, args, scratch);
+                   });
 }
 
 }  // namespace pydist::cpu

@@ -25,4 +25,13 @@ void unpack_votes(const Row* rows, int64_t n_rows, DType dtype, const Unpack& ar
 void count_votes(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads);
 void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads);
 
+// Block formats; `word` of a row counts blocks.
+void quantize(const Row* rows, int64_t n_rows, DType dtype, const EncodeArgs& args, uint32_t* flags,
+              int threads);
+void quantize_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
+                       const EncodeArgs& args, uint32_t* flags, int threads);
+void reduce_quantized(const Row* rows, int64_t n_rows, const DecodeArgs& from, const EncodeArgs& to,
+                      uint32_t* flags, int threads);
+void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& args, int threads);
+
 }  // namespace pydist::cpu

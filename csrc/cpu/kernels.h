@@ -4,6 +4,7 @@
 // word. Splitting rows into pieces and pieces over threads is the driver's work (driver.h).
 #pragma once
 
+#include "../wire/blocks.h"
 #include "../wire/lion.h"
 #include "../wire/votes.h"
 
@@ -24,6 +25,15 @@ struct Kernels {
   // Both read words [word, word + words_for(n)) of every rank.
   void (*count_votes)(const VoteArgs& args, const Row& row);
   void (*majority_vote)(const VoteArgs& args, const Row& row);
+
+  // Block formats: a piece starts on a block, and its `word` counts blocks. `scratch` has room for
+  // the floats of two blocks. Encoders return flags.
+  uint32_t (*quantize[3])(const Row& row, const EncodeArgs& args, float* scratch);
+  // Encodes x + residual (`momentum`) and keeps the rest in `momentum_out`; indexed as lion_pack.
+  uint32_t (*quantize_feedback[3][2])(const Row& row, const EncodeArgs& args, float* scratch);
+  uint32_t (*reduce_quantized)(const Row& row, const DecodeArgs& from, const EncodeArgs& to,
+                               float* scratch);
+  void (*dequantize[3])(const Row& row, const DecodeArgs& args, float* scratch);
 };
 
 extern const Kernels kScalar;

@@ -1,29 +1,16 @@
 // lion_pack: direction, its sign bit, and the new momentum in one pass over gradient and momentum.
+#include "philox.h"
 #include "simd.h"
 #include "table.h"
 
 namespace pydist::cpu::PYDIST_ISA {
 
-// The 32 random draws of elements first ... first + 31, as floats 0 ... 65535.
-static void draws32(const DrawKey& key, int64_t first, float* out) {
-  int64_t group = -1;
-  Philox4 bits = {};
-  for (int i = 0; i < kWordBits; ++i) {
-    const int64_t element = first + i;
-    if (element / 8 != group) {
-      group = element / 8;
-      bits = draw_group(key, static_cast<uint64_t>(group));
-    }
-    out[i] = static_cast<float>(draw16(bits, static_cast<int>(element % 8)));
-  }
-}
-
 template <typename G, typename M, bool kStochastic>
 PYDIST_INLINE uint32_t lion_word(const G* grad, const M* momentum, M* momentum_out,
-                                 const LionPackArgs& a, const DrawKey& key, int64_t first,
+                                 const LionPackArgs& a, const WidePhilox& philox, int64_t first,
                                  Mask* finite) {
-  float draws[kStochastic ? kWordBits : 1];
-  if (kStochastic) draws32(key, first, draws);
+  DrawBuffer<kWordBits> buffer;
+  const uint16_t* draws = kStochastic ? buffer.fill(philox, first) : nullptr;
   uint32_t word = 0;
   for (int j = 0; j < kWordBits; j += kLanes) {
     const Vec g = load(grad + j);
@@ -32,7 +19,7 @@ PYDIST_INLINE uint32_t lion_word(const G* grad, const M* momentum, M* momentum_o
     Mask positive;
     if (kStochastic) {
       const Vec t = mul(add(mul(c, set1(a.inv_range)), set1(1.0f)), set1(32768.0f));
-      positive = greater(t, load(draws + j));
+      positive = greater(t, load_halves(draws + j));
     } else {
       positive = a.zero_bit ? greater_equal(c, set1(0.0f)) : greater(c, set1(0.0f));
     }
@@ -51,7 +38,7 @@ static uint32_t lion_pack_piece(const Row& row, unsigned char* words, const Lion
   const G* grad = reinterpret_cast<const G*>(row.x);
   const M* momentum = reinterpret_cast<const M*>(row.momentum);
   M* momentum_out = reinterpret_cast<M*>(row.momentum_out);
-  const DrawKey key = {a.seed, a.key1, a.step, static_cast<uint32_t>(row.ordinal)};
+  const WidePhilox philox({a.seed, a.key1, a.step, static_cast<uint32_t>(row.ordinal)});
   Mask finite = mask_from(kLaneMask);
   const int64_t full = row.n / kWordBits;
   for (int64_t w = 0; w < full; ++w) {
@@ -59,7 +46,7 @@ static uint32_t lion_pack_piece(const Row& row, unsigned char* words, const Lion
     prefetch_word(grad + i);
     prefetch_word(momentum + i);
     store_word(words + 4 * w, lion_word<G, M, kStochastic>(grad + i, momentum + i, momentum_out + i,
-                                                           a, key, row.first + i, &finite));
+                                                           a, philox, row.first + i, &finite));
   }
   if (const int64_t rest = row.n - full * kWordBits) {  // the tail, padded with zeros
     const int64_t i = full * kWordBits;
@@ -68,7 +55,7 @@ static uint32_t lion_pack_piece(const Row& row, unsigned char* words, const Lion
     std::memcpy(tail_grad, grad + i, rest * sizeof(G));
     std::memcpy(tail_momentum, momentum + i, rest * sizeof(M));
     const uint32_t word = lion_word<G, M, kStochastic>(tail_grad, tail_momentum, tail_momentum, a,
-                                                       key, row.first + i, &finite);
+                                                       philox, row.first + i, &finite);
     store_word(words + 4 * full, word & word_mask(rest));
     std::memcpy(momentum_out + i, tail_momentum, rest * sizeof(M));
   }

@@ -8,6 +8,9 @@
 //   load, store           any address, any type; store rounds to nearest even, one NaN only
 //   stream, stream_end    whole aligned vectors of float32 without NaN, past the caches where there
 //                         is an instruction for it; stream_end orders them before later stores
+//   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
+//   store_low_bytes       the lowest byte of each lane's bit pattern
+//   min, max              of numbers; with NaN, either
 //   bits_of, mask_from    a Mask as kLanes bits, lane 0 the lowest; and back
 //   abs_below             |x| below the limit, decided on the bit pattern
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of

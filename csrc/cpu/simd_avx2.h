@@ -19,6 +19,9 @@ PYDIST_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 PYDIST_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
+PYDIST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+PYDIST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+PYDIST_INLINE Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 PYDIST_INLINE Mask mask_from(uint32_t bits) {
@@ -63,6 +66,19 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   const __m256i q = _mm256_blendv_epi8(_mm256_srli_epi32(r, 16), _mm256_set1_epi32(0x7FC0),
                                        _mm256_castps_si256(is_nan(x)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(q));
+}
+
+PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+PYDIST_INLINE Vec load_halves(const uint16_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
+  const __m128i low = narrow(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0xFF)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
 }
 
 constexpr int kWideLanes = 4;

@@ -19,6 +19,9 @@ PYDIST_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 PYDIST_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
+PYDIST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+PYDIST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+PYDIST_INLINE Vec abs(Vec x) { return _mm512_abs_ps(x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return a & b; }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
 PYDIST_INLINE Mask mask_from(uint32_t bits) { return static_cast<Mask>(bits); }
@@ -53,6 +56,18 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   const __m512i q =
       _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), is_nan(x), _mm512_set1_epi32(0x7FC0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
+}
+
+PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+PYDIST_INLINE Vec load_halves(const uint16_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
 }
 
 constexpr int kWideLanes = 8;

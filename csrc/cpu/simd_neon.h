@@ -19,6 +19,9 @@ PYDIST_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
 PYDIST_INLINE Mask greater(Vec a, Vec b) { return vcgtq_f32(a, b); }
 PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return vcgeq_f32(a, b); }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return vbslq_f32(m, yes, no); }
+PYDIST_INLINE Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
+PYDIST_INLINE Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
+PYDIST_INLINE Vec abs(Vec x) { return vabsq_f32(x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
 // There is no instruction for either: each lane keeps, or is tested for, the bit of its place.
 PYDIST_INLINE uint32x4_t lane_bits() { return uint32x4_t{1, 2, 4, 8}; }
@@ -57,6 +60,22 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
   const uint32x4_t r = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
   store8(p, vshrn_n_u32(vbslq_u32(is_nan(x), vdupq_n_u32(kNanBits), r), 16));
+}
+
+PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+}
+PYDIST_INLINE Vec load_halves(const uint16_t* p) {
+  return vcvtq_f32_u32(vmovl_u16(vreinterpret_u16_u8(load8(p))));
+}
+PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
+  const uint16x4_t low = vmovn_u32(vreinterpretq_u32_f32(x));
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(low, low));
+  const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+  std::memcpy(p, &four, 4);
 }
 
 constexpr int kWideLanes = 2;

@@ -19,6 +19,9 @@ PYDIST_INLINE Vec div(Vec a, Vec b) { return a / b; }
 PYDIST_INLINE Mask greater(Vec a, Vec b) { return a > b; }
 PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return a >= b; }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
+PYDIST_INLINE Vec min(Vec a, Vec b) { return b < a ? b : a; }
+PYDIST_INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+PYDIST_INLINE Vec abs(Vec x) { return bits_float(float_bits(x) & kAbsMask); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return a && b; }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
 PYDIST_INLINE Mask mask_from(uint32_t bits) { return bits & 1u; }
@@ -38,6 +41,14 @@ PYDIST_INLINE void store(T* p, Vec x) {
 
 PYDIST_INLINE void stream(float* p, Vec x) { *p = x; }
 PYDIST_INLINE void stream_end() {}
+
+PYDIST_INLINE Vec load_bytes(const uint8_t* p) { return *p; }
+PYDIST_INLINE Vec load_halves(const uint16_t* p) {
+  uint16_t x;
+  std::memcpy(&x, p, sizeof(x));  // a word's half: no uint16_t to the compiler
+  return x;
+}
+PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) { *p = static_cast<uint8_t>(float_bits(x)); }
 
 constexpr int kWideLanes = 1;
 using Wide = uint64_t;

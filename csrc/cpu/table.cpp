@@ -18,6 +18,12 @@ extern const Kernels PYDIST_TABLE = {
     {isa::unpack_votes<float>, isa::unpack_votes<Half>, isa::unpack_votes<BFloat>},
     isa::count_votes,
     isa::majority_vote,
+    {isa::quantize<float>, isa::quantize<Half>, isa::quantize<BFloat>},
+    {{isa::quantize_feedback<float, float>, isa::quantize_feedback<float, BFloat>},
+     {isa::quantize_feedback<Half, float>, isa::quantize_feedback<Half, BFloat>},
+     {isa::quantize_feedback<BFloat, float>, isa::quantize_feedback<BFloat, BFloat>}},
+    isa::reduce_quantized,
+    {isa::dequantize<float>, isa::dequantize<Half>, isa::dequantize<BFloat>},
 };
 
 }  // namespace pydist::cpu

@@ -15,5 +15,13 @@ template <typename T>
 void unpack_votes(void* out, int64_t n, const unsigned char* planes, const Unpack& args);
 void count_votes(const VoteArgs& args, const Row& row);
 void majority_vote(const VoteArgs& args, const Row& row);
+template <typename T>
+uint32_t quantize(const Row& row, const EncodeArgs& args, float* scratch);
+template <typename T, typename R>
+uint32_t quantize_feedback(const Row& row, const EncodeArgs& args, float* scratch);
+uint32_t reduce_quantized(const Row& row, const DecodeArgs& from, const EncodeArgs& to,
+                          float* scratch);
+template <typename T>
+void dequantize(const Row& row, const DecodeArgs& args, float* scratch);
 
 }  // namespace pydist::cpu::PYDIST_ISA

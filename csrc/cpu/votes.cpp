@@ -1,6 +1,7 @@
 // count_votes and majority_vote: bit-sliced carry-save addition over ranks, eight ranks at a time,
 // as many elements side by side as a vector has bits. The last eight ranks (mostly the only ones)
 // are added, compared and written in one go, so that nothing but payloads passes through memory.
+#include "philox.h"
 #include "simd.h"
 #include "table.h"
 
@@ -170,54 +171,29 @@ class Output {
 
 // ------------------------------------------------------------ ties
 
-// The counters and keys of the tie draws of one row, spread over vectors.
+// The tie draws of one row.
 class TieDraws {
  public:
   TieDraws(const VoteArgs& a, const Row& row)
-      : key_{a.seed, kTieDomain, static_cast<uint32_t>(a.step >> 1),
-             static_cast<uint32_t>(row.ordinal)},
-        parity_(a.step & 1 ? ~uint64_t{0} : 0) {
-    uint32_t k0 = key_.k0, k1 = key_.k1;
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      k0_[round] = k0, k1_[round] = k1;
-      k0 += kPhiloxW0, k1 += kPhiloxW1;
-    }
-  }
+      : philox_({a.seed, kTieDomain, static_cast<uint32_t>(a.step >> 1),
+                 static_cast<uint32_t>(row.ordinal)}),
+        parity_(a.step & 1 ? ~uint64_t{0} : 0) {}
 
   // The answers for ties of the 32 * kPair elements from `first` on, the step's parity folded in.
   void draw(int64_t first, uint32_t* words) const {
     if (first % (4 * kWordBits) == 0) {
-      draw_groups(static_cast<uint64_t>(first) / (4 * kWordBits), words);
+      philox_.groups(static_cast<uint64_t>(first) / (4 * kWordBits), words, parity_);
     } else {
       for (int i = 0; i < kPair; ++i) {
-        words[i] = tie_word_at(key_, first + i * kWordBits) ^ static_cast<uint32_t>(parity_);
+        words[i] =
+            tie_word_at(philox_.key(), first + i * kWordBits) ^ static_cast<uint32_t>(parity_);
       }
     }
   }
 
  private:
-  // kWideLanes Philox groups side by side. The upper halves of the 64-bit lanes hold rubbish that
-  // multiplication does not read.
-  void draw_groups(uint64_t group, uint32_t* words) const {
-    Wide c0 = wide_add(wide_set1(group), wide_groups());
-    Wide c1 = wide_high(c0);
-    Wide c2 = wide_set1(key_.c2), c3 = wide_set1(key_.ordinal);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Wide p0 = wide_mul32(c0, wide_set1(kPhiloxM0));
-      const Wide p1 = wide_mul32(c2, wide_set1(kPhiloxM1));
-      c0 = wide_xor3(wide_high(p1), c1, wide_set1(k0_[round]));
-      c2 = wide_xor3(wide_high(p0), c3, wide_set1(k1_[round]));
-      c1 = p1;
-      c3 = p0;
-    }
-    const Wide parity = wide_set1(parity_);
-    store_groups(words, wide_xor(c0, parity), wide_xor(c1, parity), wide_xor(c2, parity),
-                 wide_xor(c3, parity));
-  }
-
-  DrawKey key_;
+  WidePhilox philox_;
   uint64_t parity_;
-  uint64_t k0_[kPhiloxRounds], k1_[kPhiloxRounds];
 };
 
 // ------------------------------------------------------------ the vote

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pydist import _C, environment, kernels, reference, wire
+from pydist import _C, block_kernels, blocks, environment, kernels, reference, wire
+from pydist.block_kernels import EncodeOptions
+from pydist.blocks import BlockFormat
 from pydist.checks import View
 from pydist.kernels import LionOptions, Target
 from pydist.reference import U8, Storage
@@ -181,6 +183,51 @@ class Runner(Protocol):
         """New parameters."""
 
 
+class BlockRunner(Protocol):
+    """The kernels of block formats of one backend; none of them changes its input."""
+
+    name: str
+
+    def quantize(
+        self, x: Bits, form: BlockFormat, options: EncodeOptions, segments: wire.IntArray | None
+    ) -> tuple[U8, int]:
+        """Payload and flags."""
+
+    def quantize_feedback(
+        self,
+        x: Bits,
+        residual: Bits,
+        form: BlockFormat,
+        options: EncodeOptions,
+        segments: wire.IntArray | None,
+    ) -> tuple[U8, Bits, int]:
+        """Payload, new residual and flags."""
+
+    def reduce_quantized(
+        self,
+        payloads: U8,
+        n: int,
+        form: BlockFormat,
+        options: EncodeOptions,
+        *,
+        mean: bool,
+        segments: wire.IntArray | None,
+    ) -> tuple[U8, int]:
+        """Payload and flags."""
+
+    def sum_quantized(
+        self,
+        payloads: U8,
+        n: int,
+        form: BlockFormat,
+        *,
+        mean: bool,
+        storage: Storage,
+        segments: wire.IntArray | None,
+    ) -> Bits:
+        """The sum, or the mean, of what payloads hold."""
+
+
 class KernelRunner:
     """Calls :mod:`pydist.kernels`, below both doors, on arrays in some memory."""
 
@@ -276,6 +323,82 @@ class KernelRunner:
             lr=lr, weight_decay=weight_decay, ranks=ranks, skip=None, segments=None,
         )  # fmt: skip
         return self.memory.get(new)
+
+    def _block_payload(
+        self, n: int, form: BlockFormat, segments: wire.IntArray | None
+    ) -> tuple[Any, View]:
+        table = wire.one_segment(n) if segments is None else segments
+        return self._put("payload", np.zeros(blocks.table_bytes(table, form), dtype=np.uint8))
+
+    def quantize(
+        self, x: Bits, form: BlockFormat, options: EncodeOptions, segments: wire.IntArray | None
+    ) -> tuple[U8, int]:
+        """:func:`pydist.block_kernels.quantize` into fresh arrays."""
+        _x, x_view = self._put_values("x", x)
+        payload, payload_view = self._block_payload(x.size, form, segments)
+        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
+        block_kernels.quantize(
+            self.memory.target(), x_view, payload_view, form, options,
+            flags=flags_view, segments=segments,
+        )  # fmt: skip
+        return self.memory.get(payload), int(self.memory.get(flags)[0])
+
+    def quantize_feedback(
+        self,
+        x: Bits,
+        residual: Bits,
+        form: BlockFormat,
+        options: EncodeOptions,
+        segments: wire.IntArray | None,
+    ) -> tuple[U8, Bits, int]:
+        """:func:`pydist.block_kernels.quantize_feedback` into fresh arrays."""
+        _x, x_view = self._put_values("x", x)
+        new, new_view = self._put_values("residual", residual)
+        payload, payload_view = self._block_payload(x.size, form, segments)
+        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
+        block_kernels.quantize_feedback(
+            self.memory.target(), x_view, new_view, new_view, payload_view, form, options,
+            flags=flags_view, segments=segments,
+        )  # fmt: skip
+        return self.memory.get(payload), self.memory.get(new), int(self.memory.get(flags)[0])
+
+    def reduce_quantized(
+        self,
+        payloads: U8,
+        n: int,
+        form: BlockFormat,
+        options: EncodeOptions,
+        *,
+        mean: bool,
+        segments: wire.IntArray | None,
+    ) -> tuple[U8, int]:
+        """:func:`pydist.block_kernels.reduce_quantized` into fresh arrays."""
+        _payloads, view = self._put("payloads", payloads)
+        payload, payload_view = self._block_payload(n, form, segments)
+        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
+        block_kernels.reduce_quantized(
+            self.memory.target(), view, n, payload_view, form, options,
+            mean=mean, flags=flags_view, segments=segments,
+        )  # fmt: skip
+        return self.memory.get(payload), int(self.memory.get(flags)[0])
+
+    def sum_quantized(
+        self,
+        payloads: U8,
+        n: int,
+        form: BlockFormat,
+        *,
+        mean: bool,
+        storage: Storage,
+        segments: wire.IntArray | None,
+    ) -> Bits:
+        """:func:`pydist.block_kernels.dequantize` into fresh arrays."""
+        _payloads, view = self._put("payloads", payloads)
+        out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
+        block_kernels.dequantize(
+            self.memory.target(), view, out_view, form, mean=mean, segments=segments
+        )
+        return self.memory.get(out)
 
 
 def runners() -> Iterator[KernelRunner]:

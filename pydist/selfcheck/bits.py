@@ -84,3 +84,9 @@ def assert_same_bits(actual: Bits, expected: Bits, what: str) -> None:
         f"{what}: {place}: {_shown(a[here])} instead of {_shown(e[here])} "
         f"({wrong.size} of {a.nbytes} bytes differ)"
     )
+
+
+def assert_same_flags(actual: int, expected: int, what: str) -> None:
+    """Raises DifferenceError unless a kernel raised the flags it should."""
+    if actual != expected:
+        raise DifferenceError(f"{what}: flags {actual} instead of {expected}")

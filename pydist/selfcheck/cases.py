@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import compare
+from pydist.selfcheck import block_cases, compare
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -199,17 +199,23 @@ def _lion_apply(run: Runner, rng: np.random.Generator) -> Cases:
                 )
 
 
-KERNELS: dict[str, Callable[[Runner, np.random.Generator], Cases]] = {
+KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "pack_signs": _pack_signs,
     "unpack_votes": _unpack_votes,
     "count_votes": _count_votes,
     "majority_vote": _majority_vote,
     "lion_pack": _lion_pack,
     "lion_apply": _lion_apply,
+    "quantize": block_cases.quantize_cases,
+    "quantize_feedback": block_cases.feedback_cases,
+    "sum_quantized": block_cases.sum_cases,
+    "reduce_quantized": block_cases.reduce_cases,
 }
 
 
-def check_kernel(run: Runner, kernel: str, seed: int = 0) -> tuple[int, DifferenceError | None]:
+def check_kernel(
+    run: KernelRunner, kernel: str, seed: int = 0
+) -> tuple[int, DifferenceError | None]:
     """Compares one kernel of one backend with the reference.
 
     Args:

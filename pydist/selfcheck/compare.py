@@ -6,12 +6,14 @@ from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import U8, Storage
 from pydist.selfcheck.backends import Runner
-from pydist.selfcheck.bits import Bits, DifferenceError, assert_same_bits, storage_of, store, widen
-
-
-def _same_flags(actual: int, expected: int, what: str) -> None:
-    if actual != expected:
-        raise DifferenceError(f"{what}: flags {actual} instead of {expected}")
+from pydist.selfcheck.bits import (
+    Bits,
+    assert_same_bits,
+    assert_same_flags,
+    storage_of,
+    store,
+    widen,
+)
 
 
 def check_pack_signs(
@@ -22,7 +24,7 @@ def check_pack_signs(
     payload, flags = run.pack_signs(x, zero_bit=zero_bit, segments=segments)
     expected, raised = reference.pack_signs(widen(x), zero_bit=zero_bit, segments=segments)
     assert_same_bits(payload, expected, f"{what}: payload")
-    _same_flags(flags, raised, what)
+    assert_same_flags(flags, raised, what)
 
 
 def check_unpack_votes(
@@ -87,7 +89,7 @@ def check_lion_pack(
     )  # fmt: skip
     assert_same_bits(payload, expected, f"{what}: payload")
     assert_same_bits(new, store(expected_new, storage_of(momentum)), f"{what}: momentum")
-    _same_flags(flags, raised, what)
+    assert_same_flags(flags, raised, what)
 
 
 def check_lion_apply(

@@ -1,0 +1,98 @@
+// decode_block and sum_block: codes and scales of one rank, or of all, to values.
+#include "block_codec.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+namespace {
+
+template <bool kAdd>
+PYDIST_INLINE void put(float* out, Vec x) {
+  store(out, kAdd ? add(load(out), x) : x);
+}
+
+// Values of a tile of n codes, a multiple of 32.
+template <bool kAdd>
+void sign_values(const uint8_t* codes, int n, float scale, float* out) {
+  const Vec minus = set1(-scale), plus = set1(scale), zero = set1(0.0f);
+  for (int j = 0; j < n; j += kLanes) {
+    put<kAdd>(out + j, select(greater(load_bytes(codes + j), zero), plus, minus));
+  }
+}
+
+template <bool kAdd>
+void level_values(const BlockFormat& f, const uint8_t* codes, int n, float scale, float* out) {
+  const Vec top = set1(f.top), s = set1(scale);
+  const Vec high = set1(f.inverse_high), low = set1(f.inverse_low);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec q = min(sub(load_bytes(codes + j), top), top);  // no encoder writes top + 1
+    const Vec level = add(mul(q, high), mul(q, low));         // level_value
+    put<kAdd>(out + j, mul(level, s));
+  }
+}
+
+template <Scheme kScheme, bool kAdd>
+void float8_values(const uint8_t* codes, int n, float scale, float* out) {
+  alignas(64) float values[kTile];
+  for (int j = 0; j < n; ++j) values[j] = float8_value(kScheme, codes[j]);
+  const Vec s = set1(scale);
+  for (int j = 0; j < n; j += kLanes) put<kAdd>(out + j, mul(load(values + j), s));
+}
+
+template <bool kAdd>
+void values_of(const BlockFormat& f, const uint8_t* codes, int n, float scale, float* out) {
+  switch (f.scheme) {
+    case Scheme::kSign:
+      return sign_values<kAdd>(codes, n, scale, out);
+    case Scheme::kLevels:
+      return level_values<kAdd>(f, codes, n, scale, out);
+    case Scheme::kE4M3:
+      return float8_values<Scheme::kE4M3, kAdd>(codes, n, scale, out);
+    case Scheme::kE5M2:
+      return float8_values<Scheme::kE5M2, kAdd>(codes, n, scale, out);
+  }
+}
+
+}  // namespace
+
+template <bool kAdd>
+void decode_block(const BlockFormat& f, const unsigned char* codes, const unsigned char* scale,
+                  int n, float* out) {
+  const float s = bits_float(load_word(scale));
+  for (int i = 0; i < n; i += kTile) {
+    const int count = n - i < kTile ? n - i : kTile;
+    const int padded = (count + 31) / 32 * 32;
+    const auto size = static_cast<size_t>(code_bytes(f, count));
+    const unsigned char* from = codes + static_cast<int64_t>(i) * f.bits / 8;
+    for (size_t b = 0; b < size; b += 64) prefetch(from + b, kAhead / 2);
+    alignas(64) unsigned char stream[kTile + 8] = {};
+    std::memcpy(stream, from, size);
+    alignas(64) uint8_t unpacked[kTile];
+    if (f.bits < 8) unpack_codes(stream, padded, f.bits, unpacked);
+    const uint8_t* bytes = f.bits < 8 ? unpacked : stream;
+    if (count == padded) {
+      values_of<kAdd>(f, bytes, count, s, out + i);
+    } else {
+      alignas(64) float tail[kTile];
+      std::memcpy(tail, out + i, kAdd ? count * sizeof(float) : 0);
+      values_of<kAdd>(f, bytes, padded, s, tail);
+      std::memcpy(out + i, tail, count * sizeof(float));
+    }
+  }
+}
+
+template void decode_block<false>(const BlockFormat&, const unsigned char*, const unsigned char*,
+                                  int, float*);
+template void decode_block<true>(const BlockFormat&, const unsigned char*, const unsigned char*,
+                                 int, float*);
+
+void sum_block(const DecodeArgs& a, int64_t index, int n, float* out) {
+  const unsigned char* codes = a.codes + index * block_bytes(a.format);
+  const unsigned char* scale = a.scales + 4 * index;
+  decode_block<false>(a.format, codes, scale, n, out);
+  for (int64_t r = 1; r < a.ranks; ++r) {
+    decode_block<true>(a.format, codes + r * a.stride, scale + r * a.stride, n, out);
+  }
+  if (a.divisor == 1.0f) return;
+  for (int i = 0; i < n; ++i) out[i] = out[i] / a.divisor;
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA

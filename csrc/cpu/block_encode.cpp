@@ -1,0 +1,185 @@
+// encode_block: the scale of a block, and its codes.
+#include "block_codec.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+namespace {
+
+constexpr int kWarpLanes = 32;  // sums go in the order of a CUDA warp
+constexpr int kWarpVecs = kWarpLanes / kLanes;
+
+// Calls visit(v, k) for the vectors of x[0, n): elements of lanes k * kLanes … of a row of 32. What
+// is missing in the last row is zero.
+template <typename Visit>
+PYDIST_INLINE void for_rows(const float* x, int n, const Visit& visit) {
+  const int full = n / kWarpLanes * kWarpLanes;
+  for (int i = 0; i < full; i += kWarpLanes) {
+    prefetch_word(x + i);
+    for (int k = 0; k < kWarpVecs; ++k) visit(load(x + i + k * kLanes), k);
+  }
+  if (full < n) {
+    float tail[kWarpLanes] = {};
+    std::memcpy(tail, x + full, (n - full) * sizeof(float));
+    for (int k = 0; k < kWarpVecs; ++k) visit(load(tail + k * kLanes), k);
+  }
+}
+
+// The bits of the largest magnitude, or of something not finite.
+uint32_t largest_magnitude(const float* x, int n) {
+  Vec top[kWarpVecs];
+  Mask finite = mask_from(kLaneMask);
+  for (Vec& t : top) t = set1(0.0f);
+  for_rows(x, n, [&](Vec v, int k) {
+    top[k] = max(top[k], abs(v));
+    finite = both(finite, abs_below(v, kInfBits));
+  });
+  if (bits_of(finite) != kLaneMask) return kNanBits;
+  float lanes[kWarpLanes];
+  for (int k = 0; k < kWarpVecs; ++k) store(lanes + k * kLanes, top[k]);
+  float largest = 0.0f;
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  return float_bits(largest);
+}
+
+float add_lanes(const Vec (&sum)[kWarpVecs]) {
+  float lanes[kWarpLanes];
+  for (int k = 0; k < kWarpVecs; ++k) store(lanes + k * kLanes, sum[k]);
+  for (int distance = kWarpLanes / 2; distance; distance /= 2) {
+    for (int l = 0; l < distance; ++l) lanes[l] = lanes[l] + lanes[l + distance];
+  }
+  return lanes[0];
+}
+
+float mean_scale(const float* x, int n, const BlockFormat& f, uint32_t largest) {
+  const int exponent = sum_exponent(largest);
+  const Vec factor = set1(power_of_two(-exponent));
+  Vec sum[kWarpVecs];
+  for (Vec& s : sum) s = set1(0.0f);
+  if (f.norm == Norm::kL1) {
+    for_rows(x, n, [&](Vec v, int k) { sum[k] = add(sum[k], abs(mul(v, factor))); });
+  } else {
+    for_rows(x, n, [&](Vec v, int k) {
+      const Vec y = mul(v, factor);
+      sum[k] = add(sum[k], mul(y, y));
+    });
+  }
+  float total = add_lanes(sum);
+  if (f.scheme == Scheme::kSign) total = total / static_cast<float>(n);
+  if (f.norm == Norm::kL2) total = __builtin_sqrtf(total);
+  return stored_norm(f, total * power_of_two(exponent));
+}
+
+float scale_of(const float* x, int n, const BlockFormat& f, uint32_t largest) {
+  if (f.scheme >= Scheme::kE4M3) return power_of_two(float8_scale_exponent(f.scheme, largest));
+  if (f.norm == Norm::kMax) return stored_norm(f, bits_float(largest));
+  return mean_scale(x, n, f, largest);
+}
+
+// ------------------------------------------------------------ codes of a tile
+// x has n elements, a multiple of 32; a code a byte.
+
+void sign_codes(const float* x, int n, bool zero_bit, uint8_t* codes) {
+  const Vec one = set1(bits_float(1u)), zero = set1(0.0f);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec v = load(x + j);
+    const Mask positive = zero_bit ? greater_equal(v, zero) : greater(v, zero);
+    store_low_bytes(codes + j, select(positive, one, zero));
+  }
+}
+
+void nearest_codes(const float* x, int n, float factor, float top, uint8_t* codes) {
+  const Vec f = set1(factor), high = set1(top), low = set1(-top), magic = set1(kRoundingMagic);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec t = max(min(mul(load(x + j), f), high), low);
+    store_low_bytes(codes + j, add(add(t, magic), high));
+  }
+}
+
+void stochastic_codes(const float* x, int n, float factor, float top, const uint16_t* draws,
+                      uint8_t* codes) {
+  const Vec f = set1(factor), high = set1(top), magic = set1(kRoundingMagic);
+  const Vec one = set1(1.0f), zero = set1(0.0f), unit = set1(65536.0f);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec v = load(x + j);
+    const Vec a = min(mul(abs(v), f), high);
+    const Vec near = sub(add(a, magic), magic);
+    const Vec floor = sub(near, select(greater(near, a), one, zero));
+    const Mask up = greater(mul(sub(a, floor), unit), load_halves(draws + j));
+    const Vec level = add(floor, select(up, one, zero));
+    const Vec q = select(greater(zero, v), sub(zero, level), level);
+    store_low_bytes(codes + j, add(add(q, magic), high));
+  }
+}
+
+template <Scheme kScheme>
+void float8_codes(const float* x, int n, float factor, uint8_t* codes) {
+  const Vec f = set1(factor), high = set1(float8_largest(kScheme));
+  const Vec low = set1(-float8_largest(kScheme));
+  alignas(64) float scaled[kTile];
+  for (int j = 0; j < n; j += kLanes) {
+    store(scaled + j, max(min(mul(load(x + j), f), high), low));
+  }
+  for (int j = 0; j < n; ++j) codes[j] = static_cast<uint8_t>(float8_code(kScheme, scaled[j]));
+}
+
+void codes_of(const float* x, int n, const EncodeArgs& a, float scale, const WidePhilox& philox,
+              int64_t first, uint8_t* codes) {
+  const BlockFormat& f = a.format;
+  switch (f.scheme) {
+    case Scheme::kSign:
+      return sign_codes(x, n, a.zero_bit != 0, codes);
+    case Scheme::kLevels:
+      if (f.stochastic) {
+        DrawBuffer<kTile> draws;
+        return stochastic_codes(x, n, level_factor(f, scale), f.top, draws.fill(philox, first),
+                                codes);
+      }
+      return nearest_codes(x, n, level_factor(f, scale), f.top, codes);
+    case Scheme::kE4M3:
+      return float8_codes<Scheme::kE4M3>(x, n, 1.0f / scale, codes);
+    case Scheme::kE5M2:
+      return float8_codes<Scheme::kE5M2>(x, n, 1.0f / scale, codes);
+  }
+}
+
+}  // namespace
+
+uint32_t encode_block(const float* x, const BlockPlace& place, const EncodeArgs& a,
+                      const WidePhilox& philox) {
+  const BlockFormat& f = a.format;
+  const int64_t begin = place.index * block_bytes(f);
+  unsigned char* out = a.codes + begin;
+  const int64_t room = a.code_bytes - begin < block_bytes(f) ? a.code_bytes - begin
+                                                             : block_bytes(f);  // with padding
+  const uint32_t largest = largest_magnitude(x, place.n);
+  const bool finite = largest < kInfBits;
+  const float scale = finite ? scale_of(x, place.n, f, largest) : bits_float(kNanBits);
+  store_word(a.scales + 4 * place.index, float_bits(scale));
+  int64_t written = 0;
+  for (int i = 0; finite && i < place.n; i += kTile) {
+    const int n = place.n - i < kTile ? place.n - i : kTile;
+    const int padded = (n + 31) / 32 * 32;
+    alignas(64) float tail[kTile];
+    const float* from = x + i;
+    if (n < padded) {
+      std::memset(tail, 0, padded * sizeof(float));
+      std::memcpy(tail, from, n * sizeof(float));
+      from = tail;
+    }
+    alignas(64) uint8_t codes[kTile];
+    codes_of(from, padded, a, scale, philox, place.first + i, codes);
+    std::memset(codes + n, 0, padded - n);
+    const auto size = static_cast<size_t>(code_bytes(f, n));
+    if (f.bits == 8) {
+      std::memcpy(out + written, codes, size);
+    } else {
+      unsigned char stream[kTile + 8];
+      pack_codes(codes, padded, f.bits, stream);
+      std::memcpy(out + written, stream, size);
+    }
+    written += static_cast<int64_t>(size);
+  }
+  std::memset(out + written, 0, room - written);
+  return finite ? 0u : kFlagNonFinite;
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA

@@ -1,0 +1,151 @@
+// quantize, quantize_feedback, reduce_quantized, dequantize: block formats over a piece of a row.
+#include "block_codec.h"
+#include "table.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+namespace {
+
+// x as float32: where it is, if that is what it is; else in `room`.
+PYDIST_INLINE const float* widened(const float* x, int, float*) { return x; }
+
+template <typename T>
+PYDIST_INLINE const float* widened(const T* x, int n, float* room) {
+  int i = 0;
+  for (; i + kWordBits <= n; i += kWordBits) {
+    prefetch_word(x + i);
+    for (int j = 0; j < kWordBits; j += kLanes) store(room + i + j, load(x + i + j));
+  }
+  for (; i < n; ++i) {
+    T one;
+    std::memcpy(&one, x + i, sizeof(T));
+    room[i] = to_float(one);
+  }
+  return room;
+}
+
+// Stores n floats as T; past the caches where `streams` (whole vectors only).
+template <typename T>
+PYDIST_INLINE void narrowed(const float* x, int n, bool streams, T* out) {
+  int i = 0;
+  if (streams) {
+    for (; i + kLanes <= n; i += kLanes) stream(out + i, load(x + i));
+  }
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+  for (; i < n; ++i) {
+    T one;
+    from_float(x[i], &one);
+    std::memcpy(out + i, &one, sizeof(T));
+  }
+}
+
+WidePhilox draws_of(const EncodeArgs& a, const Row& row) {
+  return WidePhilox({a.seed, a.key1, a.step, static_cast<uint32_t>(row.ordinal)});
+}
+
+// p = x + old; both are widened in place of p and of `room`.
+template <typename T, typename R>
+void compensate(const T* x, const R* old, int n, float* p, float* room) {
+  const float* a = widened(x, n, p);
+  const float* b = widened(old, n, room);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(p + i, add(load(a + i), load(b + i)));
+  for (; i < n; ++i) {
+    float one, other;
+    std::memcpy(&one, a + i, sizeof(float));
+    std::memcpy(&other, b + i, sizeof(float));
+    p[i] = one + other;
+  }
+}
+
+// residual = p - sent, where R holds it.
+template <typename R>
+void keep_rest(const float* p, const float* sent, int n, const R* old, R* residual) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec rest = sub(load(p + i), load(sent + i));
+    const Mask fits = abs_below(rest, FiniteLimit<R>::value);
+    store(residual + i, select(fits, rest, load(old + i)));
+  }
+  for (; i < n; ++i) {
+    const float rest = p[i] - sent[i];
+    R kept;
+    std::memcpy(&kept, old + i, sizeof(R));
+    const bool fits = (float_bits(rest) & kAbsMask) < FiniteLimit<R>::value;
+    from_float(fits ? rest : to_float(kept), &kept);
+    std::memcpy(residual + i, &kept, sizeof(R));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+uint32_t quantize(const Row& row, const EncodeArgs& a, float* scratch) {
+  const T* x = reinterpret_cast<const T*>(row.x);
+  const WidePhilox philox = draws_of(a, row);
+  uint32_t flags = 0;
+  for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
+    flags |= encode_block(widened(x + i, place.n, scratch), place, a, philox);
+  });
+  return flags;
+}
+
+template <typename T, typename R>
+uint32_t quantize_feedback(const Row& row, const EncodeArgs& a, float* scratch) {
+  const T* x = reinterpret_cast<const T*>(row.x);
+  const R* old = reinterpret_cast<const R*>(row.momentum);
+  R* residual = reinterpret_cast<R*>(row.momentum_out);
+  float* p = scratch;
+  float* sent = scratch + a.format.block;
+  const WidePhilox philox = draws_of(a, row);
+  uint32_t flags = 0;
+  for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
+    compensate(x + i, old + i, place.n, p, sent);
+    const uint32_t raised = encode_block(p, place, a, philox);
+    flags |= raised;
+    if (raised) {  // nothing of the block is sent
+      if (residual != old) std::memcpy(residual + i, old + i, place.n * sizeof(R));
+      return;
+    }
+    decode_block<false>(a.format, a.codes + place.index * block_bytes(a.format),
+                        a.scales + 4 * place.index, place.n, sent);
+    keep_rest(p, sent, place.n, old + i, residual + i);
+  });
+  return flags;
+}
+
+uint32_t reduce_quantized(const Row& row, const DecodeArgs& from, const EncodeArgs& to,
+                          float* scratch) {
+  const WidePhilox philox = draws_of(to, row);
+  uint32_t flags = 0;
+  for_blocks(row, from.format.block, [&](const BlockPlace& place, int64_t) {
+    sum_block(from, place.index, place.n, scratch);
+    flags |= encode_block(scratch, place, to, philox);
+  });
+  return flags;
+}
+
+template <typename T>
+void dequantize(const Row& row, const DecodeArgs& a, float* scratch) {
+  T* out = reinterpret_cast<T*>(row.x);
+  const bool streams = can_stream(out, row.n);
+  for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
+    sum_block(a, place.index, place.n, scratch);
+    narrowed(scratch, place.n, streams, out + i);
+  });
+  stream_end();
+}
+
+template uint32_t quantize<float>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize<Half>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize<BFloat>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<float, float>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<Half, float>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<BFloat, float>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<float, BFloat>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<Half, BFloat>(const Row&, const EncodeArgs&, float*);
+template uint32_t quantize_feedback<BFloat, BFloat>(const Row&, const EncodeArgs&, float*);
+template void dequantize<float>(const Row&, const DecodeArgs&, float*);
+template void dequantize<Half>(const Row&, const DecodeArgs&, float*);
+template void dequantize<BFloat>(const Row&, const DecodeArgs&, float*);
+
+}  // namespace pydist::cpu::PYDIST_ISA
