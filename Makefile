@@ -4,6 +4,7 @@
 #   PYTHON=python3.12         the Python that .venv is made with
 #   PYDIST_CUDA=0|1           without CUDA, or an error where nvcc is missing (default: if found)
 #   CMAKE_CUDA_ARCHITECTURES  default: the cards of this machine; without one, 90 alone
+#   OUT=folder                where `make gpu` writes
 #   ARGS="..."                more arguments for the demo, pytest or the benchmark
 
 SHELL := /bin/bash
@@ -18,7 +19,8 @@ BUILD_STAMP := $(VENV)/.stamp-build-$(PYDIST_CUDA)
 BUILD_REQUIRES := setuptools pybind11 cmake ninja
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
-FORMATTED := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
+EMULATION := build/emulation
+FORMATTED := $(NATIVE) $(wildcard $(foreach d,*/ */*/ */*/*/,$(addprefix tests/$d,*.h *.cpp *.cu)))
 TORCH_VERSIONS ?= 2.9.1 2.14.1
 PTXAS_ARCHITECTURES ?= 80 90 100
 
@@ -68,17 +70,35 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIV
 	@rm -f $(VENV)/.stamp-build-*
 	@touch $@
 
+# The CUDA kernels as a module that runs on the CPU; for tests alone. Ninja compiles what changed.
+.PHONY: emulation
+emulation: $(ENV_STAMP)
+	@test -f $(EMULATION)/build.ninja || $(BIN)/cmake -S . -B $(EMULATION) -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPYDIST_CUDA=0 -DPYDIST_EMULATE=1 \
+	  >/dev/null
+	@$(BIN)/cmake --build $(EMULATION) --target emulation $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) \
+	  -- --quiet
+
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test test-gpu soak neon test-matrix bench
+.PHONY: demo test emulate test-gpu gpu soak neon test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
-test: $(BUILD_STAMP) ## the tests that every machine can run
+test: $(BUILD_STAMP) emulation ## the tests that every machine can run
 	@$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+
+emulate: $(BUILD_STAMP) emulation ## the CUDA kernels on the CPU, with races and bad accesses found
+	@$(BIN)/python -m pytest -q -m "emulated and not soak" $(ARGS)
 
 test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu and not soak" $(ARGS)
+
+# With the Python that is there, and no .venv: a machine with a GPU has its torch and may be offline.
+OUT ?= bench/results
+gpu: ## on a machine with a GPU: build, tests, sanitizer and benchmark, into OUT=bench/results
+	@$(PYTHON) bench/gpu.py --out "$(OUT)" $(ARGS)
 
 soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
@@ -86,7 +106,7 @@ soak: $(BUILD_STAMP) ## the long tests
 neon: $(BUILD_STAMP) ## the NEON kernels, cross-compiled, under qemu-user (part of soak)
 	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/test_neon.py $(ARGS)
 
-bench: $(BUILD_STAMP) ## every kernel against the memory roofline
+bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)
 
 # One environment of several GB a version, all with the same wheel; reports what pip can't install.

@@ -7,6 +7,12 @@
 #include "cpu/float_mode.h"
 #include "cuda/launch.h"
 
+// Tests build the module a second time, with emulated CUDA, under another name. Its classes are
+// module-local so that both can be imported, and take each other's.
+#if !defined(PYDIST_MODULE)
+#define PYDIST_MODULE _C
+#endif
+
 namespace py = pybind11;
 using namespace pydist;
 
@@ -19,7 +25,7 @@ T* at(uint64_t address) {
 
 LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
                             double one_minus_beta2, uint32_t zero_bit, double inv_range,
-                            uint32_t seed, uint32_t key1, uint32_t step) {
+                            uint32_t seed, uint32_t key1, uint32_t step, uint64_t step_at) {
   const cpu::DefaultFloatMode mode;
   using cpu::round_scalar;
   return {round_scalar(beta1),
@@ -30,7 +36,8 @@ LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
           round_scalar(inv_range),
           seed,
           key1,
-          step};
+          step,
+          at<const int64_t>(step_at)};
 }
 
 LionApplyArgs lion_apply_args(double decay, double step, int planes, int64_t plane_words,
@@ -40,9 +47,9 @@ LionApplyArgs lion_apply_args(double decay, double step, int planes, int64_t pla
 }
 
 VoteArgs vote_args(uint64_t payloads, int64_t stride, int64_t ranks, uint64_t out,
-                   int64_t plane_bytes, int ties, uint32_t seed, int64_t step) {
-  return {at<const unsigned char>(payloads), stride, ranks, at<unsigned char>(out), plane_bytes,
-          static_cast<Ties>(ties),           seed,   step};
+                   int64_t plane_bytes, int ties, uint32_t seed, int64_t step, uint64_t step_at) {
+  return {at<const unsigned char>(payloads), stride, ranks, at<unsigned char>(out),    plane_bytes,
+          static_cast<Ties>(ties),           seed,   step,  at<const int64_t>(step_at)};
 }
 
 Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t ranks, float divisor) {
@@ -66,10 +73,16 @@ BlockFormat block_format(int scheme, int bits, int block, int norm, bool stochas
 
 EncodeArgs encode_args(const BlockFormat& format, uint64_t codes, uint64_t scales,
                        int64_t code_bytes, uint32_t zero_bit, uint32_t seed, uint32_t key1,
-                       uint32_t step) {
-  return {
-      format, at<unsigned char>(codes), at<unsigned char>(scales), code_bytes, zero_bit, seed, key1,
-      step};
+                       uint32_t step, uint64_t step_at) {
+  return {format,
+          at<unsigned char>(codes),
+          at<unsigned char>(scales),
+          code_bytes,
+          zero_bit,
+          seed,
+          key1,
+          step,
+          at<const int64_t>(step_at)};
 }
 
 DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scales, int64_t stride,
@@ -80,19 +93,19 @@ DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scale
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(PYDIST_MODULE, m) {
   m.doc() = "Kernels of pydist over raw addresses.";
   m.attr("WIRE_VERSION") = kWireVersion;
   m.attr("MAX_RANKS") = kMaxRanks;
 
-  py::class_<LionPackArgs>(m, "LionPackArgs").def(py::init(&lion_pack_args));
-  py::class_<LionApplyArgs>(m, "LionApplyArgs").def(py::init(&lion_apply_args));
-  py::class_<VoteArgs>(m, "VoteArgs").def(py::init(&vote_args));
-  py::class_<Unpack>(m, "Unpack").def(py::init(&unpack_args));
+  py::class_<LionPackArgs>(m, "LionPackArgs", py::module_local()).def(py::init(&lion_pack_args));
+  py::class_<LionApplyArgs>(m, "LionApplyArgs", py::module_local()).def(py::init(&lion_apply_args));
+  py::class_<VoteArgs>(m, "VoteArgs", py::module_local()).def(py::init(&vote_args));
+  py::class_<Unpack>(m, "Unpack", py::module_local()).def(py::init(&unpack_args));
 
-  py::class_<BlockFormat>(m, "BlockFormat").def(py::init(&block_format));
-  py::class_<EncodeArgs>(m, "EncodeArgs").def(py::init(&encode_args));
-  py::class_<DecodeArgs>(m, "DecodeArgs").def(py::init(&decode_args));
+  py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&block_format));
+  py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
+  py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -218,8 +231,36 @@ PYBIND11_MODULE(_C, m) {
         cuda::majority_vote(rows, args, at<void>(stream));
       },
       nogil);
-  py::class_<cuda::Rows>(g, "Rows").def(
-      py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
+  g.def(
+      "quantize",
+      [](const cuda::Rows& rows, int dtype, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "quantize_feedback",
+      [](const cuda::Rows& rows, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::quantize_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
+                                at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "reduce_quantized",
+      [](const cuda::Rows& rows, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
+         uint64_t stream) {
+        cuda::reduce_quantized(rows, from, to, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "dequantize",
+      [](const cuda::Rows& rows, int dtype, const DecodeArgs& args, uint64_t stream) {
+        cuda::dequantize(rows, DType(dtype), args, at<void>(stream));
+      },
+      nogil);
+  py::class_<cuda::Rows>(g, "Rows", py::module_local())
+      .def(py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
 #else
   m.attr("CUDA_BUILD") = py::none();
 #endif

@@ -21,6 +21,7 @@ class LionPackArgs:
         seed: int,
         key1: int,
         step: int,
+        step_at: int,
         /,
     ) -> None: ...
 
@@ -40,6 +41,7 @@ class VoteArgs:
         ties: int,
         seed: int,
         step: int,
+        step_at: int,
         /,
     ) -> None: ...
 
@@ -64,6 +66,7 @@ class EncodeArgs:
         seed: int,
         key1: int,
         step: int,
+        step_at: int,
         /,
     ) -> None: ...
 

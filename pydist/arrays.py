@@ -7,146 +7,47 @@ Neither torch nor CuPy is needed for NumPy; ``bfloat16`` arrays are those of ``m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pydist import _C, checks, kernels, wire
-from pydist.checks import View
-from pydist.kernels import LionOptions, Target
+from pydist.array_backends import (
+    Array,
+    backend_of,
+    contiguous,
+    flags_view,
+    in_place,
+    payload_of,
+    result_view,
+    step_of,
+    values_of,
+)
+from pydist.block_arrays import (
+    dequantize,
+    quantize,
+    quantize_feedback_,
+    reduce_quantized,
+    sum_quantized,
+)
+from pydist.kernels import LionOptions
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
 __all__ = [
     "count_votes",
+    "dequantize",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",
     "pack_signs",
+    "quantize",
+    "quantize_feedback_",
+    "reduce_quantized",
+    "sum_quantized",
     "unpack_signs",
     "unpack_votes",
 ]
-
-Array = Any
-"""``numpy.ndarray`` or a CUDA array such as ``cupy.ndarray``."""
-
-
-class _NumPy:
-    """Arrays in host memory."""
-
-    module: Any = np
-
-    def view(self, name: str, x: Array) -> View:
-        address = x.__array_interface__["data"][0]
-        dtype = x.dtype.name if x.dtype.isnative else f"{x.dtype.name} of the other byte order"
-        return View(name, address, tuple(x.shape), dtype, "cpu")
-
-    def target(self, threads: int | None) -> Target:
-        if threads is None:
-            threads = len(os.sched_getaffinity(0))
-        if wire.as_int("threads", threads) < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        return Target(threads=threads)
-
-
-class _CuPy:
-    """Arrays in device memory; work runs on CuPy's current stream."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        self.module: Any = cupy
-
-    def view(self, name: str, x: Array) -> View:
-        return View(name, x.data.ptr, tuple(x.shape), x.dtype.name, f"cuda:{x.device.id}")
-
-    def target(self, threads: int | None) -> Target:
-        return cupy_target()
-
-
-def cupy_target() -> Target:
-    """Where kernels on CuPy arrays run: the current device's current stream."""
-    import cupy
-
-    def upload(rows: wire.IntArray) -> tuple[int, Any]:
-        table = cupy.asarray(rows)  # CuPy's pool hands memory out in stream order
-        return table.data.ptr, table
-
-    return Target(stream=cupy.cuda.get_current_stream().ptr, upload=upload)
-
-
-def _backend(*arrays: tuple[str, Array]) -> _NumPy | _CuPy:
-    """The one kind of array all arguments are; raises TypeError naming the one that differs."""
-    kinds = []
-    for name, x in arrays:
-        if x is None:
-            continue
-        if isinstance(x, np.ndarray):
-            kinds.append((name, "numpy"))
-        elif hasattr(x, "__cuda_array_interface__"):
-            kinds.append((name, "cuda"))
-        else:
-            raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(x).__name__}")
-    for name, kind in kinds[1:]:
-        if kind != kinds[0][1]:
-            raise TypeError(f"{name} is a {kind} array, {kinds[0][0]} a {kinds[0][1]} array")
-    return _NumPy() if kinds[0][1] == "numpy" else _CuPy()
-
-
-def _dense(backend: _NumPy | _CuPy, x: Array) -> Array:
-    return backend.module.ascontiguousarray(x)
-
-
-def _in_place(backend: _NumPy | _CuPy, name: str, x: Array) -> tuple[Array, Callable[[], None]]:
-    """A contiguous array to write to, and what copies it back where ``x`` is not contiguous."""
-    _check_writable(name, x)
-    if x.flags.c_contiguous:
-        return x, lambda: None
-    if x.size and any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True)):
-        raise ValueError(f"{name} has strides {list(x.strides)}: elements share memory")
-    dense = _dense(backend, x)
-
-    def write_back() -> None:
-        x[...] = dense
-
-    return dense, write_back
-
-
-def _check_writable(name: str, x: Array) -> None:
-    if isinstance(x, np.ndarray) and not x.flags.writeable:
-        raise ValueError(f"{name} is read-only")
-
-
-def _flags(backend: _NumPy | _CuPy, flags: Array | None) -> View | None:
-    if flags is None:
-        return None
-    _check_writable("flags", flags)
-    return backend.view("flags", flags)
-
-
-def _result(backend: _NumPy | _CuPy, out: Array, gaps: bool = False, *inputs: View) -> View:
-    """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
-    _check_writable("out", out)
-    if not out.flags.c_contiguous:
-        raise ValueError(f"out must be contiguous, got strides {list(out.strides)}")
-    view = backend.view("out", out)
-    if gaps:
-        for other in inputs:
-            checks.check_disjoint(view, other)
-        out[...] = 0
-    return view
-
-
-def _payload(
-    backend: _NumPy | _CuPy, out: Array | None, table: wire.IntArray, *inputs: View
-) -> tuple[Array, View]:
-    """Memory for the payload of a segment table: the caller's, or new."""
-    if out is None:
-        size = wire.segments_words(table) * wire.WORD_BYTES
-        out = backend.module.empty(size, dtype=np.uint8)
-    return out, _result(backend, out, wire.has_gaps(table), *inputs)
 
 
 def pack_signs(
@@ -175,14 +76,14 @@ def pack_signs(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("x", x), ("flags", flags), ("out", out))
-    x = _dense(backend, x)
+    backend = backend_of(("x", x), ("flags", flags), ("out", out))
+    x = contiguous(backend, x)
     view = backend.view("x", x)
     table = checks.check_table(kernels.as_table(segments), view.size, "x")
-    out, out_view = _payload(backend, out, table, view)
+    out, out_view = payload_of(backend, out, table, view)
     kernels.pack_signs(
         backend.target(threads), view, out_view,
-        zero_bit=zero_bit, flags=_flags(backend, flags), segments=table,
+        zero_bit=zero_bit, flags=flags_view(backend, flags), segments=table,
     )  # fmt: skip
     return out
 
@@ -216,16 +117,10 @@ def unpack_votes(
         ValueError: The planes do not fit ``n`` or ``ranks``, or ``out`` does not fit ``n``.
     """
     checks.check_n(n)
-    backend = _backend(("planes", planes), ("out", out))
-    wanted = np.dtype(np.float32 if dtype is None else dtype)
-    if wanted.name not in checks.FLOATS:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {wanted}")
-    if out is None:
-        out = backend.module.empty(n, dtype=wanted)
-    elif dtype is not None and out.dtype != wanted:
-        raise TypeError(f"out must be {wanted}, got {out.dtype}")
-    planes = _dense(backend, planes)
-    view = _result(backend, out)
+    backend = backend_of(("planes", planes), ("out", out))
+    out = values_of(backend, n, dtype, out)
+    planes = contiguous(backend, planes)
+    view = result_view(backend, out)
     checks.check_size(view, n, "n")
     kernels.unpack_votes(
         backend.target(threads), backend.view("planes", planes), view, ranks=ranks, mean=mean
@@ -257,9 +152,8 @@ def unpack_signs(
         TypeError: An array is of another kind or dtype.
         ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    _backend(("payload", payload), ("out", out))
-    if len(payload.shape) != 1:
-        raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
+    backend_of(("payload", payload), ("out", out))
+    checks.check_one_payload(tuple(payload.shape))
     checks.check_payload_of(payload.size, n)
     return unpack_votes(payload[None], n, dtype=dtype, out=out, threads=threads)
 
@@ -280,13 +174,13 @@ def count_votes(payloads: Array, *, out: Array | None = None, threads: int | Non
         ValueError: There are no ranks, more than 65,535, or bytes are not a multiple of 4; or
             ``out`` has another shape.
     """
-    backend = _backend(("payloads", payloads), ("out", out))
-    payloads = _dense(backend, payloads)
+    backend = backend_of(("payloads", payloads), ("out", out))
+    payloads = contiguous(backend, payloads)
     view = backend.view("payloads", payloads)
     ranks, size = checks.check_payloads(view)
     if out is None:
         out = backend.module.empty((wire.planes_for(ranks), size), dtype=np.uint8)
-    kernels.count_votes(backend.target(threads), view, _result(backend, out))
+    kernels.count_votes(backend.target(threads), view, result_view(backend, out))
     return out
 
 
@@ -295,7 +189,7 @@ def majority_vote(
     *,
     ties: str = "hash",
     seed: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     n: int | None = None,
     segments: Any = None,
     out: Array | None = None,
@@ -307,7 +201,7 @@ def majority_vote(
         payloads: uint8 [ranks, bytes].
         ties: ``"hash"``, ``"zero"`` or ``"positive"``.
         seed: Seed of the tie hash.
-        step: Step of the tie hash.
+        step: Step of the tie hash, or an array int64[1] that holds it.
         n: Elements; default all bits.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment of ``n``.
         out: Receives the planes, and is returned.
@@ -320,8 +214,9 @@ def majority_vote(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("payloads", payloads), ("out", out))
-    payloads = _dense(backend, payloads)
+    step, step_at = step_of(step)
+    backend = backend_of(("payloads", payloads), ("out", out), ("step", step_at))
+    payloads = contiguous(backend, payloads)
     view = backend.view("payloads", payloads)
     _, size = checks.check_payloads(view)
     table = kernels.as_table(segments)
@@ -329,8 +224,9 @@ def majority_vote(
     if out is None:
         out = backend.module.empty((2 if ties == "zero" else 1, size), dtype=np.uint8)
     kernels.majority_vote(
-        backend.target(threads), view, _result(backend, out, gaps, view),
-        ties=ties, seed=seed, step=step, n=n, segments=table,
+        backend.target(threads), view, result_view(backend, out, gaps, view),
+        ties=ties, seed=seed, n=n, segments=table,
+        step=step if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     return out
 
@@ -347,7 +243,7 @@ def lion_pack_(
     binarization_range: float | None = None,
     seed: int = 0,
     rank: int = 0,
-    step: int = 0,
+    step: int | Array = 0,
     segments: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -365,7 +261,7 @@ def lion_pack_(
         binarization_range: r votes +1 with probability ``(1 + c / r) / 2`` instead of the sign.
         seed: Seed of those draws.
         rank: This rank.
-        step: Step of the draws.
+        step: Step of the draws, or an array int64[1] that holds it.
         segments: int64 [k, 4] (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
         threads: CPU threads; default all cores.
@@ -377,11 +273,12 @@ def lion_pack_(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(
+    step, step_at = step_of(step)
+    backend = backend_of(
         ("grad", grad), ("momentum", momentum), ("momentum_out", momentum_out), ("flags", flags),
-        ("out", out),
+        ("out", out), ("step", step_at),
     )  # fmt: skip
-    grad = _dense(backend, grad)
+    grad = contiguous(backend, grad)
     name, target = (
         ("momentum", momentum) if momentum_out is None else ("momentum_out", momentum_out)
     )
@@ -389,18 +286,19 @@ def lion_pack_(
         both_dense = momentum.flags.c_contiguous and momentum_out.flags.c_contiguous
         if not both_dense:  # otherwise checks.check_disjoint sees it
             raise ValueError("momentum and momentum_out overlap in memory")
-    dense, write_back = _in_place(backend, name, target)
-    old = dense if target is momentum else _dense(backend, momentum)
+    dense, write_back = in_place(backend, name, target)
+    old = dense if target is momentum else contiguous(backend, momentum)
     if out is not None and dense is not target and np.may_share_memory(out, target):
         raise ValueError(f"out and {name} overlap in memory")
     g, m = backend.view("grad", grad), backend.view("momentum", old)
     new = backend.view("momentum_out", dense)
     table = checks.check_table(kernels.as_table(segments), g.size, "grad")
-    out, out_view = _payload(backend, out, table, g, m, new)
+    out, out_view = payload_of(backend, out, table, g, m, new)
     kernels.lion_pack(
         backend.target(threads), g, m, new, out_view,
         LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, step),
-        flags=_flags(backend, flags), segments=table,
+        flags=flags_view(backend, flags), segments=table,
+        step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     write_back()
     return out
@@ -433,9 +331,9 @@ def lion_apply_(
         TypeError: An array is of another kind or dtype.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    backend = _backend(("param", param), ("planes", planes), ("skip", skip))
-    dense, write_back = _in_place(backend, "param", param)
-    planes = _dense(backend, planes)
+    backend = backend_of(("param", param), ("planes", planes), ("skip", skip))
+    dense, write_back = in_place(backend, "param", param)
+    planes = contiguous(backend, planes)
     kernels.lion_apply(
         backend.target(threads), backend.view("param", dense), backend.view("planes", planes),
         lr=lr, weight_decay=weight_decay, ranks=ranks,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from pydist import _C, blocks, wire
 from pydist.blocks import NORMS, SCHEMES, BlockFormat
@@ -22,13 +23,20 @@ from pydist.checks import (
     check_payloads,
     check_seed,
     check_size,
-    check_step,
 )
-from pydist.kernels import Target, launch
+from pydist.kernels import Target, address_of, launch, step_of
 from pydist.wire import IntArray
 
 
-def format_of(codec: object) -> BlockFormat:
+class BlockCodec(Protocol):
+    """A codec with blocks: a scaled ``Sign``, a ``QSGD``, a ``BlockInt`` or a ``BlockFloat``."""
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """What the kernels are told; ``None`` for bare signs."""
+
+
+def format_of(codec: BlockCodec) -> BlockFormat:
     """The format of a codec with blocks; raises TypeError where it is none."""
     form = getattr(codec, "block_format", None)
     if isinstance(form, BlockFormat):
@@ -64,7 +72,9 @@ class EncodeOptions:
     phase: int = 0
     step: int = 0
 
-    def native(self, form: BlockFormat, codes: int, scales: int, code_bytes: int) -> _C.EncodeArgs:
+    def native(
+        self, form: BlockFormat, codes: int, scales: int, code_bytes: int, step_at: int = 0
+    ) -> _C.EncodeArgs:
         """The checked options, and where codes and scales go, as the compiled module takes them."""
         check_bit("zero_bit", self.zero_bit)
         check_seed(self.seed)
@@ -72,10 +82,9 @@ class EncodeOptions:
             raise ValueError(f"rank must be in [0, {wire.MAX_RANKS}), got {self.rank}")
         if not 0 <= wire.as_int("phase", self.phase) < 4:
             raise ValueError(f"phase must be in [0, 4), got {self.phase}")
-        check_step(self.step)
         return _C.EncodeArgs(
             native_format(form), codes, scales, code_bytes, self.zero_bit, self.seed,
-            self.rank << 2 | self.phase, self.step % 2**32,
+            self.rank << 2 | self.phase, self.step % 2**32, step_at,
         )  # fmt: skip
 
 
@@ -103,10 +112,17 @@ def payload_table(table: IntArray | None, n: int, payloads: View, form: BlockFor
 
 
 def _encode_args(
-    out: View, table: IntArray, form: BlockFormat, options: EncodeOptions
+    target: Target,
+    out: View,
+    table: IntArray,
+    form: BlockFormat,
+    options: EncodeOptions,
+    step: View | None,
 ) -> _C.EncodeArgs:
     size = blocks.table_code_bytes(table, form)
-    return options.native(form, out.address, out.address + size, size)
+    known, step_at = step_of(target, options.step if step is None else step, out)
+    options = replace(options, step=known)
+    return options.native(form, out.address, out.address + size, size, step_at)
 
 
 def _decode_args(payloads: View, table: IntArray, form: BlockFormat, mean: bool) -> _C.DecodeArgs:
@@ -114,10 +130,6 @@ def _decode_args(payloads: View, table: IntArray, form: BlockFormat, mean: bool)
     scales = payloads.address + blocks.table_code_bytes(table, form)
     divisor = ranks if mean else 1
     return _C.DecodeArgs(native_format(form), payloads.address, scales, stride, ranks, divisor)
-
-
-def _address(view: View | None) -> int:
-    return 0 if view is None else view.address
 
 
 def quantize(
@@ -129,6 +141,7 @@ def quantize(
     *,
     flags: View | None,
     segments: IntArray | None,
+    step: View | None = None,
 ) -> None:
     """Writes codes and scales of ``x`` into the payload ``out``."""
     check_dtype(x, tuple(FLOATS))
@@ -138,8 +151,8 @@ def quantize(
     check_out(out, "uint8", (blocks.table_bytes(table, form),), x)
     rows = blocks.rows_of(table, form)
     wire.dense_addresses(rows, wire.X, x.address, ITEMSIZE[x.dtype])
-    args = _encode_args(out, table, form, options)
-    launch(target, "quantize", rows, FLOATS[x.dtype], args, _address(flags), unit=form.block)
+    args = _encode_args(target, out, table, form, options, step)
+    launch(target, "quantize", rows, FLOATS[x.dtype], args, address_of(flags), unit=form.block)
 
 
 def quantize_feedback(
@@ -153,6 +166,7 @@ def quantize_feedback(
     *,
     flags: View | None,
     segments: IntArray | None,
+    step: View | None = None,
 ) -> None:
     """Quantizes ``x + residual`` and writes what was lost into ``residual_out``."""
     check_dtype(x, tuple(FLOATS))
@@ -174,7 +188,7 @@ def quantize_feedback(
     wire.dense_addresses(rows, wire.MOMENTUM_OUT, residual_out.address, width)
     launch(
         target, "quantize_feedback", rows, FLOATS[x.dtype], FLOATS[residual.dtype],
-        _encode_args(out, table, form, options), _address(flags), unit=form.block,
+        _encode_args(target, out, table, form, options, step), address_of(flags), unit=form.block,
     )  # fmt: skip
 
 
@@ -189,6 +203,7 @@ def reduce_quantized(
     mean: bool,
     flags: View | None,
     segments: IntArray | None,
+    step: View | None = None,
 ) -> None:
     """Sums what the ranks sent and quantizes the sum, or the mean, into ``out``."""
     _, size = check_payloads(payloads)
@@ -199,7 +214,7 @@ def reduce_quantized(
     rows = blocks.rows_of(table, form)
     launch(
         target, "reduce_quantized", rows, _decode_args(payloads, table, form, mean),
-        _encode_args(out, table, form, options), _address(flags), unit=form.block,
+        _encode_args(target, out, table, form, options, step), address_of(flags), unit=form.block,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pydist.wire import IntArray
 
 FLOATS = {"float32": 0, "float16": 1, "bfloat16": 2}
 MOMENTA = ("float32", "bfloat16")
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "int64": 8}
 MAX_FLOAT = float(np.finfo(np.float32).max)
 TIES = {"hash": 0, "zero": 1, "positive": 2}
 
@@ -70,6 +70,13 @@ def check_step(step: int) -> None:
     """Raises ValueError unless ``step`` fits 63 bits."""
     if not 0 <= wire.as_int("step", step) < 2**63:
         raise ValueError(f"step must be in [0, 2**63), got {step}")
+
+
+def check_step_at(step: View, like: View) -> None:
+    """Raises unless a step that lies in memory is int64[1] on the device of the other arrays."""
+    check_dtype(step, ("int64",))
+    check_size(step, 1, "a step in memory")
+    check_device(like, step)
 
 
 def check_range(binarization_range: float | None) -> None:
@@ -176,6 +183,12 @@ def check_n(n: int) -> None:
     """Raises unless ``n`` is a number of elements."""
     if wire.as_int("n", n) < 0:
         raise ValueError(f"n must be at least 0, got {n}")
+
+
+def check_one_payload(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a payload has one dimension."""
+    if len(shape) != 1:
+        raise ValueError(f"payload must be one-dimensional, got shape {list(shape)}")
 
 
 def check_payload_of(size: int, n: int) -> None:

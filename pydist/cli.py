@@ -1,14 +1,17 @@
-"""The command line: ``pydist info | check``, also as ``python -m pydist``."""
+"""The command line: ``pydist info | check | bench``, also as ``python -m pydist``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from pydist import __version__, environment, selfcheck
+from pydist.bench import options as bench_options
 
 
 def _cuda_line(facts: dict[str, Any]) -> str:
@@ -60,6 +63,23 @@ def check(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def bench_kernels(args: argparse.Namespace) -> int:
+    """Times every kernel; 2 where something that it needs is missing."""
+    # An idle OpenMP thread of torch spins for milliseconds on the core that pydist's thread wants;
+    # torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        from pydist.bench import kernels
+    except ModuleNotFoundError as error:
+        print(
+            f"pydist bench kernels: {error.name} is not installed: "
+            "pip install 'pydist[torch,bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    return kernels.main(args, args.typed)
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of the command line."""
     main_parser = argparse.ArgumentParser(
@@ -74,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
         "check", help="compare every kernel on every backend with the reference, to the bit"
     )
     checked.set_defaults(run=check)
+    timed = commands.add_parser("bench", help="benchmarks")
+    what = timed.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    kernels = what.add_parser("kernels", help="every kernel against memory and its rivals")
+    bench_options.add_arguments(kernels)
+    kernels.set_defaults(run=bench_kernels)
     return main_parser
 
 
@@ -86,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 where something is wrong, 2 for wrong usage.
     """
-    args = parser().parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(typed)
+    args.typed = shlex.join(["pydist", *typed])
     status: int = args.run(args)
     return status

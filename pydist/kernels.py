@@ -7,8 +7,10 @@ rows and calls the compiled module. Nothing is allocated on the caller's behalf.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from pydist.checks import (
     check_seed,
     check_size,
     check_step,
+    check_step_at,
     check_table,
     check_ties,
     vote_table,
@@ -50,11 +53,14 @@ class Target:
         stream: CUDA stream handle, or ``None`` for the CPU.
         upload: Copies a table of rows to the device in stream order; returns its address and what
             must live until the kernel is launched.
+        module: The compiled module that holds the kernels; tests have a second one, with emulated
+            CUDA.
     """
 
     threads: int = 1
     stream: int | None = None
     upload: Callable[[IntArray], tuple[int, object]] | None = None
+    module: Any = _C
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,12 @@ class LionOptions:
     rank: int = 0
     step: int = 0
 
-    def native(self) -> _C.LionPackArgs:
-        """The checked options as the compiled module takes them."""
+    def native(self, step_at: int = 0) -> _C.LionPackArgs:
+        """The checked options as the compiled module takes them.
+
+        Args:
+            step_at: Where a device is to read the step instead; 0 for nowhere.
+        """
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -96,6 +106,7 @@ class LionOptions:
         return _C.LionPackArgs(
             self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, self.zero_bit,
             0.0 if r is None else 1.0 / r, self.seed, self.rank << 2, self.step % 2**32,
+            step_at,
         )  # fmt: skip
 
 
@@ -107,16 +118,31 @@ def _cpu_rows(rows: IntArray) -> tuple[int, int]:
 
 
 def _cuda_rows(target: Target, rows: IntArray, unit: int) -> tuple[_C.cuda.Rows, object]:
+    rows_class = target.module.cuda.Rows
     words = int(rows[-1, wire.WORDS_BEFORE]) - int(-rows[-1, wire.N] // unit)
     if len(rows) == 1:
-        return _C.cuda.Rows(0, 1, words, rows[0].tolist()), None
+        return rows_class(0, 1, words, rows[0].tolist()), None
     assert target.upload is not None
     address, owner = target.upload(rows)
-    return _C.cuda.Rows(address, len(rows), words, [0] * 8), owner
+    return rows_class(address, len(rows), words, [0] * 8), owner
 
 
-def _address(view: View | None) -> int:
+def address_of(view: View | None) -> int:
+    """The address of what need not be given; 0 where it is not."""
     return 0 if view is None else view.address
+
+
+def step_of(target: Target, step: int | View, like: View) -> tuple[int, int]:
+    """The step where the host knows it, and the address at which a device is to read it."""
+    if not isinstance(step, View):
+        check_step(step)
+        return step, 0
+    check_step_at(step, like)
+    if target.stream is not None:
+        return 0, step.address  # no wait for the device; it is not checked
+    value = ctypes.c_int64.from_address(step.address).value
+    check_step(value)
+    return value, 0
 
 
 def launch(
@@ -126,7 +152,7 @@ def launch(
 
     Args:
         target: Where it runs.
-        kernel: Its name in ``_C.cpu`` and ``_C.cuda``.
+        kernel: Its name in ``cpu`` and ``cuda`` of the compiled module.
         rows: int64 [k, 8], C-contiguous.
         *args: What follows the rows, up to threads or stream.
         unit: Elements that stay together: a payload word, or the block of a codec.
@@ -134,10 +160,11 @@ def launch(
     if not len(rows):
         return
     if target.stream is None:
-        getattr(_C.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
+        getattr(target.module.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
     else:
-        table, _owner = _cuda_rows(target, rows, unit)  # another thread must not get its memory yet
-        getattr(_C.cuda, kernel)(table, *args, target.stream)
+        # The owner lives on here: another thread must not get its memory yet.
+        table, _owner = _cuda_rows(target, rows, unit)
+        getattr(target.module.cuda, kernel)(table, *args, target.stream)
 
 
 def pack_signs(
@@ -158,7 +185,7 @@ def pack_signs(
     check_out(out, "uint8", (wire.segments_words(table) * wire.WORD_BYTES,), x)
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, x.address, ITEMSIZE[x.dtype])
-    launch(target, "pack_signs", rows, FLOATS[x.dtype], out.address, zero_bit, _address(flags))
+    launch(target, "pack_signs", rows, FLOATS[x.dtype], out.address, zero_bit, address_of(flags))
 
 
 def unpack_votes(target: Target, planes: View, out: View, *, ranks: int | None, mean: bool) -> None:
@@ -183,7 +210,7 @@ def count_votes(target: Target, payloads: View, out: View) -> None:
     ranks, size = check_payloads(payloads)
     check_out(out, "uint8", (wire.planes_for(ranks), size), payloads)
     rows = wire.one_row(0, size * 8)
-    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, 0, 0, 0)
+    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, 0, 0, 0, 0)
     launch(target, "count_votes", rows, args)
 
 
@@ -194,7 +221,7 @@ def majority_vote(
     *,
     ties: str,
     seed: int,
-    step: int,
+    step: int | View,
     n: int | None,
     segments: IntArray | None,
 ) -> None:
@@ -202,10 +229,12 @@ def majority_vote(
     ranks, size = check_payloads(payloads)
     check_ties(ties)
     check_seed(seed)
-    check_step(step)
+    step, step_at = step_of(target, step, payloads)
     check_out(out, "uint8", (2 if ties == "zero" else 1, size), payloads)
     rows = wire.rows_of(vote_table(segments, n, size))
-    args = _C.VoteArgs(payloads.address, size, ranks, out.address, size, TIES[ties], seed, step)
+    args = _C.VoteArgs(
+        payloads.address, size, ranks, out.address, size, TIES[ties], seed, step, step_at
+    )
     launch(target, "majority_vote", rows, args)
 
 
@@ -219,6 +248,7 @@ def lion_pack(
     *,
     flags: View | None,
     segments: IntArray | None,
+    step: View | None = None,
 ) -> None:
     """Writes a worker's vote into ``out`` and its new momentum into ``momentum_out``."""
     check_dtype(grad, tuple(FLOATS))
@@ -239,9 +269,10 @@ def lion_pack(
     width = ITEMSIZE[momentum.dtype]
     wire.dense_addresses(rows, wire.MOMENTUM, momentum.address, width)
     wire.dense_addresses(rows, wire.MOMENTUM_OUT, momentum_out.address, width)
+    known, step_at = step_of(target, options.step if step is None else step, grad)
     launch(
         target, "lion_pack", rows, FLOATS[grad.dtype], FLOATS[momentum.dtype], out.address,
-        options.native(), _address(flags),
+        replace(options, step=known).native(step_at), address_of(flags),
     )  # fmt: skip
 
 
@@ -279,7 +310,7 @@ def lion_apply(
     rows = wire.rows_of(table)
     wire.dense_addresses(rows, wire.X, param.address, ITEMSIZE[param.dtype])
     args = lion_apply_args(lr, weight_decay, count, size, ranks)
-    launch(target, "lion_apply", rows, FLOATS[param.dtype], planes.address, args, _address(skip))
+    launch(target, "lion_apply", rows, FLOATS[param.dtype], planes.address, args, address_of(skip))
 
 
 def as_table(segments: object) -> IntArray | None:

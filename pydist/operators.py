@@ -29,10 +29,10 @@ unpack_votes(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, Scala
 unpack_votes_out(Tensor planes, SymInt n, *, int? ranks=None, bool mean=False, Tensor(a!) out) -> ()
 count_votes(Tensor payloads) -> Tensor
 count_votes_out(Tensor payloads, *, Tensor(a!) out) -> ()
-majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None) -> Tensor
-majority_vote_out(Tensor payloads, *, str ties="hash", int seed=0, int step=0, SymInt? n=None, Tensor? segments=None, Tensor(a!) out) -> ()
-lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None) -> Tensor
-lion_pack_out_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? segments=None, Tensor(d!) out) -> ()
+majority_vote(Tensor payloads, *, str ties="hash", int seed=0, int step=0, Tensor? step_tensor=None, SymInt? n=None, Tensor? segments=None) -> Tensor
+majority_vote_out(Tensor payloads, *, str ties="hash", int seed=0, int step=0, Tensor? step_tensor=None, SymInt? n=None, Tensor? segments=None, Tensor(a!) out) -> ()
+lion_pack_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? step_tensor=None, Tensor? segments=None) -> Tensor
+lion_pack_out_(Tensor grad, Tensor(a!) momentum, *, float beta1, float beta2, int zero_bit=1, Tensor(b!)? momentum_out=None, Tensor(c!)? flags=None, float? binarization_range=None, int seed=0, int rank=0, int step=0, Tensor? step_tensor=None, Tensor? segments=None, Tensor(d!) out) -> ()
 lion_apply_(Tensor(a!) param, Tensor planes, *, float lr, float weight_decay=0.0, int? ranks=None, Tensor? skip=None, Tensor? segments=None) -> ()
 """  # noqa: E501  (a schema is one line)
 
@@ -48,7 +48,8 @@ def view_of(name: str, x: Tensor) -> View:
     return View(name, x.data_ptr(), tuple(x.shape), str(x.dtype)[6:], str(x.device))
 
 
-def _optional(name: str, x: Tensor | None) -> View | None:
+def optional_view(name: str, x: Tensor | None) -> View | None:
+    """Describes a tensor that need not be given."""
     return None if x is None else view_of(name, x.contiguous())
 
 
@@ -63,6 +64,11 @@ def target_of(x: Tensor) -> Target:
 
 
 def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"segments has {len(rows)} rows: such a table is copied to the device in each call, "
+            "which a CUDA graph can't repeat; capture one segment a call"
+        )
     # Not waited for: both allocators are stream-ordered, so the copy may outlive the two tensors,
     # and so may the kernel once it is launched.
     table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
@@ -90,7 +96,7 @@ def dense_of(name: str, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _check_apart(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+def check_apart(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Raises ValueError where strided tensors reach into each other's memory."""
     if a.is_contiguous() and b.is_contiguous():
         return  # checks.check_disjoint sees it
@@ -113,7 +119,8 @@ def written(target: Tensor, dense: Tensor) -> None:
         torch.autograd.graph.increment_version(target)
 
 
-def _table(segments: Tensor | None) -> wire.IntArray | None:
+def table_of(segments: Tensor | None) -> wire.IntArray | None:
+    """A segment table as NumPy has it."""
     return None if segments is None else kernels.as_table(segments.numpy(force=True))
 
 
@@ -121,7 +128,7 @@ def _payload(x: Tensor, name: str, segments: Tensor | None) -> Tensor:
     """New memory for the payload of ``x``."""
     size = wire.payload_bytes(x.numel())
     if segments is not None:
-        table = checks.check_table(_table(segments), x.numel(), name)
+        table = checks.check_table(table_of(segments), x.numel(), name)
         size = wire.segments_words(table) * wire.WORD_BYTES
     return x.new_empty(size, dtype=torch.uint8)
 
@@ -130,11 +137,11 @@ def _checked(segments: Tensor | None, x: View) -> tuple[wire.IntArray | None, bo
     """A segment table of ``x``, and whether it leaves gaps in the payload."""
     if segments is None:
         return None, False
-    table = checks.check_table(_table(segments), x.size, x.name)
+    table = checks.check_table(table_of(segments), x.size, x.name)
     return table, wire.has_gaps(table)
 
 
-def _result(out: Tensor, gaps: bool = False, *inputs: View) -> View:
+def result_view(out: Tensor, gaps: bool = False, *inputs: View) -> View:
     """Memory that a kernel writes; what lies in the gaps between segments is padding, so zero."""
     if not out.is_contiguous() or out.is_neg():
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
@@ -172,8 +179,8 @@ def _pack_signs_out(
     table, gaps = _checked(segments, view)
     with on_device_of(x):
         kernels.pack_signs(
-            target_of(x), view, _result(out, gaps, view),
-            zero_bit=zero_bit, flags=_optional("flags", flags), segments=table,
+            target_of(x), view, result_view(out, gaps, view),
+            zero_bit=zero_bit, flags=optional_view("flags", flags), segments=table,
         )  # fmt: skip
     written(out, out)
 
@@ -195,7 +202,7 @@ def _unpack_votes_out(
 ) -> None:
     checks.check_n(n)
     planes = planes.contiguous()
-    view = _result(out)
+    view = result_view(out)
     checks.check_size(view, n, "n")
     with on_device_of(planes):
         kernels.unpack_votes(
@@ -214,7 +221,7 @@ def _count_votes(payloads: Tensor) -> Tensor:
 def _count_votes_out(payloads: Tensor, *, out: Tensor) -> None:
     payloads = payloads.contiguous()
     with on_device_of(payloads):
-        kernels.count_votes(target_of(payloads), view_of("payloads", payloads), _result(out))
+        kernels.count_votes(target_of(payloads), view_of("payloads", payloads), result_view(out))
     written(out, out)
 
 
@@ -231,6 +238,7 @@ def _majority_vote_out(
     ties: str = "hash",
     seed: int = 0,
     step: int = 0,
+    step_tensor: Tensor | None = None,
     n: int | None = None,
     segments: Tensor | None = None,
     out: Tensor,
@@ -238,12 +246,13 @@ def _majority_vote_out(
     payloads = payloads.contiguous()
     view = view_of("payloads", payloads)
     _, size = checks.check_payloads(view)
-    table = _table(segments)
+    table = table_of(segments)
     gaps = (n is not None or table is not None) and checks.vote_gaps(table, n, size)
     with on_device_of(payloads):
         kernels.majority_vote(
-            target_of(payloads), view, _result(out, gaps, view),
-            ties=ties, seed=seed, step=step, n=n, segments=table,
+            target_of(payloads), view, result_view(out, gaps, view),
+            ties=ties, seed=seed, n=n, segments=table,
+            step=optional_view("step", step_tensor) or step,
         )  # fmt: skip
     written(out, out)
 
@@ -262,15 +271,16 @@ def _lion_pack_out(
     *,
     momentum_out: Tensor | None = None,
     flags: Tensor | None = None,
+    step_tensor: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor,
     **scalars: Any,
 ) -> None:
     target = momentum if momentum_out is None else momentum_out
     if momentum_out is not None:
-        _check_apart("momentum", momentum, "momentum_out", momentum_out)
+        check_apart("momentum", momentum, "momentum_out", momentum_out)
     name = "momentum" if momentum_out is None else "momentum_out"
-    _check_apart("out", out, name, target)
+    check_apart("out", out, name, target)
     dense = dense_of(name, target)
     old = dense if target is momentum else momentum.contiguous()
     grad = grad.contiguous()
@@ -278,8 +288,9 @@ def _lion_pack_out(
     table, gaps = _checked(segments, g)
     with on_device_of(grad):
         kernels.lion_pack(
-            target_of(grad), g, m, new, _result(out, gaps, g, m, new),
-            LionOptions(**scalars), flags=_optional("flags", flags), segments=table,
+            target_of(grad), g, m, new, result_view(out, gaps, g, m, new),
+            LionOptions(**scalars), flags=optional_view("flags", flags), segments=table,
+            step=optional_view("step", step_tensor),
         )  # fmt: skip
     written(target, dense)
     written(out, out)
@@ -300,8 +311,8 @@ def _lion_apply(
     with on_device_of(param):
         kernels.lion_apply(
             target_of(param), view_of("param", dense), view_of("planes", planes),
-            lr=lr, weight_decay=weight_decay, ranks=ranks, skip=_optional("skip", skip),
-            segments=_table(segments),
+            lr=lr, weight_decay=weight_decay, ranks=ranks, skip=optional_view("skip", skip),
+            segments=table_of(segments),
         )  # fmt: skip
     written(param, dense)
 
@@ -328,7 +339,7 @@ def _count_votes_fake(payloads):  # type: ignore[no-untyped-def]
     return payloads.new_empty((wire.planes_for(payloads.shape[0]), payloads.shape[1]))
 
 
-def _majority_vote_fake(payloads, *, ties="hash", seed=0, step=0, n=None, segments=None):  # type: ignore[no-untyped-def]
+def _majority_vote_fake(payloads, *, ties="hash", **options):  # type: ignore[no-untyped-def]
     return payloads.new_empty((2 if ties == "zero" else 1, payloads.shape[1]))
 
 
@@ -336,8 +347,8 @@ def _lion_pack_fake(grad, momentum, *, segments=None, **options):  # type: ignor
     return _fake_payload(grad.numel(), grad, segments)
 
 
-def _writes_only_fake(*args, **options):  # type: ignore[no-untyped-def]
-    return None
+def writes_only_fake(*args: Any, **options: Any) -> None:
+    """The fake of an operator that returns nothing."""
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,14 +374,27 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "count_votes": (_count_votes, _count_votes_fake),
     "majority_vote": (_majority_vote, _majority_vote_fake),
     "lion_pack_": (_lion_pack, _lion_pack_fake),
-    "lion_apply_": (_lion_apply, _writes_only_fake),
-    "pack_signs_out": (_pack_signs_out, _writes_only_fake),
-    "unpack_votes_out": (_unpack_votes_out, _writes_only_fake),
-    "count_votes_out": (_count_votes_out, _writes_only_fake),
-    "majority_vote_out": (_majority_vote_out, _writes_only_fake),
-    "lion_pack_out_": (_lion_pack_out, _writes_only_fake),
+    "lion_apply_": (_lion_apply, writes_only_fake),
+    "pack_signs_out": (_pack_signs_out, writes_only_fake),
+    "unpack_votes_out": (_unpack_votes_out, writes_only_fake),
+    "count_votes_out": (_count_votes_out, writes_only_fake),
+    "majority_vote_out": (_majority_vote_out, writes_only_fake),
+    "lion_pack_out_": (_lion_pack_out, writes_only_fake),
 }
+
+
+def implement(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers what an operator that is defined does, on CPU, CUDA and fake tensors."""
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"pydist::{name}", _on_one_device(fake), lib=_LIBRARY)
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an operator by its schema, and registers what it does."""
+    _LIBRARY.define(schema)
+    implement(schema.partition("(")[0], implementation, fake)
+
+
 for _name, (_implementation, _fake) in _OPERATORS.items():
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"pydist::{_name}", _on_one_device(_fake), lib=_LIBRARY)
+    implement(_name, _implementation, _fake)

@@ -16,13 +16,26 @@ from torch import Tensor
 
 from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
+from pydist.block_ops import (
+    dequantize,
+    quantize,
+    quantize_feedback_,
+    reduce_quantized,
+    step_options,
+    sum_quantized,
+)
 
 __all__ = [
     "count_votes",
+    "dequantize",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",
     "pack_signs",
+    "quantize",
+    "quantize_feedback_",
+    "reduce_quantized",
+    "sum_quantized",
     "unpack_signs",
     "unpack_votes",
 ]
@@ -111,8 +124,7 @@ def unpack_signs(
         TypeError: A dtype is not supported, or ``out`` has another.
         ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    if payload.dim() != 1:
-        raise ValueError(f"payload must be one-dimensional, got shape {list(payload.shape)}")
+    checks.check_one_payload(tuple(payload.shape))
     checks.check_payload_of(payload.numel(), n)
     return unpack_votes(payload.unsqueeze(0), n, dtype=dtype, out=out)
 
@@ -143,7 +155,7 @@ def majority_vote(
     *,
     ties: str = "hash",
     seed: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     n: int | None = None,
     segments: Tensor | None = None,
     out: Tensor | None = None,
@@ -156,7 +168,8 @@ def majority_vote(
             ``"zero"``: no update, as the paper's sign(0), at the price of a second plane;
             ``"positive"``: +1.
         seed: Seed of the tie hash, 0 … 2**32 - 1.
-        step: Step of the tie hash.
+        step: Step of the tie hash; or int64[1] on the device of ``payloads``. A CUDA kernel reads
+            it there: nothing waits for it, and a captured graph sees a new value in each replay.
         n: Elements; default all bits. Padding bits of the result are 0.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments`); default one segment of ``n``.
         out: Receives the planes, and is returned.
@@ -168,7 +181,7 @@ def majority_vote(
         TypeError: ``payloads`` is not uint8.
         ValueError: Another argument is out of range; the message names it and its value.
     """
-    options = {"ties": ties, "seed": seed, "step": step, "n": n, "segments": segments}
+    options = {"ties": ties, "seed": seed, **step_options(step), "n": n, "segments": segments}
     if out is None:
         return torch.ops.pydist.majority_vote(payloads, **options)
     torch.ops.pydist.majority_vote_out(payloads, **options, out=out)
@@ -187,7 +200,7 @@ def lion_pack_(
     binarization_range: float | None = None,
     seed: int = 0,
     rank: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     segments: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -208,7 +221,7 @@ def lion_pack_(
         binarization_range: r votes +1 with probability ``(1 + c / r) / 2`` instead of the sign.
         seed: Seed of those draws.
         rank: This rank, so that ranks draw differently.
-        step: Step of the draws.
+        step: Step of the draws; or int64[1] on the device of ``grad``, as in :func:`majority_vote`.
         segments: int64 [k, 4] on the CPU (:func:`pydist.segments`); default one segment.
         out: Receives the payload, and is returned.
 
@@ -222,7 +235,7 @@ def lion_pack_(
     options = {
         "beta1": beta1, "beta2": beta2, "zero_bit": zero_bit, "momentum_out": momentum_out,
         "flags": flags, "binarization_range": binarization_range, "seed": seed, "rank": rank,
-        "step": step, "segments": segments,
+        **step_options(step), "segments": segments,
     }  # fmt: skip
     if out is None:
         return torch.ops.pydist.lion_pack_(grad, momentum, **options)

@@ -69,13 +69,18 @@ def branch_loss(net: torch.nn.Module, rank: int, step: int) -> Tensor:
 
 
 def attached_equals_plain(
-    rank: int, ranks: int, options: dict[str, Any], ddp_options: dict[str, Any], kind: str
+    rank: int,
+    ranks: int,
+    options: dict[str, Any],
+    ddp_options: dict[str, Any],
+    kind: str,
+    device: str = "cpu",
 ) -> list[bytes]:
     """``kind``: ``plain``, ``accumulate``, ``branches``, ``strided`` or ``not_finite``."""
     branches = kind == "branches"
     makers = {"branches": (Branches, branch_loss), "strided": (Strided, strided_loss)}
     make, loss = makers.get(kind, (model, loss_of))
-    net = make()
+    net = make().to(device)
     bare = copy.deepcopy(net)
     ddp = DDP(net, **ddp_options)
     usual = {"lr": 0.01, "weight_decay": 0.1, **options}

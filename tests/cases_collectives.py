@@ -56,14 +56,15 @@ def expected(
 
 def bits(x: Tensor) -> bytes:
     """The bytes of a tensor; every NaN counts as one."""
+    x = x.detach().cpu()
     x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
-    return x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check(result: Tensor, tensors: list[Tensor], what: str, **options: Any) -> None:
     """Raises AssertionError where a result differs from the specification."""
     wanted = expected(tensors, **options)
-    got = result.detach().reshape(-1)
+    got = result.detach().cpu().reshape(-1)
     if bits(got) != bits(wanted):
         same = (got == wanted) | (got.isnan() & wanted.isnan())
         i = int((~same).nonzero()[0]) if not bool(same.all()) else -1
@@ -74,7 +75,12 @@ def check(result: Tensor, tensors: list[Tensor], what: str, **options: Any) -> N
 
 
 def equals_reference(
-    rank: int, ranks: int, sizes: list[int], dtypes: list[str], chunk: int | None
+    rank: int,
+    ranks: int,
+    sizes: list[int],
+    dtypes: list[str],
+    chunk: int | None,
+    device: str = "cpu",
 ) -> list[bytes]:
     """Every combination of options; rank 0 compares with the reference, the test the ranks."""
     combinations = [("vote", ties) for ties in ("hash", "zero", "positive")]
@@ -90,7 +96,7 @@ def equals_reference(
                         dtype, step = getattr(torch, name), 5 + number
                         options = {"op": op, "ties": ties, "seed": 11, "step": step}
                         tensors = inputs(ranks, n, dtype, seed=n + number)
-                        x = tensors[rank].clone()
+                        x = tensors[rank].clone().to(device)
                         out = pydist.all_reduce(x, VOTES, algorithm=algorithm, **options)
                         assert out is x
                         if rank == 0:

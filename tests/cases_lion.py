@@ -36,7 +36,8 @@ def parameters(rank: int, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
 
 def stored(x: Tensor) -> np.ndarray:
     """Values in memory order, as float32."""
-    flat = x.detach().as_strided((x.numel(),), (1,)) if x.numel() else x.detach().reshape(-1)
+    x = x.detach()
+    flat = x.as_strided((x.numel(),), (1,)).cpu() if x.numel() else x.cpu().reshape(-1)
     return flat.float().numpy().copy()
 
 
@@ -63,11 +64,15 @@ def equals_oracle(
 ) -> list[bytes]:
     """Trains with the optimizer and in the simulation; equal to the bit after every step.
 
-    ``other``: ``dtype``, ``groups`` and events by step: ``missing`` (step, worker, parameter),
-    ``bad`` (step, worker, parameter, value), ``strided``: gradients in another memory order.
+    ``other``: ``dtype``, ``device``, ``groups`` and events by step: ``missing`` (step, worker,
+    parameter), ``bad`` (step, worker, parameter, value), ``strided``: gradients in another memory
+    order.
     """
     dtype = getattr(torch, other.get("dtype", "float32"))
-    params = parameters(rank, dtype)
+    params = {
+        name: torch.nn.Parameter(p.detach().to(other.get("device", "cpu")))
+        for name, p in parameters(rank, dtype).items()
+    }
     start = {name: stored(p) for name, p in parameters(0, dtype).items()}
     usual = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.05}
     argument: Any = groups(params) if other.get("groups") else params.items()
@@ -123,7 +128,7 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 def loss_of(net: torch.nn.Module, rank: int, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(77 * step + rank)
     dtype = next(net.parameters()).dtype
-    x = torch.randn(8, 6, generator=generator).to(dtype)
+    x = torch.randn(8, 6, generator=generator).to(next(net.parameters()).device, dtype)
     return (net(x).float() - x[:, :3].float()).square().mean()
 
 
@@ -235,13 +240,15 @@ def frozen(rank: int, ranks: int) -> None:
     assert not bool(opt.state[net[0].weight]["momentum"].any())
 
 
-def scaler(rank: int, ranks: int, unscale: bool, momentum: bool) -> list[bytes]:
+def scaler(
+    rank: int, ranks: int, unscale: bool, momentum: bool, device: str = "cpu"
+) -> list[bytes]:
     """An overflow on one rank skips the step on all of them; nobody waits for ever."""
-    net = model()
-    plain = model()
+    net = model().to(device)
+    plain = model().to(device)
     opt = DistributedLion(net.named_parameters(), lr=0.01, exact_skip=momentum)
     other = DistributedLion(plain.named_parameters(), lr=0.01, exact_skip=momentum)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.split(":")[0], init_scale=1024.0)
     for step in range(6):
         before = [bits(p) for p in net.parameters()]
         for o in (opt, other):

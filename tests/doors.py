@@ -1,4 +1,4 @@
-"""Both doors, `pydist.ops` and `pydist.arrays`, as runners of the self-check.
+"""Both doors, `pydist.ops` and `pydist.arrays`, as runners of the self-check; and emulated CUDA.
 
 A door can hold its arrays in awkward places: behind an odd offset, or strided. Around each array
 lie guard bytes; a kernel that writes there, or into one of its inputs, fails the test.
@@ -10,8 +10,11 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
+import emulated
 import numpy as np
+import pytest
 import torch
+from guarded import guarded_bytes
 
 from pydist import _C, arrays, ops
 from pydist.kernels import LionOptions
@@ -22,19 +25,31 @@ try:
 except ImportError:
     ml_dtypes = None
 
-DOORS = [(kind, isa) for kind in ("torch", "numpy") for isa in _C.supported_isas()]
+HOST_DOORS = [(kind, isa) for kind in ("torch", "numpy") for isa in _C.supported_isas()]
+EMULATED_DOORS = [("emulated", f"seed{seed}") for seed in emulated.SEEDS]
+DOORS = HOST_DOORS + EMULATED_DOORS
+DOOR_PARAMS = [pytest.param(key, id="-".join(key)) for key in HOST_DOORS] + [
+    pytest.param(key, id="-".join(key), marks=emulated.MARKS) for key in EMULATED_DOORS
+]
+# For tests that compare several doors with one costly reference.
+DOOR_GROUPS = [
+    pytest.param(HOST_DOORS, id="host"),
+    pytest.param(EMULATED_DOORS, id="emulated", marks=emulated.MARKS),
+]
 GUARD = 0x5A
 PRESET_FLAG = 4  # some other bit, which kernels must leave alone
 
 
 class Placed:
-    """An array somewhere inside a larger block of guard bytes."""
+    """An array somewhere inside a larger block of guard bytes; or right before a guard page."""
 
-    def __init__(self, what: str, bits: Bits, layout: str) -> None:
+    def __init__(self, what: str, bits: Bits, layout: str, *, guard_page: bool = False) -> None:
         self.what, self.original = what, bits
         offset = {"dense": 64, "offset": bits.itemsize, "unaligned": 1, "strided": 0}[layout]
         step = 2 if layout == "strided" else 1
-        self.memory = np.full(offset + step * bits.nbytes + 64, GUARD, dtype=np.uint8)
+        size = offset + step * bits.nbytes
+        self.memory = guarded_bytes(size, at_end=True) if guard_page else np.empty(size + 64, "u1")
+        self.memory[...] = GUARD
         self.bits = self._inside(self.memory, offset, step)
         self.bits[...] = bits
         before = self.memory.copy()
@@ -57,7 +72,7 @@ class Placed:
 
 @dataclasses.dataclass
 class Door:
-    """One door, instruction set, layout of the arrays and number of threads."""
+    """One door, instruction set (emulated: order of threads), layout of arrays, CPU threads."""
 
     kind: str
     isa: str
@@ -81,8 +96,8 @@ class Door:
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """Torch has no tensors whose address is not a multiple of the element's size."""
-        return ("offset", "strided") + (() if self.kind == "torch" else ("unaligned",))
+        """Only NumPy has arrays whose address is not a multiple of the element's size."""
+        return ("offset", "strided") + (("unaligned",) if self.kind == "numpy" else ())
 
     def using(self, **changes: Any) -> Door:
         return dataclasses.replace(self, **changes)
@@ -98,6 +113,9 @@ class Door:
 
     def call(self, function: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a function of the door; tensors that come back are NumPy arrays."""
+        if self.kind == "emulated":
+            with emulated.running(int(self.isa.removeprefix("seed"))):
+                return self._bits(getattr(arrays, function)(*args, **kwargs))
         isa, threads = _C.current_isa(), torch.get_num_threads()
         _C.select_isa(self.isa)
         if self.kind == "torch":
@@ -109,6 +127,10 @@ class Door:
         finally:
             _C.select_isa(isa)
             torch.set_num_threads(threads)
+        return self._bits(result)
+
+    @staticmethod
+    def _bits(result: Any) -> Any:
         if isinstance(result, torch.Tensor):
             result = result.view(torch.uint16) if result.dtype == torch.bfloat16 else result
             return result.numpy()
@@ -119,7 +141,8 @@ class Door:
     # ----------------------------------------------------------------- selfcheck.Runner
 
     def _place(self, what: str, bits: Bits) -> tuple[Placed, Any]:
-        placed = Placed(what, np.ascontiguousarray(bits), self.layout)
+        guard_page = self.kind == "emulated" and not self.isa.endswith("1")
+        placed = Placed(what, np.ascontiguousarray(bits), self.layout, guard_page=guard_page)
         return placed, self.native(placed.bits)
 
     def _flags(self) -> tuple[Any, Any]:
@@ -196,3 +219,58 @@ class Door:
         p.unchanged()
         assert storage_of(x.bits) == storage_of(param)
         return x.result()
+
+    # ----------------------------------------------------------------- selfcheck.BlockRunner
+
+    def _encode(
+        self, function: str, args: list[Any], options: Any, segments: Any, **more: Any
+    ) -> tuple[Any, int]:
+        flags, native_flags = self._flags()
+        payload = self.call(
+            function, *args, **more, flags=native_flags,
+            segments=self.native(segments), **dataclasses.asdict(options),
+        )  # fmt: skip
+        return payload, self._raised(flags)
+
+    def quantize(self, x: Bits, form: Any, options: Any, segments: Any) -> tuple[Any, int]:
+        placed, native = self._place("x", x)
+        result = self._encode("quantize", [native, Codec(form)], options, segments)
+        placed.unchanged()
+        return result
+
+    def quantize_feedback(
+        self, x: Bits, residual: Bits, form: Any, options: Any, segments: Any
+    ) -> tuple[Any, Bits, int]:
+        placed, native = self._place("x", x)
+        kept, native_kept = self._place("residual", residual)
+        args = [native, native_kept, Codec(form)]
+        payload, flags = self._encode("quantize_feedback_", args, options, segments)
+        placed.unchanged()
+        return payload, kept.result(), flags
+
+    def reduce_quantized(
+        self, payloads: Any, n: int, form: Any, options: Any, *, mean: bool, segments: Any
+    ) -> tuple[Any, int]:
+        placed, native = self._place("payloads", payloads)
+        args = [native, Codec(form), n]
+        result = self._encode("reduce_quantized", args, options, segments, mean=mean)
+        placed.unchanged()
+        return result
+
+    def sum_quantized(
+        self, payloads: Any, n: int, form: Any, *, mean: bool, storage: str, segments: Any
+    ) -> Any:
+        placed, native = self._place("payloads", payloads)
+        values = self.call(
+            "sum_quantized", native, Codec(form), n,
+            mean=mean, dtype=self._dtype(storage), segments=self.native(segments),
+        )  # fmt: skip
+        placed.unchanged()
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A codec of any format."""
+
+    block_format: Any

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 
+import emulated
 import numpy as np
 import pytest
 
 from pydist import _C, reference, selfcheck
+from pydist.selfcheck import cases
 
 # In a process of its own, since what it looks for ends the process.
 GUARD_PAGES = """
-import ctypes, mmap, sys
-import numpy as np
+import sys
+from guarded import guarded
 from pydist import selfcheck
 from pydist.selfcheck import cases
 
-libc = ctypes.CDLL(None, use_errno=True)
-
 class GuardedMemory(selfcheck.HostMemory):
-    '''Arrays that end (or begin) where a page begins (or ends) that nobody may touch.'''
-
     def __init__(self, isa, at_end):
         super().__init__(isa)
-        self.at_end, self.kept = at_end, []
+        self.at_end = at_end
 
     def put(self, array):
-        pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE)
-        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        room = np.frombuffer(memory, dtype=np.uint8)
-        guard = pages * mmap.PAGESIZE if self.at_end else 0
-        address = room.__array_interface__["data"][0] + guard
-        assert libc.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
-        begin = guard - array.nbytes if self.at_end else mmap.PAGESIZE
-        there = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
-        there[...] = array
-        return there
+        return guarded(array, at_end=self.at_end)
 
 for at_end in (True, False):
     for kernel in selfcheck.KERNELS:
@@ -52,9 +42,23 @@ for at_end in (True, False):
 @pytest.mark.parametrize("isa", _C.supported_isas())
 def test_nothing_outside_an_array_is_touched(isa: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", GUARD_PAGES, isa], capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, "-c", GUARD_PAGES, isa], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
     assert done.returncode == 0, f"ended at {done.stdout.splitlines()[-1:]}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=emulated.MARKS) for seed in emulated.SEEDS]
+)
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+def test_nothing_outside_an_array_is_touched_by_emulated_kernels(seed: int, at_end: bool) -> None:
+    """In this process: there such an access is an error of the launch."""
+    run = selfcheck.KernelRunner(emulated.Memory(seed, at_end=at_end))
+    for kernel in selfcheck.KERNELS:
+        _, difference = cases.check_kernel(run, kernel)
+        if difference:
+            raise difference
 
 
 FORK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from pydist import ops, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, ops, wire
 
 N = 37
 BETAS = {"beta1": 0.9, "beta2": 0.99}
@@ -34,6 +35,13 @@ def values(n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
+FOUR = BlockInt(4, 32)
+
+
+def payloads(ranks: int, n: int = N) -> Tensor:
+    return torch.stack([ops.quantize(values(n) * (r + 1), FOUR) for r in range(ranks)])
+
+
 # (operator, arguments, keyword arguments)
 CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "pack_signs": ("pack_signs", (values(),), {}),
@@ -48,6 +56,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "count_votes": ("count_votes", (votes(4),), {}),
     "majority_vote": ("majority_vote", (votes(4),), {"n": N, "seed": 3, "step": 5}),
+    "majority_vote step": (
+        "majority_vote",
+        (votes(4),),
+        {"n": N, "step": torch.tensor([5])},
+    ),
     "majority_vote zero": ("majority_vote", (votes(4),), {"ties": "zero"}),
     "majority_vote segments": (
         "majority_vote",
@@ -59,6 +72,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         "lion_pack_",
         (values(dtype=torch.bfloat16), values()),
         {**BETAS, "momentum_out": values(), "flags": flags(), "binarization_range": 1.0},
+    ),
+    "lion_pack_ step": (
+        "lion_pack_",
+        (values(), values(N)),
+        {**BETAS, "binarization_range": 1.0, "step": torch.tensor([5])},
     ),
     "lion_apply_": ("lion_apply_", (values(), votes(1)), {"lr": 0.1}),
     "lion_apply_ strided": ("lion_apply_", (values(2 * N)[::2], votes(1)), {"lr": 0.1}),
@@ -81,6 +99,39 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "count_votes out": ("count_votes", (votes(4),), {"out": votes(3)}),
     "majority_vote out": ("majority_vote", (votes(4),), {"ties": "zero", "out": votes(2)}),
     "lion_pack_ into": ("lion_pack_", (values(), values(N)), {**BETAS, "out": votes(1)[0]}),
+    "quantize": ("quantize", (values(), BlockInt(4, 32)), {}),
+    "quantize stochastic": (
+        "quantize",
+        (values(dtype=torch.bfloat16), QSGD(3, 32, "l2")),
+        {"seed": 1, "rank": 2, "step": 3, "flags": flags()},
+    ),
+    "quantize step": (
+        "quantize",
+        (values(), QSGD(3, 32)),
+        {"step": torch.tensor([2**40 + 7])},
+    ),
+    "quantize empty": ("quantize", (values(0), BlockFloat("e4m3")), {}),
+    "quantize_feedback_": ("quantize_feedback_", (values(), values(), Sign("l1", 32)), {}),
+    "quantize_feedback_ strided": (
+        "quantize_feedback_",
+        (values(), values(2 * N)[::2], BlockFloat("e5m2", 32)),
+        {"flags": flags()},
+    ),
+    "sum_quantized": ("sum_quantized", (payloads(3), FOUR, N), {"mean": True}),
+    "reduce_quantized": ("reduce_quantized", (payloads(3), FOUR, N), {"mean": True, "rank": 1}),
+    "dequantize": ("dequantize", (payloads(1)[0], FOUR, N), {"dtype": torch.bfloat16}),
+    "quantize out": ("quantize", (values(), FOUR), {"out": payloads(1)[0]}),
+    "quantize_feedback_ into": (
+        "quantize_feedback_",
+        (values(), values(), FOUR),
+        {"out": payloads(1)[0]},
+    ),
+    "sum_quantized out": ("sum_quantized", (payloads(2), FOUR, N), {"out": values()}),
+    "reduce_quantized out": (
+        "reduce_quantized",
+        (payloads(2), FOUR, N),
+        {"out": payloads(1)[0], "flags": flags()},
+    ),
     # The length of these payloads depends on the table's values.
     "pack_signs segments": ("pack_signs", (values(),), {"segments": table(5, 32)}),
     "lion_pack_ segments": (
@@ -88,6 +139,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         (values(), values()),
         {**BETAS, "segments": table(5, 32)},
     ),
+    "quantize segments": ("quantize", (values(), FOUR), {"segments": table(5, 32)}),
 }
 
 
@@ -107,8 +159,16 @@ def cloned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], di
 def test_opcheck(case: str) -> None:
     name, args, kwargs = CASES[case]
     positional, named = cloned(args, kwargs)
+    if name == "dequantize":  # no operator of its own
+        name, positional[0] = "sum_quantized", positional[0][None]
+    codecs = [x for x in positional if hasattr(x, "block_format")]
+    if codecs:
+        positional.remove(codecs[0])
+        named |= dataclasses.asdict(codecs[0].block_format)
     if "out" in named:
-        name = "lion_pack_out_" if name == "lion_pack_" else f"{name}_out"
+        name = f"{name[:-1]}_out_" if name.endswith("_") else f"{name}_out"
+    if isinstance(named.get("step"), Tensor):
+        named["step_tensor"] = named.pop("step")
     operator = getattr(torch.ops.pydist, name).default
     torch.library.opcheck(operator, tuple(positional), named)
 
@@ -120,7 +180,7 @@ def _same(actual: Any, expected: Any) -> bool:
     return actual.shape == expected.shape and torch.equal(*raw)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "pack_signs empty"])
+@pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("empty")])
 def test_compiled_equals_eager(case: str) -> None:
     name, args, kwargs = CASES[case]
     function: Callable[..., Any] = getattr(ops, name)
@@ -172,7 +232,7 @@ def test_traced_with_symbolic_lengths() -> None:
 # --------------------------------------------------------------------------- autograd
 
 
-@pytest.mark.parametrize("name", ["lion_apply_", "lion_pack_"])
+@pytest.mark.parametrize("name", ["lion_apply_", "lion_pack_", "quantize_feedback_"])
 def test_changes_in_place_are_seen_by_autograd(name: str) -> None:
     weight = values().requires_grad_()
     changed = weight if name == "lion_apply_" else weight.detach()
@@ -180,6 +240,8 @@ def test_changes_in_place_are_seen_by_autograd(name: str) -> None:
     with torch.no_grad():
         if name == "lion_apply_":
             ops.lion_apply_(changed, votes(1), lr=0.1)
+        elif name == "quantize_feedback_":
+            ops.quantize_feedback_(values(), changed, FOUR)
         else:
             ops.lion_pack_(values(), changed, **BETAS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

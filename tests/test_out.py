@@ -9,11 +9,12 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import wire
+from pydist import QSGD, BlockInt, wire
 
 RUBBISH = 0xA5
 N = 1001
 GAPS = np.array([[32, 5, 0, 0], [128, N - 5, 1, 7]])  # words 0, 2 and 3 belong to no segment
+GAPS_OF_BLOCKS = np.array([[32, 5, 0, 0], [128, N - 5, 1, 32]])
 DENSE = wire.segments([5, N - 5])
 
 
@@ -47,6 +48,19 @@ CALLS: dict[str, Any] = {
     "majority_vote short": lambda a, **out: a.majority_vote(votes(a, 4), n=40, **out),
     "majority_vote gaps": lambda a, **out: a.majority_vote(
         votes(a, 4, 160), **rows(a, GAPS), **out
+    ),
+    "quantize": lambda a, **out: a.quantize(values(a), QSGD(3, 64), step=7, **out),
+    "quantize gaps": lambda a, **out: a.quantize(
+        values(a), BlockInt(5, 32), **rows(a, GAPS_OF_BLOCKS), **out
+    ),
+    "quantize_feedback_": lambda a, **out: a.quantize_feedback_(
+        values(a), values(a, n=N), BlockInt(8, 64), **out
+    ),
+    "dequantize": lambda a, **out: a.dequantize(
+        a.quantize(values(a), BlockInt(7, 64)), BlockInt(7, 64), N, **out
+    ),
+    "reduce_quantized": lambda a, **out: a.reduce_quantized(
+        a.quantize(values(a), BlockInt(7, 64))[None], BlockInt(7, 64), N, **out
     ),
     "lion_pack_": lambda a, **out: a.lion_pack_(values(a), values(a, n=N), **BETAS, **out),
     "lion_pack_ gaps": lambda a, **out: a.lion_pack_(
@@ -86,6 +100,19 @@ def overlapping(a: Arrays, what: str) -> Any:
     return {
         "x": lambda: a.pack_signs(numbers, out=memory[:4]),
         "x gaps": lambda: a.pack_signs(numbers, out=memory[:8], **table),
+        "residual": lambda: a.quantize_feedback_(
+            a.f(16), numbers, BlockInt(4, 32), out=memory[4:16]
+        ),
+        "residual strided": lambda: a.quantize_feedback_(
+            a.f(8), numbers[::2], BlockInt(4, 32), out=memory[52:60]
+        ),
+        "quantized x": lambda: a.quantize(numbers, BlockInt(4, 32), out=memory[:12]),
+        "quantized payloads": lambda: a.reduce_quantized(
+            memory[:12][None], BlockInt(4, 32), 16, out=memory[8:20]
+        ),
+        "values of payloads": lambda: a.dequantize(
+            memory[:12], BlockInt(4, 32), 16, out=numbers
+        ),
         "planes": lambda: a.unpack_votes(memory[:4].reshape(1, 4), 16, out=numbers),
         "payloads": lambda: a.count_votes(memory[:8].reshape(2, 4), out=memory[4:12].reshape(2, 4)),
         "momentum": lambda: a.lion_pack_(a.f(16), numbers, **BETAS, out=memory[60:]),
@@ -102,12 +129,27 @@ def overlapping(a: Arrays, what: str) -> Any:
 
 @pytest.mark.parametrize(
     "what",
-    ["x", "x gaps", "planes", "payloads", "momentum", "momentum strided", "momentum_out", "flags"],
+    [
+        "residual",
+        "residual strided",
+        "quantized x",
+        "quantized payloads",
+        "values of payloads",
+        "x",
+        "x gaps",
+        "planes",
+        "payloads",
+        "momentum",
+        "momentum strided",
+        "momentum_out",
+        "flags",
+    ],
 )
 def test_memory_of_its_own(a: Arrays, what: str) -> None:
     call, memory = overlapping(a, what)
+    name = what.removeprefix("quantized ").removeprefix("values of ").split()[0]
     memory[:] = 7
-    with pytest.raises(ValueError, match=rf"out.*{what.split()[0]}|{what}.*out"):
+    with pytest.raises(ValueError, match=rf"out.*{name}|{name}.*out"):
         call()
     assert (memory == 7).all(), "something was written"
 

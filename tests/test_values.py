@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitwise import assert_same_bits
-from doors import DOORS, Door
+from doors import DOOR_GROUPS, HOST_DOORS, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,7 +141,7 @@ def test_flush_denormal_mode_changes_nothing(door: Door) -> None:
 
 
 def test_flush_denormal_mode_keeps_subnormal_scalars() -> None:
-    door = Door(*DOORS[0])
+    door = Door(*HOST_DOORS[0])
     param, votes = np.zeros(4, dtype=np.float32), np.full((1, 4), 255, dtype=np.uint8)
     torch.set_flush_denormal(True)
     try:
@@ -204,7 +204,7 @@ def test_a_very_wide_binarization_range_is_not_plain_signs() -> None:
     grad = np.ones(256, dtype=np.float32)
     try:
         selfcheck.check_lion_pack(
-            Door(*DOORS[0]), grad, grad, LionOptions(**BETAS, binarization_range=1e46)
+            Door(*HOST_DOORS[0]), grad, grad, LionOptions(**BETAS, binarization_range=1e46)
         )
     except ValueError as error:  # refusing it is as good
         assert "binarization_range" in str(error)
@@ -212,20 +212,22 @@ def test_a_very_wide_binarization_range_is_not_plain_signs() -> None:
 
 # --------------------------------------------------------------------------- random cases
 
-doors = st.builds(
-    lambda key, layout, threads, separate: Door(*key, layout, threads, separate),
-    st.sampled_from(DOORS),
-    st.sampled_from(["dense", "offset", "strided"]),
-    st.sampled_from([1, 2]),
-    st.booleans(),
-)
+Keys = list[tuple[str, str]]
+layouts = st.sampled_from(["dense", "offset", "strided"])
 lengths = st.integers(0, 300)
 seeds = st.integers(0, 2**32 - 1)
 steps = st.integers(0, 2**40)
 
 
-@given(doors, seeds, st.lists(lengths, min_size=1, max_size=4), st.booleans(), st.data())
-def test_random_encoders(door: Door, seed: int, sizes: list[int], bare: bool, data: Any) -> None:
+def some_door(data: Any, keys: Keys) -> Door:
+    key, threads = data.draw(st.sampled_from(keys)), data.draw(st.sampled_from([1, 2]))
+    return Door(*key, data.draw(layouts), threads, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("keys", DOOR_GROUPS)
+@given(seeds, st.lists(lengths, min_size=1, max_size=4), st.booleans(), st.data())
+def test_random_encoders(keys: Keys, seed: int, sizes: list[int], bare: bool, data: Any) -> None:
+    door = some_door(data, keys)
     rng = np.random.default_rng(seed)
     firsts = [data.draw(st.integers(0, 2**45)) for _ in sizes]
     table = None if bare else wire.segments(sizes, firsts=firsts)
@@ -241,8 +243,10 @@ def test_random_encoders(door: Door, seed: int, sizes: list[int], bare: bool, da
     selfcheck.check_lion_pack(door, grad, momentum, options, table)
 
 
-@given(doors, seeds, st.integers(1, 40), st.integers(0, 5000), st.data())
-def test_random_votes(door: Door, seed: int, ranks: int, n: int, data: Any) -> None:
+@pytest.mark.parametrize("keys", DOOR_GROUPS)
+@given(seeds, st.integers(1, 40), st.integers(0, 5000), st.data())
+def test_random_votes(keys: Keys, seed: int, ranks: int, n: int, data: Any) -> None:
+    door = some_door(data, keys)
     rng = np.random.default_rng(seed)
     payloads = cases.some_payloads(rng, ranks, n)
     ties, step = data.draw(st.sampled_from(cases.TIES)), data.draw(steps)
@@ -254,10 +258,12 @@ def test_random_votes(door: Door, seed: int, ranks: int, n: int, data: Any) -> N
     selfcheck.check_count_votes(door, payloads)
 
 
-@given(doors, seeds, lengths, st.floats(0, 1e30), st.floats(0, 10), st.data())
+@pytest.mark.parametrize("keys", DOOR_GROUPS)
+@given(seeds, lengths, st.floats(0, 1e30), st.floats(0, 10), st.data())
 def test_random_updates(
-    door: Door, seed: int, n: int, lr: float, weight_decay: float, data: Any
+    keys: Keys, seed: int, n: int, lr: float, weight_decay: float, data: Any
 ) -> None:
+    door = some_door(data, keys)
     rng = np.random.default_rng(seed)
     ranks = data.draw(st.none() | st.integers(1, wire.MAX_RANKS))
     count = data.draw(st.integers(1, 2)) if ranks is None else wire.planes_for(ranks)

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 from wrong import BETAS, Arrays
 
+from pydist import BlockInt, Sign
+
+FOUR = BlockInt(4, 32)
+
 # name: (call, exception, words of the message)
 WRONG: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     # dtypes
@@ -177,6 +181,77 @@ WRONG: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "segments of another parameter": (
         lambda a: a.lion_apply_(a.f(4), a.u(1, 4), lr=0.1, segments=a.table((0, 5, 0, 0))),
         ValueError, ("segments", "param", "5", "4"),
+    ),
+    # block formats
+    "quantize double": (
+        lambda a: a.quantize(a.f(4, dtype="float64"), FOUR), TypeError, ("x", "float64"),
+    ),
+    "bare sign": (
+        lambda a: a.quantize(a.f(4), Sign(None)),
+        TypeError, ("codec", "Sign(scale=None, block=512)"),
+    ),
+    "no codec": (lambda a: a.quantize(a.f(4), 4), TypeError, ("codec", "4")),
+    "quantize flags": (
+        lambda a: a.quantize(a.f(4), FOUR, flags=a.u(2, dtype="int32")), ValueError, ("flags", "2"),
+    ),
+    "quantize zero_bit": (
+        lambda a: a.quantize(a.f(4), FOUR, zero_bit=2), ValueError, ("zero_bit", "2"),
+    ),
+    "quantize seed": (
+        lambda a: a.quantize(a.f(4), FOUR, seed=2**32), ValueError, ("seed", str(2**32)),
+    ),
+    "quantize rank": (
+        lambda a: a.quantize(a.f(4), FOUR, rank=65535), ValueError, ("rank", "65535"),
+    ),
+    "quantize phase": (lambda a: a.quantize(a.f(4), FOUR, phase=4), ValueError, ("phase", "4")),
+    "quantize step": (lambda a: a.quantize(a.f(4), FOUR, step=-1), ValueError, ("step", "-1")),
+    "residual short": (
+        lambda a: a.quantize_feedback_(a.f(4), a.f(3), FOUR), ValueError, ("residual", "4", "3"),
+    ),
+    "residual half": (
+        lambda a: a.quantize_feedback_(a.f(4), a.f(4, dtype="float16"), FOUR),
+        TypeError, ("residual", "bfloat16", "float16"),
+    ),
+    "quantized truncated": (
+        lambda a: a.dequantize(a.u(20), FOUR, 33), ValueError, ("28 bytes", "n=33", "20"),
+    ),
+    "quantized of two dimensions": (
+        lambda a: a.dequantize(a.u(1, 8), FOUR, 3), ValueError, ("payload", "[1, 8]"),
+    ),
+    "quantized too long": (
+        lambda a: a.sum_quantized(a.u(2, 32), FOUR, 33), ValueError, ("28 bytes", "n=33", "32"),
+    ),
+    "quantized n negative": (
+        lambda a: a.sum_quantized(a.u(1, 0), FOUR, -1), ValueError, ("n", "-1"),
+    ),
+    "quantized float": (
+        lambda a: a.sum_quantized(a.f(1, 8), FOUR, 3), TypeError, ("payloads", "float32"),
+    ),
+    "quantized of no ranks": (
+        lambda a: a.reduce_quantized(a.u(0, 8), FOUR, 3), ValueError, ("payloads", "ranks", "0"),
+    ),
+    "reduced too short": (
+        lambda a: a.reduce_quantized(a.u(2, 8), FOUR, 33), ValueError, ("28 bytes", "n=33", "8"),
+    ),
+    "quantize out": (
+        lambda a: a.quantize(a.f(33), FOUR, out=a.u(20)), ValueError, ("out", "[28]", "[20]"),
+    ),
+    "dequantize out": (
+        lambda a: a.dequantize(a.u(28), FOUR, 33, out=a.f(32)), ValueError, ("out", "33", "32"),
+    ),
+    "block segments": (
+        lambda a: a.quantize(
+            a.f(8), BlockInt(4, 64), segments=a.table((0, 4, 0, 0), (32, 4, 1, 0))
+        ),
+        ValueError, ("segments", "offset 32", "row 1", "64"),
+    ),
+    "block first": (
+        lambda a: a.quantize(a.f(4), BlockInt(4, 64), segments=a.table((0, 4, 0, 32))),
+        ValueError, ("segments", "first element 32", "row 0", "64"),
+    ),
+    "block segments of another length": (
+        lambda a: a.quantize(a.f(4), FOUR, segments=a.table((0, 5, 0, 0))),
+        ValueError, ("segments", "5", "x", "4"),
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from doors import DOORS, Door
+from doors import HOST_DOORS, Door
 
 BETAS = {"beta1": 0.9, "beta2": 0.99}
 
@@ -15,7 +15,7 @@ class Arrays:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.door = Door(kind, DOORS[0][1])
+        self.door = Door(kind, HOST_DOORS[0][1])
 
     def __getattr__(self, function: str) -> Any:
         return getattr(self.door.module, function)

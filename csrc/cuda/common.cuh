@@ -1,7 +1,8 @@
 // What the CUDA kernels share: conversions, 16-byte access, bit transposition, the launcher.
 //
-// Portable on purpose: warps of 32, shuffles, ballots, vector types and nothing else, so that a
-// header of stand-ins can compile the same sources as plain C++ and run them on a CPU.
+// Portable on purpose: warps of 32, shuffles, ballots, vector types. Tests compile the same sources
+// as plain C++ against stand-ins of CUDA's headers and run them on a CPU (docs/emulation.md); what
+// they have no stand-in for (inline PTX) goes behind a function with a portable twin.
 //
 // How bits meet elements. A warp takes a chunk of up to 1,024 elements (32 words) in steps; in step
 // k lane l holds the kWidth consecutive elements from kWidth * (32 * k + l), so that memory is read
@@ -10,10 +11,8 @@
 // The transposition is its own inverse, so unpacking is the same thing backwards.
 #pragma once
 
-#include <cuda_runtime.h>
-#if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#endif
+#include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
@@ -23,6 +22,14 @@
 #include "launch.h"
 
 #define PYDIST_DEVICE static __device__ __forceinline__
+#define PYDIST_DEVICE_MEMBER __device__ __forceinline__
+
+// `extern __shared__ type name[]`, which the stand-ins spell otherwise.
+#if defined(EMULATION)
+#define PYDIST_DYNAMIC_SHARED(type, name) EMULATION_DYNAMIC_SHARED(type, name)
+#else
+#define PYDIST_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
 
 // The most blocks of a launch; a warp then strides over tiles. Eight resident blocks on each of 132
 // multiprocessors leave the last wave 97 % full. Emulated tests set it low to exercise the stride.
@@ -45,13 +52,7 @@ PYDIST_DEVICE float widen(BFloat x) { return to_float(x); }
 
 // The hardware conversion is exact, as to_float is; only NaN payloads differ (the hardware makes
 // its own NaN), and no payload is ever stored: narrow() writes the canonical one.
-PYDIST_DEVICE float widen(Half x) {
-#if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(x.bits));
-#else
-  return to_float(x);
-#endif
-}
+PYDIST_DEVICE float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 
 PYDIST_DEVICE void narrow(float x, float* out) { from_float(x, out); }
 PYDIST_DEVICE void narrow(float x, BFloat* out) { from_float(x, out); }
@@ -59,12 +60,17 @@ PYDIST_DEVICE void narrow(float x, BFloat* out) { from_float(x, out); }
 // cvt.rn.f16.f32 rounds to nearest even, keeps subnormals and overflows to infinity from 65520, as
 // from_float does; its NaN is 0x7FFF, so NaN is written by hand.
 PYDIST_DEVICE void narrow(float x, Half* out) {
-#if defined(__CUDA_ARCH__)
   const bool nan = (float_bits(x) & kAbsMask) > kInfBits;
   out->bits = nan ? uint16_t{0x7E00u} : __half_as_ushort(__float2half_rn(x));
-#else
-  from_float(x, out);
-#endif
+}
+
+// ------------------------------------------------------------ the step
+
+// A captured graph repeats its launches with the arguments they had, so a step that advances from
+// replay to replay must be read here.
+template <typename Args>
+PYDIST_DEVICE int64_t step_of(const Args& a) {
+  return a.step_at ? *a.step_at : static_cast<int64_t>(a.step);
 }
 
 // ------------------------------------------------------------ memory
@@ -73,11 +79,7 @@ PYDIST_DEVICE void narrow(float x, Half* out) {
 // instead of generic ones.
 template <typename T>
 PYDIST_DEVICE T* device_pointer(int64_t address) {
-#if defined(__CUDA_ARCH__)
   return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-#else
-  return reinterpret_cast<T*>(address);
-#endif
 }
 
 template <int kBytes>

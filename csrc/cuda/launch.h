@@ -39,6 +39,14 @@ void unpack_votes(const Rows& rows, DType dtype, const Unpack& args, void* strea
 void count_votes(const Rows& rows, const VoteArgs& args, void* stream);
 void majority_vote(const Rows& rows, const VoteArgs& args, void* stream);
 
+// Block formats; `word`, `words_before` and `words` count blocks.
+void quantize(const Rows& rows, DType dtype, const EncodeArgs& args, uint32_t* flags, void* stream);
+void quantize_feedback(const Rows& rows, DType dtype, DType residual, const EncodeArgs& args,
+                       uint32_t* flags, void* stream);
+void reduce_quantized(const Rows& rows, const DecodeArgs& from, const EncodeArgs& to,
+                      uint32_t* flags, void* stream);
+void dequantize(const Rows& rows, DType dtype, const DecodeArgs& args, void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -89,13 +89,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   constexpr int kVectorWidth = kVote == Vote::kStochastic ? kDrawsPerGroup : 16 / kWidest;
   constexpr int kScalarWidth = kVote == Vote::kStochastic ? kDrawsPerGroup : 1;
   const int lane = lane_id();
+  const uint32_t step = kVote == Vote::kStochastic ? static_cast<uint32_t>(step_of(a)) : 0u;
   bool finite = true;
   for_chunks<kElementTile>(rows, [&](const Row& row, int64_t start) {
     const int n = chunk_elements<kElementTile>(row, start);
     const int64_t begin = start * kWordBits;
     const Pieces at = {device_pointer<G>(row.x) + begin, device_pointer<M>(row.momentum) + begin,
                        device_pointer<M>(row.momentum_out) + begin};
-    const DrawKey key = {a.seed, a.key1, a.step, static_cast<uint32_t>(row.ordinal)};
+    const DrawKey key = {a.seed, a.key1, step, static_cast<uint32_t>(row.ordinal)};
     const int64_t first = row.first + begin;
     int word;
     uint32_t bits;

@@ -126,10 +126,11 @@ PYDIST_DEVICE void decide(const VoteArgs& a, const Words (&planes)[kPlanes], con
   Words sign, tied;
   compare_with_half(planes, a.ranks, &sign, &tied);
   if (a.ties == Ties::kHash && a.ranks % 2 == 0) {
-    const DrawKey key = {a.seed, kTieDomain, static_cast<uint32_t>(a.step >> 1),
+    const int64_t step = step_of(a);
+    const DrawKey key = {a.seed, kTieDomain, static_cast<uint32_t>(step >> 1),
                          static_cast<uint32_t>(row.ordinal)};
     const Philox4 ties = draw_bits(key, static_cast<uint64_t>(element));
-    const uint32_t parity = a.step & 1 ? 0xFFFFFFFFu : 0u;
+    const uint32_t parity = step & 1 ? 0xFFFFFFFFu : 0u;
 #pragma unroll
     for (int i = 0; i < kLaneWords; ++i) sign.v[i] |= tied.v[i] & (ties.v[i] ^ parity);
   } else if (a.ties == Ties::kPositive) {

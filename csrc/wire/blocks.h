@@ -32,6 +32,7 @@ struct EncodeArgs {
   int64_t code_bytes;
   uint32_t zero_bit;          // what zero encodes as; for signs
   uint32_t seed, key1, step;  // the place of the random draws
+  const int64_t* step_at;     // CUDA: where the step is in device memory; null: `step` it is
 };
 
 // Where they are read: those of rank r are r * stride bytes further on.

@@ -14,6 +14,7 @@ struct LionPackArgs {
   uint32_t zero_bit;          // what a direction of exactly zero encodes as
   float inv_range;            // 1 / r of the stochastic binarisation; 0 for plain signs
   uint32_t seed, key1, step;  // the place of the random draws
+  const int64_t* step_at;     // CUDA: where the step is in device memory; null: `step` it is
 };
 
 struct LionApplyArgs {

@@ -14,6 +14,7 @@ struct VoteArgs {
   Ties ties;
   uint32_t seed;
   int64_t step;
+  const int64_t* step_at;  // CUDA: where the step is in device memory; null: `step` it is
 };
 
 struct Unpack {

@@ -107,7 +107,7 @@ class VoteCoder:
         rows[:, wire.WORD] -= begin
         args = _C.VoteArgs(
             messages.data_ptr(), messages.stride(0), len(messages), out.data_ptr(), size,
-            checks.TIES[self.rule.ties], self.rule.seed, self.worker.step,
+            checks.TIES[self.rule.ties], self.rule.seed, self.worker.step, 0,
         )  # fmt: skip
         kernel = "count_votes" if self.rule.average else "majority_vote"
         kernels.launch(self.target(messages), kernel, rows, args)

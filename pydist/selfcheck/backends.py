@@ -136,10 +136,10 @@ class CuPyMemory:
 
     def target(self) -> Target:
         """Where kernels run."""
-        from pydist import arrays
+        from pydist import array_backends
 
         self._cupy.cuda.Device(self._index).use()
-        return arrays.cupy_target()
+        return array_backends.cupy_target()
 
 
 class Runner(Protocol):

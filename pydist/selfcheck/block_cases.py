@@ -130,14 +130,14 @@ def check_reduce(
 def some_values(rng: np.random.Generator, n: int, block: int, *, finite: bool = False) -> F32:
     """Blocks of many magnitudes: some of zeros, subnormals or numbers near the largest."""
     x = rng.standard_normal(n).astype(np.float32)
-    scale = rng.choice(np.float64([1, 1, 1e-3, 0, 1e-44, 1e-39, 2.0**-120, 1e30, 2.0**125]), n)
+    scale = rng.choice(np.array([1, 1, 1e-3, 0, 1e-44, 1e-39, 2.0**-120, 1e30, 2.0**125]), n)
     per_block = scale[np.arange(n) // block]
     with np.errstate(all="ignore"):
         x = np.clip(x.astype(np.float64) * per_block, -3.4e38, 3.4e38).astype(np.float32)
     x[rng.random(n) < 0.05] = 0.0
     x[rng.random(n) < 0.05] *= np.float32(-0.0)
     if n and not finite and rng.random() < 0.5:
-        x[rng.integers(n)] = rng.choice(np.float32([np.nan, np.inf, -np.inf]))
+        x[rng.integers(n)] = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32))
     return x
 
 
@@ -184,7 +184,9 @@ def some_payloads(
     codes = rng.integers(0, 256, (ranks, size), dtype=np.uint8)
     scales = np.abs(rng.standard_normal((ranks, count))).astype("<f4")
     scales[rng.random((ranks, count)) < 0.1] = 0
-    scales[rng.random((ranks, count)) < 0.05] = rng.choice(np.float32([np.nan, 1e-44, 3e38]))
+    scales[rng.random((ranks, count)) < 0.05] = rng.choice(
+        np.array([np.nan, 1e-44, 3e38], np.float32)
+    )
     return np.concatenate([codes, scales.view(np.uint8).reshape(ranks, 4 * count)], axis=1)
 
 

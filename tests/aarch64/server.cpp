@@ -123,7 +123,8 @@ LionPackArgs lion_pack_args(const int64_t* a) {
           rounded(a[5]),
           static_cast<uint32_t>(a[6]),
           static_cast<uint32_t>(a[7]),
-          static_cast<uint32_t>(a[8])};
+          static_cast<uint32_t>(a[8]),
+          at<const int64_t>(a[9])};
 }
 
 LionApplyArgs lion_apply_args(const int64_t* a) {
@@ -134,7 +135,7 @@ LionApplyArgs lion_apply_args(const int64_t* a) {
 VoteArgs vote_args(const int64_t* a) {
   return {at<const unsigned char>(a[0]), a[1], a[2],
           at<unsigned char>(a[3]),       a[4], static_cast<Ties>(a[5]),
-          static_cast<uint32_t>(a[6]),   a[7]};
+          static_cast<uint32_t>(a[6]),   a[7], at<const int64_t>(a[8])};
 }
 
 Unpack unpack_args(const int64_t* a) {
@@ -149,7 +150,7 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
                     at<uint32_t>(a[3]), threads);
   } else if (kernel == "lion_pack") {
     cpu::lion_pack(rows, n, DType(a[0]), DType(a[1]), at<unsigned char>(a[2]),
-                   lion_pack_args(a + 3), at<uint32_t>(a[12]), threads);
+                   lion_pack_args(a + 3), at<uint32_t>(a[13]), threads);
   } else if (kernel == "lion_apply") {
     cpu::lion_apply(rows, n, DType(a[0]), at<unsigned char>(a[1]), lion_apply_args(a + 2), threads);
   } else if (kernel == "unpack_votes") {

@@ -16,12 +16,17 @@ import torch
 
 # A sample lasts at least this long: several calls where one is shorter.
 SAMPLE_SECONDS = 2e-2
+HOST_CALLS = 200  # enqueued without waiting: fewer than a stream's queue of launches holds
 _COLD_CACHES = 2.0
 _MEMORY_SHARE = 8
 _WARMUP = 2
-
+_MOST_CALLS = 1000
+# The device spins this long (1.5 ms or so) before a sample, while the host enqueues the graph.
+_HEAD_START_CYCLES = 3_000_000
 
 Buffers = SimpleNamespace  # tensors by name
+Sample = Callable[[], float]
+"""Takes one sample: seconds a call."""
 
 
 def copy_of(buffers: Buffers) -> Buffers:
@@ -67,52 +72,109 @@ class Task:
     ring: Ring
     bytes: float
 
+    def call(self) -> None:
+        """Does it once."""
+        self.run(self.ring.next())
 
-class Clock:
-    """Times calls on one device.
+    def hot(self) -> Task:
+        """The same on one set of buffers alone, which stays in a cache that is large enough."""
+        return Task(self.run, Ring(self.ring.sets[:1]), self.bytes)
+
+
+class CpuClock:
+    """Times calls on the CPU.
 
     Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
-        now: Seconds on the CPU: of the wall, or those that the calling thread had a core.
+        now: Seconds: of the wall, or those that the calling thread had a core.
     """
 
-    def __init__(self, device: str, kind: str = "wall") -> None:
-        self.device = device
+    def __init__(self, kind: str = "wall") -> None:
         self.now = time.thread_time if kind == "cpu" else time.perf_counter
-
-    def wait(self) -> None:
-        """Returns when the device has done everything asked of it."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def seconds(self, task: Task, calls: int) -> float:
         """Seconds of one call: the mean of ``calls`` that follow each other."""
-        if self.device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(calls):
-                task.run(task.ring.next())
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / calls
         start = self.now()
         for _ in range(calls):
-            task.run(task.ring.next())
+            task.call()
         return (self.now() - start) / calls
 
-    def calls_for(self, task: Task) -> int:
-        """Warms up and finds how many calls make a sample."""
+    def called(self, task: Task) -> Sample:
+        """Warms up; what it returns times calls as a program makes them."""
         for _ in range(_WARMUP):
-            task.run(task.ring.next())
-        self.wait()
-        return max(1, math.ceil(SAMPLE_SECONDS / max(1e-9, self.seconds(task, 1))))
+            task.call()
+        calls = _calls(self.seconds(task, 1))
+        return lambda: self.seconds(task, calls)
+
+    computed = called
+    """On the CPU there is nothing but the call."""
+
+
+class CudaClock:
+    """Times calls on the current CUDA device with events."""
+
+    def called(self, task: Task) -> Sample:
+        """Warms up; what it returns times calls as a program makes them.
+
+        Where the device is done sooner than the host can ask for more, this is the host's time.
+        """
+        for _ in range(_WARMUP):
+            task.call()
+        torch.cuda.synchronize()
+        calls = _calls(self._between(lambda: _repeat(task, 3)) / 3)
+        return lambda: self._between(lambda: _repeat(task, calls)) / calls
+
+    def computed(self, task: Task) -> Sample:
+        """What it returns times the device alone: a captured graph of many calls, replayed.
+
+        One replay goes through all sets of buffers at least once, so that they are cold.
+        """
+        for _ in range(_WARMUP):
+            task.call()
+        torch.cuda.synchronize()
+        once = self._between(lambda: _repeat(task, 3)) / 3
+        calls = max(min(len(task.ring.sets), _MOST_CALLS), _calls(once))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _repeat(task, calls)
+        graph.replay()
+        torch.cuda.synchronize()
+        return lambda: self._between(graph.replay, head_start=True) / calls
+
+    def host_seconds(self, task: Task) -> float:
+        """Seconds until a call returns to a program that does not wait for the device."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _repeat(task, HOST_CALLS)
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return taken / HOST_CALLS
+
+    @staticmethod
+    def _between(work: Callable[[], object], *, head_start: bool = False) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if head_start:
+            torch.cuda._sleep(_HEAD_START_CYCLES)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def _repeat(task: Task, calls: int) -> None:
+    for _ in range(calls):
+        task.call()
+
+
+def _calls(seconds: float) -> int:
+    return min(_MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(1e-9, seconds))))
 
 
 def cold_bytes(device: str) -> int:
     """Bytes that buffers of one task must have together to be cold: twice the largest cache."""
     if device == "cuda":
-        cache = int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
-        return int(_COLD_CACHES * cache)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return int(_COLD_CACHES * properties.L2_cache_size)
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     cache = max((_size(path.read_text()) for path in sizes), default=32 << 20)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -133,7 +195,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": low, "upper_quartile": high}
 
 
-def compare(task: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+def ratio(task: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
     """Bandwidth of one series of samples over that of another, taken in the same repeats.
 
     Args:

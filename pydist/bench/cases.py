@@ -1,39 +1,24 @@
-"""What ``kernels.py`` times: every kernel, the bytes it must move, and what people use today.
+"""What is timed: every kernel, the bytes it must move, and its rivals.
 
-A case makes a set of buffers; its kernel and its rivals run on that set. A rival that answers with
-a tensor must give the kernel's own answer, which ``kernels.py`` checks before it times anything.
+A case makes a set of buffers; its kernel and its rivals run on that set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from timing import Buffers
 from torch import Tensor
 
 from pydist import ops
+from pydist.bench import rivals
+from pydist.bench.rivals import APPLY, LION, Rival
+from pydist.bench.timing import Buffers
 
 RANKS = 8
-LION = {"beta1": 0.9, "beta2": 0.99}
-APPLY = {"lr": 1e-4, "weight_decay": 0.1}
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
-
-
-@dataclass(frozen=True)
-class Rival:
-    """Another way to the same end.
-
-    Attributes:
-        name: For the table.
-        run: Does it once; a tensor that it returns must equal the kernel's.
-        threaded: Whether torch's number of threads changes anything.
-    """
-
-    name: str
-    run: Callable[[Buffers], Tensor | None]
-    threaded: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +29,7 @@ class Case:
         kernel: Its name in ``pydist.ops``.
         variant: What distinguishes cases of one kernel.
         dtype: dtype of the gradient, parameter or result; ``"bits"`` where there is none.
+        numel: Elements.
         bytes: Least bytes a call must move (time is at least bytes over bandwidth).
         make: A fresh set of buffers.
         run: The kernel, on such a set.
@@ -53,6 +39,7 @@ class Case:
     kernel: str
     variant: str
     dtype: str
+    numel: int
     bytes: float
     make: Callable[[], Buffers]
     run: Callable[[Buffers], Tensor | None]
@@ -72,11 +59,13 @@ class Maker:
         numel: Elements, a multiple of 32.
         device: ``"cpu"`` or ``"cuda"``.
         dtypes: Names of the dtypes to cover.
+        compiled: Whether torch.compile is a rival.
     """
 
     numel: int
     device: str
     dtypes: tuple[str, ...]
+    compiled: bool = False
 
     def cases(self) -> Iterator[Case]:
         """All cases, kernel by kernel."""
@@ -107,144 +96,115 @@ class Maker:
         """Memory for a result, uint8 [planes, bytes], written once so that its pages are there."""
         return torch.zeros(planes, self.numel // 8, dtype=torch.uint8, device=self.device)
 
-
-# ---------------------------------------------------------------- plain torch and NumPy
-
-
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def torch_pack(votes: Tensor) -> Tensor:
-    """Bits of a bool tensor, eight a byte, the first in the lowest bit."""
-    bits = votes.view(-1, 8).to(torch.uint8)
-    return (bits << _shifts(votes.device)).sum(-1, dtype=torch.uint8)
-
-
-def torch_bits(payloads: Tensor) -> Tensor:
-    """0 or 1 an element, uint8 [..., 8 * bytes]."""
-    return ((payloads.unsqueeze(-1) >> _shifts(payloads.device)) & 1).flatten(-2)
+    def with_compiled(
+        self,
+        others: list[Rival],
+        function: Callable[..., Tensor | None],
+        arguments: Callable[[Buffers], tuple[Tensor, ...]],
+        what: str = "",
+    ) -> list[Rival]:
+        """The rivals, and a function under torch.compile where it is asked for."""
+        if not self.compiled:
+            return others
+        lazy = _Compiled(function)
+        name = f"torch.compile{what}"
+        return [*others, Rival(name, lambda s: lazy.function(*arguments(s)))]
 
 
-def torch_majority(payloads: Tensor) -> Tensor:
-    """Unpack all, add, compare, pack; ties are +1."""
-    counts = torch_bits(payloads).sum(0, dtype=torch.uint8)
-    return torch_pack(2 * counts >= len(payloads)).unsqueeze(0)
+class _Compiled:
+    """Compiles at the first call."""
 
+    def __init__(self, function: Callable[..., Tensor | None]) -> None:
+        self._plain = function
 
-def torch_lion_vote(grad: Tensor, momentum: Tensor) -> None:
-    """Direction, sign and new momentum; the sign stays a float an element."""
-    momentum.lerp(grad.to(momentum.dtype), 1 - LION["beta1"]).sign_()
-    momentum.lerp_(grad.to(momentum.dtype), 1 - LION["beta2"])
-
-
-def torch_lion_apply(param: Tensor, vote: Tensor) -> None:
-    """Decay and update from a vote that is a float an element already."""
-    param.mul_(1 - APPLY["lr"] * APPLY["weight_decay"]).add_(vote, alpha=-APPLY["lr"])
-
-
-def numpy_pack(x: Tensor) -> Tensor:
-    """numpy.packbits on a CPU tensor."""
-    import numpy as np
-
-    return torch.from_numpy(np.packbits(x.numpy() >= 0, bitorder="little"))
-
-
-def numpy_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """numpy.unpackbits, made ±1."""
-    import numpy as np
-
-    values = np.unpackbits(payload.numpy(), bitorder="little").astype(str(dtype)[6:])
-    values *= 2
-    values -= 1
-    return torch.from_numpy(values)
-
-
-def _numpy_has(maker: Maker, name: str) -> bool:
-    return maker.device == "cpu" and name != "bfloat16"
+    @cached_property
+    def function(self) -> Callable[..., Tensor | None]:
+        return rivals.compiled(self._plain)
 
 
 # ---------------------------------------------------------------- the kernels
 
 
 def pack_case(maker: Maker, name: str) -> Case:
-    """pack_signs beside numpy.packbits and the torch expression."""
+    """pack_signs."""
     dtype = getattr(torch, name)
-    rivals = [
-        Rival("pydist, new memory", lambda s: ops.pack_signs(s.x)),
-        Rival("torch expression", lambda s: torch_pack(s.x >= 0)),
-    ]
-    if _numpy_has(maker, name):
-        rivals.insert(1, Rival("numpy.packbits(x >= 0)", lambda s: numpy_pack(s.x), False))
+    others = rivals.packers(maker.device, name)
+    if maker.device == "cpu":
+        others.insert(0, Rival("pydist, new memory", lambda s: ops.pack_signs(s.x)))
     return Case(
-        "pack_signs", "", name, maker.numel * (dtype.itemsize + 1 / 8),
+        "pack_signs", "", name, maker.numel, maker.numel * (dtype.itemsize + 1 / 8),
         make=lambda: Buffers(x=maker.normal(dtype), out=maker.room(1)[0]),
         run=lambda s: ops.pack_signs(s.x, out=s.out),
-        rivals=rivals,
+        rivals=maker.with_compiled(others, lambda x: rivals.torch_pack(x >= 0), lambda s: (s.x,)),
     )  # fmt: skip
 
 
 def unpack_case(maker: Maker, name: str) -> Case:
-    """unpack_signs beside numpy.unpackbits and the torch expression."""
-    dtype = getattr(torch, name)
+    """unpack_signs."""
+    dtype, numel = getattr(torch, name), maker.numel
+    others = rivals.unpackers(maker.device, name)
+    if maker.device == "cpu":
+        run = ops.unpack_signs
+        others.insert(0, Rival("pydist, new memory", lambda s: run(s.payload, numel, dtype=dtype)))
 
     def make() -> Buffers:
-        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        out = torch.zeros(numel, dtype=dtype, device=maker.device)
         return Buffers(payload=maker.payloads(1)[0], out=out)
 
-    def run(s: Buffers) -> Tensor:
-        return ops.unpack_signs(s.payload, maker.numel, out=s.out)
-
-    rivals = [
-        Rival(
-            "pydist, new memory", lambda s: ops.unpack_signs(s.payload, maker.numel, dtype=dtype)
+    return Case(
+        "unpack_signs", "", name, numel, numel * (dtype.itemsize + 1 / 8),
+        make=make,
+        run=lambda s: ops.unpack_signs(s.payload, numel, out=s.out),
+        rivals=maker.with_compiled(
+            others, lambda payload: rivals.torch_unpack(payload, dtype), lambda s: (s.payload,)
         ),
-        Rival("torch expression", lambda s: torch_bits(s.payload).to(dtype).mul_(2).sub_(1)),
-    ]
-    if _numpy_has(maker, name):
-        rivals.append(Rival("numpy.unpackbits", lambda s: numpy_unpack(s.payload, dtype), False))
-    return Case("unpack_signs", "", name, maker.numel * (dtype.itemsize + 1 / 8), make, run, rivals)
+    )  # fmt: skip
+
+
+def _total(payloads: Tensor) -> None:
+    rivals.torch_count(payloads)
 
 
 def count_case(maker: Maker) -> Case:
     """count_votes of eight ranks beside a sum of unpacked bits (which stays a byte an element)."""
-
-    def total(s: Buffers) -> None:
-        torch_bits(s.payloads).sum(0, dtype=torch.uint8)
-
     planes = RANKS.bit_length()
     return Case(
-        "count_votes", f"{RANKS} payloads", BITS, maker.numel * (RANKS + planes) / 8,
+        "count_votes", f"{RANKS} payloads", BITS, maker.numel,
+        maker.numel * (RANKS + planes) / 8,
         make=lambda: Buffers(payloads=maker.payloads(RANKS), out=maker.room(planes)),
         run=lambda s: ops.count_votes(s.payloads, out=s.out),
-        rivals=[Rival("torch sum of bits, unpacked", total)],
+        rivals=[Rival("torch sum of bits, unpacked", lambda s: _total(s.payloads))],
     )  # fmt: skip
 
 
 def majority_case(maker: Maker, ties: str) -> Case:
     """majority_vote of eight ranks; torch's way knows one rule for ties."""
-    rivals = [Rival("torch expression", lambda s: torch_majority(s.payloads))]
+    others = [Rival("torch expression", lambda s: rivals.torch_majority(s.payloads))]
+    others = maker.with_compiled(others, rivals.torch_majority, lambda s: (s.payloads,))
     planes = 2 if ties == "zero" else 1
     return Case(
-        "majority_vote", f"{RANKS} payloads, ties {ties}", BITS,
+        "majority_vote", f"{RANKS} payloads, ties {ties}", BITS, maker.numel,
         maker.numel * (RANKS + planes) / 8,
         make=lambda: Buffers(payloads=maker.payloads(RANKS), out=maker.room(planes)),
         run=lambda s: ops.majority_vote(s.payloads, ties=ties, out=s.out),
-        rivals=rivals if ties == "positive" else [],
+        rivals=others if ties == "positive" else [],
     )  # fmt: skip
 
 
 def lion_pack_case(maker: Maker, name: str, momentum: str) -> Case:
-    """lion_pack_ beside torch, which leaves a float a sign."""
+    """lion_pack_ beside torch, which leaves a float a sign, or packs it too when compiled."""
     dtype, kept = getattr(torch, name), getattr(torch, momentum)
+    others = [Rival("torch, not packed", lambda s: rivals.torch_lion_vote(s.grad, s.momentum))]
     return Case(
-        "lion_pack_", f"{momentum} momentum", name,
+        "lion_pack_", f"{momentum} momentum", name, maker.numel,
         maker.numel * (dtype.itemsize + 2 * kept.itemsize + 1 / 8),
         make=lambda: Buffers(
             grad=maker.normal(dtype), momentum=maker.normal(kept), out=maker.room(1)[0]
         ),
         run=lambda s: ops.lion_pack_(s.grad, s.momentum, out=s.out, **LION),
-        rivals=[Rival("torch, not packed", lambda s: torch_lion_vote(s.grad, s.momentum))],
+        rivals=maker.with_compiled(
+            others, rivals.torch_lion_pack, lambda s: (s.grad, s.momentum, s.out), ", packed"
+        ),
     )  # fmt: skip
 
 
@@ -258,11 +218,16 @@ def lion_apply_case(maker: Maker, name: str, ranks: int | None) -> Case:
             planes = ops.count_votes(planes)
         return Buffers(param=maker.normal(dtype), planes=planes, vote=maker.normal(dtype).sign_())
 
+    others = [Rival("torch, votes unpacked", lambda s: rivals.torch_lion_apply(s.param, s.vote))]
+    if not ranks:
+        others = maker.with_compiled(
+            others, rivals.torch_unpack_apply, lambda s: (s.param, s.planes[0]), ", packed votes"
+        )
     planes = ranks.bit_length() if ranks else 1
     return Case(
-        "lion_apply_", f"counts of {ranks} ranks" if ranks else "sign plane", name,
+        "lion_apply_", f"counts of {ranks} ranks" if ranks else "sign plane", name, maker.numel,
         maker.numel * (2 * dtype.itemsize + planes / 8),
         make=make,
         run=lambda s: ops.lion_apply_(s.param, s.planes, ranks=ranks, **APPLY),
-        rivals=[Rival("torch, votes unpacked", lambda s: torch_lion_apply(s.param, s.vote))],
+        rivals=others,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach, held against the rows that ``kernels.py`` measured."""
+"""What the kernels are meant to reach, held against the rows that were measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydist.bench.options import shown
+
 Row = dict[str, Any]
 
 SCALING = 1.7
+CPU_SIZE = 32 << 20
+CUDA_SIZE = 64 << 20
 CUDA_OF_COPY = 0.9
+CUDA_LAUNCH_SECONDS = 5e-6
+# A size is bound by its launch where copying as many bytes would take less than this.
+LAUNCH_BOUND_SECONDS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,29 @@ GOALS = (
 
 def verdicts(rows: Sequence[Row], device: str) -> list[Row]:
     """Each goal that the rows can decide: its text, what was measured, and whether it is met."""
-    if device == "cuda":
-        return [_share(row, "of_copy", CUDA_OF_COPY) for row in rows]
-    return list(_cpu(rows))
+    return list(_cuda(rows) if device == "cuda" else _cpu(rows))
+
+
+def _cuda(rows: Sequence[Row]) -> Iterator[Row]:
+    for row in rows:
+        if row["numel"] >= CUDA_SIZE:
+            yield _share(row, "of_copy", CUDA_OF_COPY)
+        elif launch_bound(row):
+            taken = row["seconds"]["median"]
+            yield {
+                "goal": f"{title(row)}: under {1e6 * CUDA_LAUNCH_SECONDS:g} µs",
+                "measured": f"{1e6 * taken:.2f} µs",
+                "ratio": taken,
+                "least": CUDA_LAUNCH_SECONDS,
+                "met": "yes" if taken < CUDA_LAUNCH_SECONDS else "no",
+            }
+
+
+def launch_bound(row: Row) -> bool:
+    """Whether the launch, and not memory, decides how long the kernel takes."""
+    copied = row["copy"]
+    per_byte: float = statistics.median(copied["samples"]) / copied["bytes"]
+    return bool(row["bytes"] * per_byte < LAUNCH_BOUND_SECONDS)
 
 
 def _cpu(rows: Sequence[Row]) -> Iterator[Row]:
@@ -50,7 +77,8 @@ def _cpu(rows: Sequence[Row]) -> Iterator[Row]:
         found = {
             row["threads"]: row
             for row in rows
-            if (row["kernel"], row["variant"]) == (goal.kernel, goal.variant)
+            if (row["kernel"], row["variant"], row["numel"])
+            == (goal.kernel, goal.variant, CPU_SIZE)
             and row["dtype"] in ("float32", "bits")
         }
         if 1 in found:
@@ -59,15 +87,17 @@ def _cpu(rows: Sequence[Row]) -> Iterator[Row]:
             yield _scaling(found[1], found[2])
 
 
-def _title(row: Row) -> str:
+def title(row: Row) -> str:
+    """What a row measured, in words."""
     variant = f" ({row['variant']})" if row["variant"] else ""
-    return f"{row['kernel']}{variant} {row['dtype']}, {row['threads']} thread(s)"
+    threads = f", {row['threads']} thread(s)" if row["threads"] else ""
+    return f"{row['kernel']}{variant} {row['dtype']}, {shown(row['numel'])}{threads}"
 
 
 def _share(row: Row, of: str, least: float) -> Row:
     ratio = row[of]["median"]
     return {
-        "goal": f"{_title(row)}: {least:g} of {of[3:]}",
+        "goal": f"{title(row)}: {least:g} of {of[3:]}",
         "measured": f"{ratio:.2f} ({row[of]['of_medians']:.2f})",
         "ratio": ratio,
         "least": least,

@@ -1,0 +1,85 @@
+"""Every CUDA kernel × dtype at odd lengths, against the reference; exits 1 on a difference.
+
+Short, and with few kernels of anybody else's, because it is made to run under compute-sanitizer.
+``--cpu`` does the same with the CPU's kernels, which shows that this file works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+
+# Each array gets an allocation of its own, so that the sanitizer sees where it ends.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+from pydist import _C, environment, selfcheck, wire
+from pydist.kernels import LionOptions
+from pydist.selfcheck import HostMemory, KernelRunner, backends, cases
+
+LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
+STORAGES = ("float32", "float16", "bfloat16")
+
+
+def runner() -> KernelRunner | None:
+    """Arrays of CuPy, which starts quickly, or else of torch."""
+    if not environment.cuda_devices():
+        return None
+    if environment.has_cupy():
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+        return KernelRunner(backends.CuPyMemory(0))
+    if environment.torch_sees_cuda():
+        return KernelRunner(backends.TorchMemory(0))
+    return None
+
+
+def launch_all(run: KernelRunner) -> int:
+    """Raises DifferenceError where a kernel and the reference differ; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for n in LENGTHS:
+        table = wire.segments([n // 3, n - n // 3], ordinals=[3, 1])
+        for ranks in (2, 8, 300):
+            payloads = cases.some_payloads(rng, ranks, n)
+            selfcheck.check_count_votes(run, payloads)
+            for ties in cases.TIES:
+                selfcheck.check_majority_vote(run, payloads, ties=ties, seed=1, step=3, n=n)
+            calls += 4
+        for storage in STORAGES:
+            x = cases.some_bits(rng, n, storage)
+            selfcheck.check_pack_signs(run, x)
+            selfcheck.check_pack_signs(run, x, segments=table)
+            for ranks in (None, 8, 300):
+                planes = cases.some_payloads(rng, wire.planes_for(ranks) if ranks else 2, n)
+                selfcheck.check_unpack_votes(run, planes, n, ranks=ranks, storage=storage)
+                selfcheck.check_lion_apply(run, x, planes, lr=0.1, weight_decay=0.1, ranks=ranks)
+            calls += 8
+            for momentum in ("float32", "bfloat16"):
+                kept = cases.some_bits(rng, n, momentum)
+                for spread in (None, 1.0):
+                    options = LionOptions(0.9, 0.99, binarization_range=spread, seed=3, step=4)
+                    selfcheck.check_lion_pack(run, x, kept, options)
+                    calls += 1
+    return calls
+
+
+def main() -> int:
+    """Returns the exit status."""
+    run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
+    if run is None:
+        print("gpu_pass: no CUDA device, or neither CuPy nor torch with CUDA", file=sys.stderr)
+        return 2
+    try:
+        calls = launch_all(run)
+    except selfcheck.DifferenceError as error:
+        print(f"gpu_pass: {error}", file=sys.stderr)
+        return 1
+    print(f"{run.name}: {calls} calls of kernels, all equal to the reference")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The arguments of ``pydist bench kernels``; imports nothing heavy, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+
+KERNELS = (
+    "pack_signs",
+    "unpack_signs",
+    "count_votes",
+    "majority_vote",
+    "lion_pack_",
+    "lion_apply_",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = {
+    "cpu": ("64Ki", "1Mi", "32Mi"),
+    "cuda": ("64Ki", "256Ki", "1Mi", "4Mi", "16Mi", "64Mi", "256Mi"),
+}
+_UNITS = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
+
+
+def size(text: str) -> int:
+    """Elements from text such as ``64Ki``, ``32Mi`` or ``1048576``; an argparse type."""
+    number = text.rstrip("KMGi")
+    unit = text[len(number) :]
+    if not number.isdecimal() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"must be like 64Ki, 32Mi or 1048576, got {text!r}")
+    elements = int(number) << _UNITS[unit]
+    if elements <= 0 or elements % 32:
+        raise argparse.ArgumentTypeError(f"must be a positive multiple of 32, got {text}")
+    return elements
+
+
+def shown(elements: int) -> str:
+    """The inverse of :func:`size`, as short as it gets."""
+    for unit, shift in reversed(_UNITS.items()):
+        if elements % (1 << shift) == 0:
+            return f"{elements >> shift}{unit}"
+    raise AssertionError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the benchmark can be told."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--sizes",
+        type=size,
+        nargs="+",
+        metavar="N",
+        help="elements, such as 64Ki 32Mi; default on the CPU "
+        f"{' '.join(SIZES['cpu'])}, on CUDA {' '.join(SIZES['cuda'])}",
+    )
+    add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--threads", type=int, nargs="+", metavar="N", help="on the CPU; default 1 2")
+    add("--isa", help="instruction set of the CPU kernels; default the best")
+    add("--repeats", type=int, default=20, help="samples of each row; default 20")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further row after this long, and say which were left out",
+    )
+    add("--no-rivals", action="store_true", help="the kernels alone")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="put torch.compile beside the kernels at the largest size; default on CUDA only, "
+        "since it costs some seconds a row",
+    )
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: time that the thread had a core, where others use the machine; one thread only",
+    )
+    add("--json", metavar="FILE", help="write all figures here")
+    add("--table", metavar="FILE", help="write the table here, as text")
+    add("--plot", metavar="FILE", help="draw GB/s against bytes here (.png, .svg, .pdf)")
+    add("--compare", metavar="FILE", help="JSON of an earlier run: print what changed")

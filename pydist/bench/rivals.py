@@ -1,0 +1,203 @@
+"""What people use today, beside the kernels: torch, NumPy, CuPy, bitsandbytes, DeepSpeed.
+
+A rival that answers with a tensor must give the kernel's own answer, which is checked before
+anything is timed. One that returns nothing is spared part of the work, or does another; its name
+says which.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pydist.bench.timing import Buffers
+
+LION: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99}
+APPLY: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
+_BLOCK = 2048  # elements that share a scale, in quantizers
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another way to the same end.
+
+    Attributes:
+        name: For the table.
+        run: Does it once; a tensor that it returns must equal the kernel's.
+        threaded: Whether torch's number of threads changes anything.
+    """
+
+    name: str
+    run: Callable[[Buffers], Tensor | None]
+    threaded: bool = True
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+# ---------------------------------------------------------------- torch
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def torch_pack(votes: Tensor) -> Tensor:
+    """Bits of a bool tensor, eight a byte, the first in the lowest bit."""
+    bits = votes.view(-1, 8).to(torch.uint8)
+    return (bits << _shifts(votes.device)).sum(-1, dtype=torch.uint8)
+
+
+def torch_bits(payloads: Tensor) -> Tensor:
+    """0 or 1 an element, uint8 [..., 8 * bytes]."""
+    return ((payloads.unsqueeze(-1) >> _shifts(payloads.device)) & 1).flatten(-2)
+
+
+def torch_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """±1 an element."""
+    return torch_bits(payload).to(dtype).mul_(2).sub_(1)
+
+
+def torch_count(payloads: Tensor) -> Tensor:
+    """Counts, a byte an element."""
+    return torch_bits(payloads).sum(0, dtype=torch.uint8)
+
+
+def torch_majority(payloads: Tensor) -> Tensor:
+    """Unpack all, add, compare, pack; ties are +1."""
+    return torch_pack(2 * torch_count(payloads) >= len(payloads)).unsqueeze(0)
+
+
+def torch_lion_vote(grad: Tensor, momentum: Tensor) -> None:
+    """Direction, sign and new momentum; the sign stays a float an element."""
+    momentum.lerp(grad.to(momentum.dtype), 1 - LION["beta1"]).sign_()
+    momentum.lerp_(grad.to(momentum.dtype), 1 - LION["beta2"])
+
+
+def torch_lion_apply(param: Tensor, vote: Tensor) -> None:
+    """Decay and update from a vote that is a float an element already."""
+    param.mul_(1 - APPLY["lr"] * APPLY["weight_decay"]).add_(vote, alpha=-APPLY["lr"])
+
+
+# Compiled, the sign that nobody reads would be left out: these pack it, as the kernel does.
+
+
+def torch_lion_pack(grad: Tensor, momentum: Tensor, out: Tensor) -> None:
+    """Vote, packed, and new momentum; lerp rounds otherwise than the kernel."""
+    grad = grad.to(momentum.dtype)
+    out.copy_(torch_pack(momentum.lerp(grad, 1 - LION["beta1"]) >= 0))
+    momentum.lerp_(grad, 1 - LION["beta2"])
+
+
+def torch_unpack_apply(param: Tensor, payload: Tensor) -> None:
+    """Decay and update from a packed vote."""
+    vote = torch_unpack(payload, param.dtype).view_as(param)
+    param.mul_(1 - APPLY["lr"] * APPLY["weight_decay"]).add_(vote, alpha=-APPLY["lr"])
+
+
+# ---------------------------------------------------------------- NumPy and CuPy
+
+
+def numpy_pack(x: Tensor) -> Tensor:
+    """numpy.packbits on a CPU tensor."""
+    import numpy as np
+
+    return torch.from_numpy(np.packbits(x.numpy() >= 0, bitorder="little"))
+
+
+def numpy_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """numpy.unpackbits, made ±1."""
+    import numpy as np
+
+    values: Any = np.unpackbits(payload.numpy(), bitorder="little").astype(str(dtype)[6:])
+    values *= 2
+    values -= 1
+    return torch.from_numpy(values)
+
+
+def cupy_pack(x: Tensor) -> Tensor:
+    """cupy.packbits on a CUDA tensor."""
+    cupy = importlib.import_module("cupy")
+    packed = cupy.packbits(cupy.from_dlpack(x) >= 0, bitorder="little")
+    answer: Tensor = from_dlpack(packed)
+    return answer
+
+
+def cupy_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """cupy.unpackbits, made ±1."""
+    cupy = importlib.import_module("cupy")
+    values = cupy.unpackbits(cupy.from_dlpack(payload), bitorder="little").astype(str(dtype)[6:])
+    values *= 2
+    values -= 1
+    answer: Tensor = from_dlpack(values)
+    return answer
+
+
+# ---------------------------------------------------------------- quantizers
+
+
+def bitsandbytes_quantize(x: Tensor) -> None:
+    """Four bits an element and a scale a block."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    functional.quantize_4bit(x, blocksize=_BLOCK, quant_type="nf4")
+
+
+def deepspeed_quantize(x: Tensor) -> None:
+    """Four bits an element and a scale a block; its extension is compiled at the first call."""
+    builders = importlib.import_module("deepspeed.ops.op_builder")
+    module = builders.QuantizerBuilder().load()
+    module.quantize(x, max(1, x.numel() // _BLOCK), 4, module.Symmetric)
+
+
+# ---------------------------------------------------------------- which of them are here
+
+
+def _array_library(device: str, name: str) -> str | None:
+    if name == "bfloat16":
+        return None  # neither knows it
+    if device == "cpu":
+        return "numpy"
+    return "cupy" if installed("cupy") else None
+
+
+def packers(device: str, name: str) -> list[Rival]:
+    """Beside pack_signs."""
+    found = [Rival("torch expression", lambda s: torch_pack(s.x >= 0))]
+    library = _array_library(device, name)
+    if library == "numpy":
+        found.append(Rival("numpy.packbits(x >= 0)", lambda s: numpy_pack(s.x), False))
+    if library == "cupy":
+        found.append(Rival("cupy.packbits(x >= 0)", lambda s: cupy_pack(s.x)))
+    if device == "cuda" and installed("bitsandbytes"):
+        found.append(Rival("bitsandbytes, 4 bits", lambda s: bitsandbytes_quantize(s.x)))
+    if device == "cuda" and name == "float16" and installed("deepspeed"):
+        found.append(Rival("DeepSpeed, 4 bits", lambda s: deepspeed_quantize(s.x)))
+    return found
+
+
+def unpackers(device: str, name: str) -> list[Rival]:
+    """Beside unpack_signs."""
+    dtype = getattr(torch, name)
+    found = [Rival("torch expression", lambda s: torch_unpack(s.payload, dtype))]
+    library = _array_library(device, name)
+    if library == "numpy":
+        run = numpy_unpack
+        found.append(Rival("numpy.unpackbits", lambda s: run(s.payload, dtype), False))
+    if library == "cupy":
+        found.append(Rival("cupy.unpackbits", lambda s: cupy_unpack(s.payload, dtype)))
+    return found
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under torch.compile, for one size."""
+    result: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
+    return result

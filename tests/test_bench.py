@@ -1,0 +1,244 @@
+"""The kernel benchmark runs and says what it found; how fast that was is no test's business."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from test_layers import run_python
+
+from pydist import cli
+from pydist.bench import goals, measure, options, show, timing
+from pydist.bench.cases import Maker
+
+SMALL = ["bench", "kernels", "--sizes", "64", "1Ki", "--repeats", "2", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_kernel_is_timed_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-5)
+    files = {name: str(tmp_path / "new" / f"out.{name}") for name in ("json", "txt", "png")}
+    out = ["--json", files["json"], "--table", files["txt"], "--plot", files["png"]]
+    assert cli.main([*SMALL, *out]) == 0
+    record = json.loads(Path(files["json"]).read_text())
+    assert record["command"].startswith("pydist bench kernels --sizes 64")
+    rows = record["results"]
+    assert {row["kernel"] for row in rows} == set(options.KERNELS)
+    assert {row["numel"] for row in rows} == {64, 1024}
+    assert {row["dtype"] for row in rows} == {*options.DTYPES, "bits"}
+    for row in rows:
+        assert row["gigabytes_per_second"] > 0 and row["of_copy"]["median"] > 0
+        assert len(row["samples"]) == 2 and not row["rivals_failed"], row["rivals_failed"]
+    assert "pack_signs" in Path(files["txt"]).read_text()
+    assert Path(files["png"]).read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    few = [*SMALL, "--kernels", "pack_signs", "--dtype", "float32", "--no-rivals"]
+    assert cli.main([*few, "--compare", files["json"]]) == 0
+    assert "time then / now" in capsys.readouterr().out
+
+
+WRONG = {
+    "sizes": (["--sizes", "33"], "multiple of 32, got 33"),
+    "unit": (["--sizes", "1Xi"], "must be like 64Ki.*1Xi"),
+    "repeats": (["--repeats", "0"], "--repeats.*at least 1"),
+    "clock": (["--clock", "cpu", "--threads", "2"], "--threads 1"),
+    "isa": (["--isa", "mmx"], "mmx"),
+    "compare": (["--compare", "/nowhere/old.json"], "/nowhere/old.json"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_usage(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = WRONG[what]
+    try:
+        status = cli.main(["bench", "kernels", *arguments])
+    except SystemExit as ended:
+        status = ended.code  # type: ignore[assignment]
+    assert status == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_budget_leaves_rows_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SMALL, "--budget", "0", "--no-rivals"]) == 0
+    assert "not measured: pack_signs" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a device")
+    assert cli.main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["torch", "rich"])
+def test_what_is_not_installed_is_named(missing: str) -> None:
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from pydist.cli import main
+sys.exit(main(["bench", "kernels"]))
+"""
+    done = run_python(code)
+    assert done.returncode == 2, done.stderr
+    assert f"{missing} is not installed: pip install 'pydist[torch,bench]'" in done.stderr
+
+
+def test_the_script_is_the_same_command() -> None:
+    script = Path(__file__).parent.parent / "bench" / "kernels.py"
+    if not script.exists():
+        pytest.skip("not a source tree")
+    path = str(script.parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"],
+        capture_output=True, text=True, timeout=60, env={"PYTHONPATH": path},
+    )  # fmt: skip
+    assert "--sizes" in done.stdout, done.stderr
+
+
+# --------------------------------------------------------------------------- sizes, rings, ratios
+
+
+def test_sizes() -> None:
+    for text, elements in (("64Ki", 2**16), ("32Mi", 2**25), ("1Gi", 2**30), ("96", 96)):
+        assert options.size(text) == elements and options.shown(elements) == text
+    assert options.size("1048576") == 2**20
+
+
+def test_buffers_are_cold_when_their_turn_comes() -> None:
+    ring = timing.Ring.filled(timing.Buffers(x=torch.zeros(256)), 4096)
+    assert len(ring.sets) == 4
+    turns = [ring.next() for _ in range(8)]
+    assert len({id(s.x) for s in turns[:4]}) == 4 and turns[:4] == turns[4:]
+
+
+def test_rivals_with_another_answer_are_found() -> None:
+    case = next(Maker(64, "cpu", ("float32",)).cases())
+    measure.check_rivals(case)
+    wrong = case.rivals[0].__class__("wrong", lambda s: torch.zeros(8, dtype=torch.uint8))
+    case.rivals.append(wrong)
+    with pytest.raises(AssertionError, match="wrong and pack_signs"):
+        measure.check_rivals(case)
+
+
+def row(seconds: float, numel: int = 64 << 20, bytes_: float = 1e9) -> dict[str, Any]:
+    """A row of a device that copies 1 TB/s."""
+    found = {"bytes": bytes_, "samples": [seconds] * 3, "seconds": timing.spread([seconds] * 3)}
+    copy = {"bytes": 1e12, "samples": [1.0] * 3}
+    share = timing.ratio(found, copy)
+    return {
+        "kernel": "pack_signs", "variant": "", "dtype": "float32", "numel": numel, "threads": 0,
+        **found, "copy": copy, "of_copy": share, "of_read": share,
+    }  # fmt: skip
+
+
+def test_goals_on_cuda() -> None:
+    fast, slow = goals.verdicts([row(1.05e-3), row(1.2e-3)], "cuda")
+    assert (fast["met"], slow["met"]) == ("yes", "no")
+    assert fast["ratio"] == pytest.approx(1 / 1.05)
+    small = [row(4e-6, 1 << 16, 3e5), row(6e-6, 1 << 16, 3e5)]
+    assert [verdict["met"] for verdict in goals.verdicts(small, "cuda")] == ["yes", "no"]
+    assert goals.verdicts([row(1.0, 1 << 20, 1e7)], "cuda") == []  # neither small nor large
+
+
+def test_changes_beyond_the_spread_are_marked() -> None:
+    def record(*samples: float) -> dict[str, Any]:
+        entry = row(1.0) | {"samples": list(samples), "seconds": timing.spread(samples)}
+        return {"results": [entry], "options": {}}
+
+    [same] = show.compared(record(1.0, 1.1, 1.2), record(1.05, 1.15, 1.25))
+    assert not same["beyond_spread"]
+    [faster] = show.compared(record(1.0, 1.1, 1.2), record(2.0, 2.2, 2.4))
+    assert faster["beyond_spread"] and faster["speedup"] == pytest.approx(2.0)
+
+
+# --------------------------------------------------------------------------- the way of CUDA
+
+
+class StandIn:
+    """torch.cuda's events and graphs on the CPU: a replay calls again what was captured."""
+
+    captured: list[Callable[[], object]] | None = None
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: StandIn.Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            for call in self.calls:
+                call()
+
+    class graph:  # noqa: N801
+        def __init__(self, graph: StandIn.CUDAGraph) -> None:
+            graph.calls = StandIn.captured = []  # type: ignore[attr-defined]
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            StandIn.captured = None
+
+
+def test_the_way_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events, graphs and buffers; on a device the figures mean something."""
+    for name in ("Event", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(StandIn, name))
+    for name in ("synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 20))
+    monkeypatch.setattr(measure, "cold_bytes", lambda device: 1 << 15)
+    on_cpu = measure.references
+    monkeypatch.setattr(measure, "references", lambda n, device, cold: on_cpu(n, "cpu", cold))
+    case = next(Maker(1024, "cpu", ("float32",)).cases())
+
+    def fails(s: Any) -> None:
+        raise RuntimeError("not here")
+
+    case.rivals.append(case.rivals[0].__class__("broken", fails))
+    used: list[int] = []
+
+    def counted(s: Any, run: Any = case.run) -> Any:
+        call = lambda: used.append(id(s)) or run(s)  # noqa: E731
+        if StandIn.captured is not None:
+            return StandIn.captured.append(call)
+        return call()
+
+    object.__setattr__(case, "run", counted)
+    bench = measure.Bench("cuda", 3, [0], "wall")
+    [found] = bench.run(case, lambda: None)
+    sets = -(-(1 << 15) // (4096 + 128))
+    assert len(set(used)) >= sets, "memory is not cold"
+    assert len(found["samples"]) == 3 and len(found["called"]["samples"]) == 3
+    assert found["hot"]["seconds"]["median"] > 0 and found["host_seconds"] > 0
+    assert found["copy"]["bytes"] == (1 << 17) * 2, "an eighth of the free memory"
+    assert found["rivals_failed"] == {"broken": "RuntimeError: not here"}
+    show.show_rows([found], "", "cuda", Console(quiet=True))
