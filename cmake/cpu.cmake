@@ -39,7 +39,7 @@ if(PYDIST_X86)
   set(avx2 -mavx2 -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    list(APPEND avx512 -Wno-maybe-uninitialized)  # GCC 12 warns inside its own intrinsics header
+    list(APPEND avx512 -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12 warns inside its own intrinsics header
   endif()
   pydist_isa(avx2 kAvx2 ${avx2})
   pydist_isa(avx512 kAvx512 ${avx512})

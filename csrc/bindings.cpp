@@ -56,21 +56,6 @@ Unpack unpack_args(uint64_t planes, int64_t plane_bytes, int count, int64_t rank
   return {at<const unsigned char>(planes), plane_bytes, count, ranks, divisor};
 }
 
-BlockFormat block_format(int scheme, int bits, int block, int norm, bool stochastic) {
-  const cpu::DefaultFloatMode mode;
-  using cpu::round_scalar;
-  const int top = scheme == static_cast<int>(Scheme::kLevels) ? (1 << (bits - 1)) - 1 : 1;
-  const float high = bits_float(float_bits(round_scalar(1.0 / top)) & ~0x7Fu);
-  return {static_cast<Scheme>(scheme),
-          bits,
-          block,
-          static_cast<Norm>(norm),
-          stochastic,
-          static_cast<float>(top),
-          high,
-          round_scalar(1.0 / top - high)};
-}
-
 EncodeArgs encode_args(const BlockFormat& format, uint64_t codes, uint64_t scales,
                        int64_t code_bytes, uint32_t zero_bit, uint32_t seed, uint32_t key1,
                        uint32_t step, uint64_t step_at) {
@@ -103,7 +88,7 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<VoteArgs>(m, "VoteArgs", py::module_local()).def(py::init(&vote_args));
   py::class_<Unpack>(m, "Unpack", py::module_local()).def(py::init(&unpack_args));
 
-  py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&block_format));
+  py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&cpu::block_format));
   py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
   py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
 

@@ -14,6 +14,8 @@ import sys
 import pytest
 from aarch64 import remote
 
+from pydist import selfcheck
+
 pytestmark = pytest.mark.soak
 
 TESTS = remote.ROOT / "tests"
@@ -74,12 +76,12 @@ def test_the_self_check_on_aarch64() -> None:
     report = run("-c", CHECK)
     print(f"\n{report}", end="")
     for isa in ISAS:
-        for kernel in remote.KERNELS:
+        for kernel in selfcheck.KERNELS:
             lines = [line for line in report.splitlines() if line.startswith(f"cpu {isa} ")]
             assert any(kernel in line and line.endswith("ok") for line in lines), (isa, kernel)
 
 
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_values.py"])
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_values.py", "test_block_kernels.py"])
 def test_the_kernels_tests_on_aarch64(name: str) -> None:
     report = run(
         "-m", "pytest", "-p", "aarch64.plugin", "--hypothesis-profile=soak", "-v",

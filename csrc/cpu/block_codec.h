@@ -45,6 +45,19 @@ PYDIST_INLINE void for_blocks(const Row& row, int block, const Body& body) {
 // Bits of a code in each byte to a stream of kTile codes and back: eight codes are one 64-bit word,
 // whose fields are pushed together in three steps. Plain loops that compilers turn into vectors.
 // `n` is a multiple of 32; both arrays have room for eight bytes more than their codes take.
+template <typename Narrow>
+PYDIST_INLINE void narrow_words(const uint64_t* words, int count, unsigned char* stream) {
+  Narrow narrow[kTile / 8];
+  for (int i = 0; i < count; ++i) narrow[i] = static_cast<Narrow>(words[i]);
+  std::memcpy(stream, narrow, count * sizeof(Narrow));
+}
+template <typename Narrow>
+PYDIST_INLINE void widen_words(const unsigned char* stream, int count, uint64_t* words) {
+  Narrow narrow[kTile / 8];
+  std::memcpy(narrow, stream, count * sizeof(Narrow));
+  for (int i = 0; i < count; ++i) words[i] = narrow[i];
+}
+
 PYDIST_INLINE void pack_codes(const uint8_t* codes, int n, int bits, unsigned char* stream) {
   uint64_t words[kTile / 8];
   std::memcpy(words, codes, n);
@@ -55,12 +68,23 @@ PYDIST_INLINE void pack_codes(const uint8_t* codes, int n, int bits, unsigned ch
     x = (x & 0x0000FFFF0000FFFFu) | ((x & 0xFFFF0000FFFF0000u) >> s2);
     words[i] = (x & 0x00000000FFFFFFFFu) | ((x & 0xFFFFFFFF00000000u) >> s3);
   }
+  if (bits == 4) return narrow_words<uint32_t>(words, n / 8, stream);
+  if (bits == 2) return narrow_words<uint16_t>(words, n / 8, stream);
+  if (bits == 1) return narrow_words<uint8_t>(words, n / 8, stream);
   for (int i = 0; i < n / 8; ++i) std::memcpy(stream + i * bits, &words[i], 8);
 }
 
 PYDIST_INLINE void unpack_codes(const unsigned char* stream, int n, int bits, uint8_t* codes) {
   uint64_t words[kTile / 8];
-  for (int i = 0; i < n / 8; ++i) std::memcpy(&words[i], stream + i * bits, 8);
+  if (bits == 4) {
+    widen_words<uint32_t>(stream, n / 8, words);
+  } else if (bits == 2) {
+    widen_words<uint16_t>(stream, n / 8, words);
+  } else if (bits == 1) {
+    widen_words<uint8_t>(stream, n / 8, words);
+  } else {
+    for (int i = 0; i < n / 8; ++i) std::memcpy(&words[i], stream + i * bits, 8);
+  }
   const int s1 = 8 - bits, s2 = 2 * s1, s3 = 2 * s2;
   const uint64_t low1 = 0x0001000100010001u * ((1u << bits) - 1u);
   const uint64_t low2 = 0x0000000100000001u * ((1u << (2 * bits)) - 1u);

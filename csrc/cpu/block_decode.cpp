@@ -29,12 +29,27 @@ void level_values(const BlockFormat& f, const uint8_t* codes, int n, float scale
   }
 }
 
+// As float16, which the processor widens, subnormals too: e5m2 is the upper half of it, and e4m3
+// with its exponent moved is 2^-8 of its value (and its NaN 480).
 template <Scheme kScheme, bool kAdd>
 void float8_values(const uint8_t* codes, int n, float scale, float* out) {
-  alignas(64) float values[kTile];
-  for (int j = 0; j < n; ++j) values[j] = float8_value(kScheme, codes[j]);
-  const Vec s = set1(scale);
-  for (int j = 0; j < n; j += kLanes) put<kAdd>(out + j, mul(load(values + j), s));
+  constexpr bool kSmall = kScheme == Scheme::kE4M3;
+  alignas(64) Half halves[kTile];
+  for (int j = 0; j < n; ++j) {
+    const uint32_t code = codes[j];
+    halves[j].bits =
+        static_cast<uint16_t>(kSmall ? (code & 0x80u) << 8 | (code & 0x7Fu) << 7 : code << 8);
+  }
+  const Vec s = set1(scale), unit = set1(256.0f);
+  const Vec largest = set1(float8_largest(kScheme)), nan = set1(bits_float(kNanBits));
+  for (int j = 0; j < n; j += kLanes) {
+    Vec v = load(halves + j);
+    if (kSmall) {
+      v = mul(v, unit);
+      v = select(greater(abs(v), largest), nan, v);
+    }
+    put<kAdd>(out + j, mul(v, s));
+  }
 }
 
 template <bool kAdd>

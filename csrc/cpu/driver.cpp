@@ -196,6 +196,21 @@ void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int th
   });
 }
 
+BlockFormat block_format(int scheme, int bits, int block, int norm, bool stochastic) {
+  const DefaultFloatMode mode;
+  const bool levels = static_cast<Scheme>(scheme) == Scheme::kLevels;
+  const int top = levels ? (1 << (bits - 1)) - 1 : 1;
+  const float high = bits_float(float_bits(round_scalar(1.0 / top)) & ~0x7Fu);
+  return {static_cast<Scheme>(scheme),
+          bits,
+          block,
+          static_cast<Norm>(norm),
+          stochastic,
+          static_cast<float>(top),
+          high,
+          round_scalar(1.0 / top - high)};
+}
+
 void quantize(const Row* rows, int64_t n_rows, DType dtype, const EncodeArgs& args, uint32_t* flags,
               int threads) {
   const auto kernel = kernels().quantize[static_cast<int>(dtype)];

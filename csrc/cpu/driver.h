@@ -26,6 +26,7 @@ void count_votes(const Row* rows, int64_t n_rows, const VoteArgs& args, int thre
 void majority_vote(const Row* rows, int64_t n_rows, const VoteArgs& args, int threads);
 
 // Block formats; `word` of a row counts blocks.
+BlockFormat block_format(int scheme, int bits, int block, int norm, bool stochastic);
 void quantize(const Row* rows, int64_t n_rows, DType dtype, const EncodeArgs& args, uint32_t* flags,
               int threads);
 void quantize_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,

@@ -14,7 +14,7 @@
 //   bits_of, mask_from    a Mask as kLanes bits, lane 0 the lowest; and back
 //   abs_below             |x| below the limit, decided on the bit pattern
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of
-//                         (wide_mul32 reads the low halves)
+//                         (wide_mul32 reads the low halves; wide_high moves the high ones there)
 //   wide_groups           which Philox group each lane holds, such that store_groups() can write
 //                         the low halves of the four counters group by group: kWideLanes groups of
 //                         four words

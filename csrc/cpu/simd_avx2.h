@@ -96,7 +96,7 @@ PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm256_set1_epi64x(static_cast
 PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
 PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
-PYDIST_INLINE Wide wide_high(Wide x) { return _mm256_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_high(Wide x) { return _mm256_shuffle_epi32(x, 0xF5); }
 PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm256_and_si256(a, b); }
 PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm256_or_si256(a, b); }
 PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm256_andnot_si256(b, a); }

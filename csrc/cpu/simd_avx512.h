@@ -81,7 +81,9 @@ PYDIST_INLINE Wide wide_set1(uint64_t x) { return _mm512_set1_epi64(static_cast<
 PYDIST_INLINE Wide wide_mul32(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 PYDIST_INLINE Wide wide_xor(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
 PYDIST_INLINE Wide wide_add(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
-PYDIST_INLINE Wide wide_high(Wide x) { return _mm512_srli_epi64(x, 32); }
+PYDIST_INLINE Wide wide_high(Wide x) {
+  return _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(0xF5));
+}
 PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return _mm512_and_si512(a, b); }
 PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm512_or_si512(a, b); }
 PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm512_andnot_si512(b, a); }

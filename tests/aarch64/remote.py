@@ -29,7 +29,10 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PACKAGES = "g++-aarch64-linux-gnu qemu-user"
 
 PUT, GET, CALL, END = range(4)
-KERNELS = ("pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote")
+KERNELS = (
+    "pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote",
+    "quantize", "quantize_feedback", "reduce_quantized", "dequantize",
+)  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
 TIES_ZERO = 1
@@ -193,6 +196,37 @@ class Unpack:
         self.rest = [plane_bytes, count, ranks, bits_of(divisor)]
 
 
+class BlockFormat:
+    def __init__(self, *words: int) -> None:
+        self.words, self.block = [int(word) for word in words], words[2]
+
+    def blocks(self, rows: np.ndarray) -> int:
+        return int((rows[:, WORD] - -rows[:, N] // self.block).max())
+
+
+class EncodeArgs:
+    def __init__(self, form: BlockFormat, codes: int, scales: int, size: int, *rest: int) -> None:
+        self.form, self.codes, self.scales, self.size, self.rest = form, codes, scales, size, rest
+
+    def words(self, arrays: Stage, rows: np.ndarray) -> list[int]:
+        codes = arrays.array(self.codes, self.size, written=True)
+        scales = arrays.array(self.scales, 4 * self.form.blocks(rows), written=True)
+        return [*self.form.words, codes, scales, self.size, *self.rest]
+
+
+class DecodeArgs:
+    def __init__(
+        self, form: BlockFormat, codes: int, scales: int, stride: int, ranks: int, divisor: float
+    ) -> None:
+        self.form, self.codes, self.offset = form, codes, scales - codes
+        self.stride, self.ranks, self.divisor = stride, ranks, divisor
+
+    def words(self, arrays: Stage) -> list[int]:
+        codes = arrays.array(self.codes, self.stride * self.ranks)
+        rest = [codes + self.offset, self.stride, self.ranks, bits_of(self.divisor)]
+        return [*self.form.words, codes, *rest]
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -205,6 +239,7 @@ class RemoteModule(ModuleType):
     """What pydist/_C.pyi describes, without CUDA."""
 
     LionPackArgs, LionApplyArgs, VoteArgs, Unpack = LionPackArgs, LionApplyArgs, VoteArgs, Unpack
+    BlockFormat, EncodeArgs, DecodeArgs = BlockFormat, EncodeArgs, DecodeArgs
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -273,6 +308,37 @@ class RemoteModule(ModuleType):
         with stage(self.guest) as arrays:
             words = args.words(arrays, 2 if args.rest[1] == TIES_ZERO else 1)
             self._call(arrays, "majority_vote", rows_at(table, n), threads, *words)
+
+    def _quantize(self, table, n, dtype, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays, rows)
+            arrays.column(rows, X, WIDTH[dtype])
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "quantize", rows, threads, dtype, *words, flag)
+
+    def _quantize_feedback(self, table, n, dtype, residual, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays, rows)
+            arrays.column(rows, X, WIDTH[dtype])
+            arrays.column(rows, MOMENTUM, WIDTH[residual])
+            arrays.column(rows, MOMENTUM_OUT, WIDTH[residual], written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "quantize_feedback", rows, threads, dtype, residual, *words, flag)
+
+    def _reduce_quantized(self, table, n, source, to, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = source.words(arrays) + to.words(arrays, rows)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "reduce_quantized", rows, threads, *words, flag)
+
+    def _dequantize(self, table, n, dtype, args, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            arrays.column(rows, X, WIDTH[dtype], written=True)
+            self._call(arrays, "dequantize", rows, threads, dtype, *args.words(arrays))
 
 
 def install() -> None:

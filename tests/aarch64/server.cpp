@@ -143,6 +143,32 @@ Unpack unpack_args(const int64_t* a) {
   return {at<const unsigned char>(a[0]), a[1], static_cast<int>(a[2]), a[3], rounded(a[4])};
 }
 
+// Five words of a format, then the rest.
+BlockFormat block_format(const int64_t* a) {
+  return cpu::block_format(static_cast<int>(a[0]), static_cast<int>(a[1]), static_cast<int>(a[2]),
+                           static_cast<int>(a[3]), a[4] != 0);
+}
+
+constexpr int kEncodeWords = 13;
+EncodeArgs encode_args(const int64_t* a) {
+  return {block_format(a),
+          at<unsigned char>(a[5]),
+          at<unsigned char>(a[6]),
+          a[7],
+          static_cast<uint32_t>(a[8]),
+          static_cast<uint32_t>(a[9]),
+          static_cast<uint32_t>(a[10]),
+          static_cast<uint32_t>(a[11]),
+          at<const int64_t>(a[12])};
+}
+
+constexpr int kDecodeWords = 10;
+DecodeArgs decode_args(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {block_format(a), at<const unsigned char>(a[5]), at<const unsigned char>(a[6]), a[7], a[8],
+          rounded(a[9])};
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -159,6 +185,17 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
     cpu::count_votes(rows, n, vote_args(a), threads);
   } else if (kernel == "majority_vote") {
     cpu::majority_vote(rows, n, vote_args(a), threads);
+  } else if (kernel == "quantize") {
+    cpu::quantize(rows, n, DType(a[0]), encode_args(a + 1), at<uint32_t>(a[1 + kEncodeWords]),
+                  threads);
+  } else if (kernel == "quantize_feedback") {
+    cpu::quantize_feedback(rows, n, DType(a[0]), DType(a[1]), encode_args(a + 2),
+                           at<uint32_t>(a[2 + kEncodeWords]), threads);
+  } else if (kernel == "reduce_quantized") {
+    cpu::reduce_quantized(rows, n, decode_args(a), encode_args(a + kDecodeWords),
+                          at<uint32_t>(a[kDecodeWords + kEncodeWords]), threads);
+  } else if (kernel == "dequantize") {
+    cpu::dequantize(rows, n, DType(a[0]), decode_args(a + 1), threads);
   } else {
     fail("no kernel '" + kernel + "'");
   }
@@ -171,8 +208,9 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {"pack_signs",   "lion_pack",   "lion_apply",
-                                        "unpack_votes", "count_votes", "majority_vote"};
+  static const char* const kernels[] = {
+      "pack_signs",    "lion_pack", "lion_apply",        "unpack_votes",     "count_votes",
+      "majority_vote", "quantize",  "quantize_feedback", "reduce_quantized", "dequantize"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);
