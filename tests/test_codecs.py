@@ -11,7 +11,10 @@ from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Sign, simulate
+from pydist import QSGD, BlockFloat, BlockInt, Sign, road, simulate
+from pydist import reference_blocks as rb
+from pydist.codecs.base import Worker
+from pydist.codecs.coders import all_reduce_coder
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
@@ -97,7 +100,50 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     assert worlds(ranks).run(cases.traffic, 512 * blocks) == [expected] * ranks
 
 
+# --------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("codec", cases.CODECS, ids=str)
+def test_bytes_of_shards(codec: Any) -> None:
+    """Codes, then scales; units past the end are zeros and not what was in memory."""
+    form, worker = codec.block_format, Worker(1, 3, 6)
+    x = cases.inputs(1, 7 * form.block + 5, torch.float32, seed=1)[0]
+    coder = all_reduce_coder(x, codec, worker, op="mean", ties="hash", seed=4)
+    assert coder.units == 8
+    units, rows = 3, torch.full((3, coder.message_bytes(3) + 16), 0xFF, dtype=torch.uint8)
+    coder.encode(rows[:, 16:], units, 0, coder.units)
+    payload, _ = rb.quantize(x.numpy(), form, draws=rb.Draws(4, 1, 0, 6))
+    codes, scales = payload[: form.code_bytes(x.numel())], payload[form.code_bytes(x.numel()) :]
+    for i, row in enumerate(rows[:, 16:].numpy()):
+        part = codes[i * units * form.block_bytes :][: units * form.block_bytes]
+        wanted = part.tobytes().ljust(units * form.block_bytes, b"\0")
+        wanted += scales[i * units * 4 :][: units * 4].tobytes().ljust(units * 4, b"\0")
+        assert row.tobytes() == wanted, f"row {i}"
+    assert bool((rows[:, :16] == 0xFF).all())
+    out = torch.full((coder.reduced_bytes(units),), 0xFF, dtype=torch.uint8)
+    coder.reduce(rows[2:, 16:].repeat(3, 1), out, units, 8, 8, coder.flags)
+    assert not out.any(), "a shard without data"
+
+
+def test_a_small_tensor_travels_small() -> None:
+    """Less than a block is not filled up to one."""
+    coder = all_reduce_coder(
+        torch.ones(5), QSGD(4, block=65536), Worker(0, 1, 0), op="sum", ties="hash", seed=0
+    )
+    assert coder.message_bytes(1) == QSGD(4, block=65536).block_format.payload_bytes(5) == 8
+
+
 # --------------------------------------------------------------------------- simulation alone
+
+
+@pytest.mark.parametrize("codec", [QSGD(4, block=32), Sign(None)], ids=str)
+def test_simulated_nan(codec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(road, "CHUNK_BYTES", 100)
+    tensors = [torch.ones(3000) for _ in range(3)]
+    tensors[1][-1] = float("nan")
+    assert bool(simulate.all_reduce(tensors, codec).isnan().all())
+    assert bool(simulate.all_gather(tensors, codec).isnan().all())
+    assert all(bool(x.isnan().all()) for x in simulate.reduce_scatter(tensors, codec))
 
 
 def test_simulation_leaves_its_input_alone() -> None:
