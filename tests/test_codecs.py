@@ -72,11 +72,14 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("call", ["all_reduce", "reduce_scatter", "all_gather"])
-@pytest.mark.parametrize("name", DIFFERENCES)
+CALLS = ["all_reduce", "reduce_scatter", "all_gather"]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(c, name) for c in CALLS for name in DIFFERENCES if (c, name) != ("all_gather", "op")],
+)
 def test_difference(worlds: Worlds, name: str, call: str) -> None:
-    if name == "op" and call == "all_gather":
-        pytest.skip("a gather has no op")
     usual, other, op = DIFFERENCES[name]
     field, values = ("op", ("mean", "sum")) if op else ("codec", (usual, other))
     for kind, message in worlds(3).run(cases.differs, call, usual, other, op):

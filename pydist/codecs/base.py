@@ -39,7 +39,7 @@ class Coder(Protocol):
         codec: Number of the codec in a header (``wire.CODECS``).
         bits: Bits an element of the reduced message, for the header.
         units: Units of the whole call.
-        unit_bytes: Bytes of a unit in phase 1, for all its shards.
+        unit_bytes: Bytes of a unit in phase 1: of all shares in a scatter, all ranks in a gather.
         repeatable: Encoding changes nothing but buffers of its own, so it may be done in vain.
         flags: int32[1] on the data's device, raised by what was encoded so far.
     """

@@ -232,6 +232,8 @@ class ScatterBlockCoder(BlockCoder):
 class GatherBlockCoder(BlockCoder):
     """All ranks' tensors, one behind the other, as their bytes decode, the own one too.
 
+    A unit is a block of every rank.
+
     Args:
         output: float32, float16 or bfloat16, contiguous; overwritten.
         data: This rank's tensor, contiguous.
@@ -254,6 +256,7 @@ class GatherBlockCoder(BlockCoder):
         super().__init__(
             form, codec, worker, numel=data.numel(), mean=False, seed=seed, device=data.device
         )
+        self.unit_bytes *= worker.ranks
         self.flat, self.shares = data.view(-1), output.view(worker.ranks, data.numel())
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:

@@ -232,6 +232,7 @@ class GatherVoteCoder(TensorVoteCoder):
 
     def __init__(self, output: Tensor, data: Tensor, worker: Worker) -> None:
         super().__init__(data, VoteRule(), worker, mean=False)
+        self.unit_bytes = wire.WORD_BYTES * worker.ranks
         self.output = output.view(worker.ranks, data.numel())
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
