@@ -271,3 +271,17 @@ def test_random_blocks(
     cases.check_quantize_feedback(door, x, kept, sized, cases.some_options(rng), table)
     payloads = cases.some_payloads(rng, 1 + seed % 4, n, sized, table)
     cases.check_reduce(door, payloads, n, sized, cases.some_options(rng), segments=table)
+
+
+def test_residuals_that_their_storage_cannot_hold_stay(door: Door) -> None:
+    if "bfloat16" not in door.storages:
+        pytest.skip("NumPy without ml_dtypes")
+    form = BlockFormat("sign", 1, 4096, "l1")  # of one huge value in 4,096 nearly all is left
+    kept = np.full(4095, 0x3E80, dtype=np.uint16)  # 0.25
+    for place in (0, 4094):  # in a whole vector, and behind the last one
+        x = np.zeros(4095, dtype=np.float32)
+        x[place] = np.finfo(np.float32).max  # infinite in bfloat16
+        cases.check_quantize_feedback(door, x, kept, form)
+        _, new, flags = door.quantize_feedback(x, kept, form, EncodeOptions(), None)
+        assert flags == 0
+        assert new[place] == kept[place]

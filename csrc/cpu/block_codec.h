@@ -43,27 +43,35 @@ PYDIST_INLINE void for_blocks(const Row& row, int block, const Body& body) {
 // ------------------------------------------------------------ codes and bits
 
 // Bits of a code in each byte to a stream of kTile codes and back: eight codes are one 64-bit word,
-// whose fields are pushed together in three steps. Plain loops that compilers turn into vectors.
+// whose fields are pushed together in three steps. Plain loops that compilers turn into vectors;
+// copies of a length that is not constant would become `rep movs`, which is slow to start.
 // `n` is a multiple of 32; both arrays have room for eight bytes more than their codes take.
+PYDIST_INLINE void copy_words(const unsigned char* from, size_t bytes, unsigned char* to) {
+  for (size_t b = 0; b < bytes; b += 4) store_word(to + b, load_word(from + b));
+}
+
 template <typename Narrow>
 PYDIST_INLINE void narrow_words(const uint64_t* words, int count, unsigned char* stream) {
-  Narrow narrow[kTile / 8];
-  for (int i = 0; i < count; ++i) narrow[i] = static_cast<Narrow>(words[i]);
-  std::memcpy(stream, narrow, count * sizeof(Narrow));
+  for (int i = 0; i < count; ++i) {
+    const auto narrow = static_cast<Narrow>(words[i]);
+    std::memcpy(stream + i * sizeof(Narrow), &narrow, sizeof(Narrow));
+  }
 }
 template <typename Narrow>
 PYDIST_INLINE void widen_words(const unsigned char* stream, int count, uint64_t* words) {
-  Narrow narrow[kTile / 8];
-  std::memcpy(narrow, stream, count * sizeof(Narrow));
-  for (int i = 0; i < count; ++i) words[i] = narrow[i];
+  for (int i = 0; i < count; ++i) {
+    Narrow narrow;
+    std::memcpy(&narrow, stream + i * sizeof(Narrow), sizeof(Narrow));
+    words[i] = narrow;
+  }
 }
 
 PYDIST_INLINE void pack_codes(const uint8_t* codes, int n, int bits, unsigned char* stream) {
   uint64_t words[kTile / 8];
-  std::memcpy(words, codes, n);
   const int s1 = 8 - bits, s2 = 2 * s1, s3 = 2 * s2;
   for (int i = 0; i < n / 8; ++i) {
-    uint64_t x = words[i];
+    uint64_t x;
+    std::memcpy(&x, codes + 8 * i, 8);
     x = (x & 0x00FF00FF00FF00FFu) | ((x & 0xFF00FF00FF00FF00u) >> s1);
     x = (x & 0x0000FFFF0000FFFFu) | ((x & 0xFFFF0000FFFF0000u) >> s2);
     words[i] = (x & 0x00000000FFFFFFFFu) | ((x & 0xFFFFFFFF00000000u) >> s3);
@@ -93,9 +101,9 @@ PYDIST_INLINE void unpack_codes(const unsigned char* stream, int n, int bits, ui
     uint64_t x = words[i];
     x = (x & low3) | ((x & (low3 << (4 * bits))) << s3);
     x = (x & low2) | ((x & (low2 << (2 * bits))) << s2);
-    words[i] = (x & low1) | ((x & (low1 << bits)) << s1);
+    x = (x & low1) | ((x & (low1 << bits)) << s1);
+    std::memcpy(codes + 8 * i, &x, 8);
   }
-  std::memcpy(codes, words, n);
 }
 
 }  // namespace pydist::cpu::PYDIST_ISA

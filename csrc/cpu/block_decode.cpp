@@ -78,11 +78,19 @@ void decode_block(const BlockFormat& f, const unsigned char* codes, const unsign
     const auto size = static_cast<size_t>(code_bytes(f, count));
     const unsigned char* from = codes + static_cast<int64_t>(i) * f.bits / 8;
     for (size_t b = 0; b < size; b += 64) prefetch(from + b, kAhead / 2);
-    alignas(64) unsigned char stream[kTile + 8] = {};
-    std::memcpy(stream, from, size);
+    // Reading in place stays within the codes, but for a tail and for codes that are no power of 2.
+    const bool in_place = count == padded && (f.bits & (f.bits - 1)) == 0;
+    alignas(64) unsigned char stream[kTile + 8];
+    if (!in_place) {
+      std::memset(stream, 0, sizeof(stream));
+      copy_words(from, size, stream);
+    }
+    const unsigned char* bytes = in_place ? from : stream;
     alignas(64) uint8_t unpacked[kTile];
-    if (f.bits < 8) unpack_codes(stream, padded, f.bits, unpacked);
-    const uint8_t* bytes = f.bits < 8 ? unpacked : stream;
+    if (f.bits < 8) {
+      unpack_codes(bytes, padded, f.bits, unpacked);
+      bytes = unpacked;
+    }
     if (count == padded) {
       values_of<kAdd>(f, bytes, count, s, out + i);
     } else {

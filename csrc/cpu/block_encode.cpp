@@ -169,12 +169,16 @@ uint32_t encode_block(const float* x, const BlockPlace& place, const EncodeArgs&
     codes_of(from, padded, a, scale, philox, place.first + i, codes);
     std::memset(codes + n, 0, padded - n);
     const auto size = static_cast<size_t>(code_bytes(f, n));
-    if (f.bits == 8) {
+    if (f.bits == 8 && n == kTile) {
+      std::memcpy(out + written, codes, kTile);
+    } else if (f.bits == 8) {
       std::memcpy(out + written, codes, size);
+    } else if (n == padded && (f.bits & (f.bits - 1)) == 0) {
+      pack_codes(codes, n, f.bits, out + written);
     } else {
       unsigned char stream[kTile + 8];
       pack_codes(codes, padded, f.bits, stream);
-      std::memcpy(out + written, stream, size);
+      copy_words(stream, size, out + written);
     }
     written += static_cast<int64_t>(size);
   }
