@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,25 @@ def ring_bytes(hosts: int, payload: float) -> float:
     return 2 * (hosts - 1) / hosts * payload
 
 
-def reduce_methods(numel: int, hosts: int, rank: int) -> dict[str, Method]:
+CODECS = {
+    **{f"qsgd{bits}": ("QSGD", bits) for bits in range(2, 9)},
+    **{f"int{bits}": ("BlockInt", bits) for bits in range(2, 9)},
+    **{scale: ("Sign", scale) for scale in ("l1", "l2")},
+    **{form: ("BlockFloat", form) for form in ("e4m3", "e5m2")},
+}
+
+
+def codec_of(name: str) -> Any:
+    """The codec that the command line calls so."""
+    import pydist
+
+    kind, argument = CODECS[name]
+    return getattr(pydist, kind)(argument)
+
+
+def reduce_methods(
+    numel: int, hosts: int, rank: int, codecs: Sequence[str] = ()
+) -> dict[str, Method]:
     """All-reduce of one tensor: by gloo in fp32 and fp16, and by pydist where it is there."""
     import torch
     import torch.distributed as dist
@@ -87,17 +106,24 @@ def reduce_methods(numel: int, hosts: int, rank: int) -> dict[str, Method]:
     try:
         import pydist
 
-        all_reduce, codec = pydist.all_reduce, pydist.Sign(scale=None)
+        all_reduce, votes = pydist.all_reduce, pydist.Sign(scale=None)
     except (ImportError, AttributeError) as error:
         print(f"pydist is not there ({error}): only gloo was measured", file=sys.stderr)
         return methods
-    votes = ring_bytes(hosts, numel / 8)
     methods["pydist vote"] = method(
-        torch.float32, lambda tensor: all_reduce(tensor, codec, op="vote"), votes
+        torch.float32,
+        lambda tensor: all_reduce(tensor, votes, op="vote"),
+        ring_bytes(hosts, numel / 8),
     )
     methods["pydist mean"] = method(
-        torch.float32, lambda tensor: all_reduce(tensor, codec, op="mean"), None
+        torch.float32, lambda tensor: all_reduce(tensor, votes, op="mean"), None
     )
+    for name in codecs:
+        codec = codec_of(name)
+        payload = codec.block_format.payload_bytes(numel)
+        methods[f"pydist {name}"] = method(
+            torch.float32, partial(all_reduce, codec=codec, op="mean"), ring_bytes(hosts, payload)
+        )
     return methods
 
 
@@ -159,7 +185,7 @@ def reduce_worker(options: argparse.Namespace) -> Report:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, hosts = dist.get_rank(), dist.get_world_size()
-    methods = reduce_methods(options.numel, hosts, rank)
+    methods = reduce_methods(options.numel, hosts, rank, options.codecs)
     times = interleave(methods, options.repeats)
     report: Report = {
         name: {"times": times[name], "check": method.check(), "predicted": method.predicted}
@@ -343,6 +369,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     reduce = tasks.add_parser("all-reduce", parents=[common], help="one tensor, gloo and pydist")
     reduce.add_argument("--numel", type=_at_least(1), default=4 * 1024 * 1024)
     reduce.add_argument("--repeats", type=_at_least(2), default=20)
+    reduce.add_argument(
+        "--codecs", nargs="*", default=[], choices=sorted(CODECS), metavar="CODEC",
+        help="mean in these codecs too: " + ", ".join(CODECS),
+    )  # fmt: skip
     tasks.add_parser("goodput", parents=[common], help="check the speed of the links")
     return parser.parse_args(arguments)
 

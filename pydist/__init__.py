@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydist.wire import WIRE_VERSION, segments
 
 if TYPE_CHECKING:
-    from pydist import arrays, collectives, ops, reference, reference_blocks
+    from pydist import arrays, collectives, ops, reference, reference_blocks, simulate
     from pydist.codecs import QSGD, BlockFloat, BlockInt, Sign
-    from pydist.collectives import all_reduce
+    from pydist.collectives import all_gather, all_reduce, reduce_scatter
 
 try:
     __version__ = version("pydist")
@@ -24,13 +24,16 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _MODULES = {
     "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
+    "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
     "BlockInt": "codecs",
     "QSGD": "codecs",
     "Sign": "codecs",
+    "all_gather": "collectives",
     "all_reduce": "collectives",
+    "reduce_scatter": "collectives",
     "PydistError": "errors",
     "MismatchError": "errors",
 }
@@ -43,15 +46,18 @@ __all__ = [
     "MismatchError",
     "PydistError",
     "Sign",
+    "all_gather",
     "all_reduce",
     "arrays",
     "codecs",
     "collectives",
     "ops",
     "optim",
+    "reduce_scatter",
     "reference",
     "reference_blocks",
     "segments",
+    "simulate",
 ]
 
 

@@ -1,282 +1,27 @@
-"""Compressed collectives over any process group, any backend, any length.
-
-One road for every codec::
-
-    encode ─▶ all_to_all_single ─▶ reduce ─▶ all_gather_into_tensor ─▶ decode
-    local bytes   each rank owns      by the      everyone decodes the same
-                  a shard             owner, once  bytes, so replicas stay equal
-
-A rank sends ``(n - 1) / n * (payload + reduced payload)`` whatever the world size. Where it is
-cheaper (two ranks, or so little data that latency rules) the payloads are gathered instead and
-every rank reduces everything itself, to the same bits.
-"""
+"""Compressed collectives over any process group, any backend, any length."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pydist import checks, wire
-from pydist.codecs import Sign
-from pydist.codecs.base import Coder
-from pydist.codecs.votes import OPS, TensorVoteCoder, VoteRule
+from pydist.codecs.base import Coder, Worker
+from pydist.codecs.coders import (
+    Codec,
+    all_gather_coder,
+    all_reduce_coder,
+    reduce_scatter_coder,
+)
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
-from pydist.groups import all_gather
 from pydist.operators import dense_of, written
-
-CHUNK_WORDS = 1 << 16
-"""Payload words a chunk: 256 KiB, about 2 ms at 1 Gbit, so that coding hides behind the wire."""
-
-LATENCY_BYTES = 16 * 1024
-"""What a round trip costs, in bytes: below it one phase beats two."""
-
-ALGORITHMS = ("auto", "two_phase", "all_gather")
-_FLAGS_AT = 7  # where a header has its flags
-
-
-def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
-    """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
-
-    Raises:
-        ValueError: ``algorithm`` is unknown.
-    """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm != "auto":
-        return algorithm
-    payload = coder.words * wire.WORD_BYTES
-    gathered = (ranks - 1) * payload
-    two_phase = (ranks - 1) / ranks * (payload + coder.reduced_bytes(coder.words))
-    return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
-
-
-class _Exchange:
-    """One chunk on the road: words ``begin`` … ``end`` of the call."""
-
-    def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
-        self.road, self.begin, self.end, self.extra = road, begin, end, extra
-        n, words = road.comm.world_size, end - begin
-        whole = road.algorithm == "all_gather"
-        block = road.coder.block_words
-        self.shard = words if whole else -(-words // (n * block)) * block
-        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.numel())
-
-    def encode(self) -> None:
-        """Makes the messages of phase 1."""
-        road, shard_bytes = self.road, self.shard * wire.WORD_BYTES
-        payload, flags = road.coder.encode(self.begin, self.end)
-        payload = payload.to(road.device)
-        copies = 1 if road.algorithm == "all_gather" else road.comm.world_size
-        sent = payload.new_zeros((copies, self.offset + shard_bytes))
-        sent[:, : wire.HEADER_BYTES] = road.header(flags)
-        if self.extra is not None:
-            sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
-        full, rest = divmod(payload.numel(), shard_bytes)
-        sent[:full, self.offset :] = payload[: full * shard_bytes].view(full, shard_bytes)
-        if rest:
-            sent[full, self.offset : self.offset + rest] = payload[full * shard_bytes :]
-        self.sent = sent
-
-    def send(self) -> None:
-        """Issues phase 1."""
-        whole = self.road.algorithm == "all_gather"
-        self.received = self.road.gather(self.sent) if whole else self.road.scatter(self.sent)
-
-    def reduce(self) -> None:
-        """Waits for phase 1, checks the headers, reduces this rank's shard, issues phase 2."""
-        with self.road.stream():
-            self._reduce()
-
-    def _reduce(self) -> None:
-        road = self.road
-        received = self.received.wait()
-        road.check(received)
-        if self.extra is not None:
-            road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
-        mine = 0 if road.algorithm == "all_gather" else road.comm.rank
-        begin = self.begin + mine * self.shard
-        reduced = road.coder.reduce(received, self.offset, begin, begin + self.shard)
-        if road.algorithm == "all_gather":
-            self.reduced: Tensor | _Pending = reduced.unsqueeze(0)
-        else:
-            message = torch.cat([road.header(road.flags), reduced])
-            self.reduced = road.gather(message.unsqueeze(0), second=True)
-
-    def complete(self) -> None:
-        """Waits for phase 2 and decodes."""
-        with self.road.stream():
-            self._complete()
-
-    def _complete(self) -> None:
-        shards = self.reduced
-        if not isinstance(shards, Tensor):
-            received = shards.wait()
-            self.road.check(received)
-            shards = received[:, wire.HEADER_BYTES :].contiguous()
-        self.road.coder.decode(shards, self.begin, self.end)
-
-
-class _Pending:
-    """A collective under way, and the buffers it needs."""
-
-    def __init__(self, work: dist.Work | None, received: Tensor, sent: Tensor) -> None:
-        self.work, self.received, self.sent = work, received, sent
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.received
-
-
-class Road:
-    """One all-reduce on its way (a :class:`pydist.communicator.Job`).
-
-    Args:
-        comm: The group's communicator.
-        coder: The data and its codec.
-        call: What the ranks must agree on.
-        algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"``.
-        device: The data's device.
-    """
-
-    def __init__(
-        self, comm: Communicator, coder: Coder, call: Call, algorithm: str, device: torch.device
-    ) -> None:
-        self.comm, self.coder = comm, coder
-        self.algorithm = choose_algorithm(algorithm, coder, comm.world_size)
-        # How the data is cut must be equal too; another release may choose otherwise.
-        cut = {"algorithm": self.algorithm, "chunk_words": CHUNK_WORDS}
-        self.call = replace(call, fields=call.fields | cut)
-        self.data_device = device
-        self.device = comm.device(device)
-        self.future: Future[None] = Future()
-        self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
-        header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
-        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
-        self.stream = _SideStream(device)
-
-    # ----------------------------------------------------------------- Job
-
-    def chunks(self) -> Generator[_Exchange, None, None]:
-        """Agrees, then sends chunk after chunk."""
-        words = self.coder.words
-        extra = self.coder.extra()
-        exchanges = [
-            _Exchange(self, begin, min(begin + CHUNK_WORDS, words), None if begin else extra)
-            for begin in range(0, words, CHUNK_WORDS)
-        ]
-        with self.stream():
-            # Where encoding changes nothing but buffers of its own, it hides the agreement's
-            # round trip. Otherwise a disagreement must leave everything as it was.
-            early = exchanges[:1] if self.coder.repeatable else []
-            self.comm.agree(self.call, lambda: early[0].encode() if early else None)
-            for exchange in exchanges:
-                if exchange not in early:
-                    exchange.encode()
-                exchange.send()
-                yield exchange
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until all is decoded (on CUDA: makes the current stream wait)."""
-        try:
-            self.future.result(timeout)
-        except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
-            raise TimeoutError(f"{self.call.name} takes longer than {timeout} s") from error
-        if self.stream.done is not None:
-            torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
-
-    def finish(self) -> None:
-        """Hands the flags of all ranks to the coder."""
-        with self.stream():
-            self.coder.finish(self.flags)
-
-    # ----------------------------------------------------------------- messages
-
-    def header(self, flags: Tensor) -> Tensor:
-        """A message's 16 bytes with this rank's flags."""
-        header = self._header.clone()
-        header[_FLAGS_AT] = flags[0]
-        return header
-
-    def check(self, received: Tensor) -> None:
-        """Collects the flags of all ranks' headers and compares the rest with our own.
-
-        Raises:
-            ValueError: A header is malformed: the bytes did not come from an equal pydist.
-        """
-        headers = received[:, : wire.HEADER_BYTES]
-        if headers.is_cuda:  # agreed on the host before; comparing here would wait for the device
-            self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
-            return
-        table = headers.numpy().copy()
-        self.flags |= int(np.bitwise_or.reduce(table[:, _FLAGS_AT]))
-        table[:, _FLAGS_AT] = 0
-        if not (table == self._header.numpy()).all():
-            rank = int((table != self._header.numpy()).any(1).nonzero()[0][0])
-            header, reason = wire.unpack_header(table[rank].tobytes())
-            raise ValueError(
-                f"{self.call.name}: malformed message from rank {self.comm.ranks[rank]}: "
-                f"{reason or header}"
-            )
-
-    def scatter(self, sent: Tensor) -> _Pending:
-        """Phase 1: row i goes to rank i."""
-        received = torch.empty_like(sent)
-        self._count("phase 1", sent.numel() - sent.shape[1])
-        work = None
-        if self.comm.world_size > 1:
-            work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
-        else:
-            received = sent
-        return _Pending(work, received, sent)
-
-    def gather(self, sent: Tensor, *, second: bool = False) -> _Pending:
-        """Everyone's message to everyone."""
-        n = self.comm.world_size
-        self._count("phase 2" if second else "phase 1", (n - 1) * sent.numel())
-        if n == 1:
-            return _Pending(None, sent, sent)
-        received = sent.new_empty((n, sent.numel()))
-        group = self.comm.second if second else self.comm.first
-        work = all_gather(received, sent, group)
-        return _Pending(work, received, sent)
-
-    def _count(self, phase: str, size: int) -> None:
-        self.comm.traffic.bytes_sent[phase] += size
-
-
-class _SideStream:
-    """Runs a job's kernels beside the caller's stream, after what the caller had enqueued.
-
-    Attributes:
-        done: On CUDA, recorded after the last kernel so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            self.done = torch.cuda.Event()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.done is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-            self.done.record(self._stream)
+from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route
 
 
 class Work:
@@ -317,26 +62,85 @@ def _step_of(step: int | Tensor) -> int:
     return number
 
 
-def _check_all_reduce(tensor: Tensor, codec: Any, op: str) -> None:
-    if not isinstance(codec, Sign):
-        raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
-    if codec.scale is not None:
-        raise ValueError(f"codec must be Sign(scale=None) in this version, got {codec}")
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises unless a tensor is one that codecs take."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
-        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise TypeError(f"tensor must be dense, got layout {tensor.layout}")
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"tensor must be float32, float16 or bfloat16, got {tensor.dtype}")
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"tensor must be on cpu or cuda, got {tensor.device}")
+        raise ValueError(f"{name} must be on cpu or cuda, got {tensor.device}")
+
+
+def _check_pair(output: Tensor, data: Tensor, whole: str, ranks: int) -> None:
+    """Raises unless ``whole``, of output and input, has the other's elements for every rank."""
+    check_tensor("output", output)
+    check_tensor("input", data)
+    if output.device != data.device:
+        raise ValueError(
+            f"output is on {output.device}, input on {data.device}: must be one device"
+        )
+    sizes = {"output": output.numel(), "input": data.numel()}
+    part = "input" if whole == "output" else "output"
+    if sizes[whole] != ranks * sizes[part]:
+        raise ValueError(
+            f"{whole} must have {ranks} x {sizes[part]} elements ({part} for each rank), "
+            f"got {sizes[whole]}"
+        )
+
+
+def _check_apart(large: Tensor, small: Tensor, rank: int) -> None:
+    """Raises where tensors overlap, but for ``small`` as this rank's place in ``large``."""
+    begin, at = large.data_ptr(), small.data_ptr()
+    size = small.numel() * small.element_size()
+    end = begin + large.numel() * large.element_size()
+    in_place = small.dtype == large.dtype and at == begin + rank * size
+    if size and at < end and begin < at + size and not in_place:
+        raise ValueError("output and input overlap in memory")
+
+
+def _start(
+    name: str,
+    comm: Communicator,
+    step: int | Tensor | None,
+    fields: dict[str, Any],
+    prepare: Callable[[Worker], tuple[Coder, Tensor, Tensor]],
+    route: Route | str,
+    async_op: bool,
+) -> Tensor | Work:
+    """Submits a collective.
+
+    Args:
+        name: What the user called.
+        comm: The group's communicator.
+        step: As the user gave it.
+        fields: What must be equal on all ranks; ``prepare`` may add to it.
+        prepare: Checks the arguments; returns the coder, the tensor that the user gave for the
+            result, and the dense one that the coder writes.
+        route: See :class:`pydist.road.Road`.
+        async_op: Return at once.
+    """
+    number, comm.step = comm.step, comm.step + 1  # counted on all ranks, whatever comes of it
+    try:
+        number = number if step is None else _step_of(step)
+        coder, result, dense = prepare(
+            Worker(comm.rank, comm.world_size, number, torch.get_num_threads())
+        )
+        road = Road(comm, coder, Call(name, fields, number), route, dense.device)
+    except Exception as error:
+        # The other ranks are about to wait for this one: they are told, then this one raises.
+        refuse(comm, Call(name, {}, number, problem=str(error)))
+        raise
+    comm.submit(road)
+    work = Work(road, result, dense)
+    return work if async_op else work.wait()
 
 
 def all_reduce(
     tensor: Tensor,
-    codec: Sign,
+    codec: Codec,
     *,
     op: str = "mean",
     group: dist.ProcessGroup | None = None,
@@ -348,25 +152,30 @@ def all_reduce(
 ) -> Tensor | Work:
     """Reduces a tensor over all ranks, in place, in compressed form.
 
-    1. Each rank packs its tensor with the codec; all ranks agree on what they are about to do.
+    1. Each rank encodes its tensor; all ranks agree on what they are about to do.
     2. Shard i of every rank's bytes goes to rank i (``all_to_all_single``).
-    3. Rank i reduces them once, in rank order.
+    3. Rank i decodes them, sums in float32 in rank order, divides once for a mean, and encodes the
+       result again (votes: counts or the majority).
     4. The reduced shards go to everyone (``all_gather_into_tensor``) and are decoded; all ranks
        decode the same bytes, so all hold the same bits.
 
-    A NaN or an infinity on any rank makes the whole result NaN on every rank.
+    The result does not depend on the algorithm. A NaN or an infinity on any rank, or a sum beyond
+    float32, makes the whole result NaN on every rank.
 
     Args:
         tensor: float32, float16 or bfloat16, any shape and length, CPU or CUDA; overwritten.
-        codec: ``pydist.Sign(scale=None)``.
-        op: ``"vote"``: ±1, the sign most ranks have; ``"mean"`` or ``"sum"`` of the ranks' signs.
+        codec: Such as ``pydist.QSGD(bits=4)`` or ``pydist.Sign(scale=None)``.
+        op: ``"mean"`` or ``"sum"`` of what the ranks encoded; ``"vote"``, with
+            ``Sign(scale=None)``: ±1, the sign most ranks have.
         group: Process group; default the world. The first call on a group makes groups of
             pydist's own, so all its ranks must make it.
-        algorithm: ``"two_phase"``, ``"all_gather"``, or the cheaper one: ``"auto"``.
-        seed: Seed of the tie hash, 0 … 2**32 - 1.
-        step: Step of the tie hash and the zero rule, an int or a tensor of one; ``None`` takes
-            the number of the group's calls so far.
-        ties: ``"hash"``, ``"zero"`` (result 0, one more bit comes back) or ``"positive"``.
+        algorithm: ``"two_phase"``; ``"all_gather"``: everyone gets all bytes and does step 3
+            itself; or the cheaper one: ``"auto"``.
+        seed: Seed of stochastic rounding and the tie hash, 0 … 2**32 - 1.
+        step: Step of the random draws, the tie hash and the zero rule, an int or a tensor of one;
+            ``None`` takes the number of the group's calls so far.
+        ties: ``"hash"``, ``"zero"`` (result 0, one more bit comes back) or ``"positive"``; for
+            votes.
         async_op: Return at once, with a :class:`Work`.
 
     Returns:
@@ -374,34 +183,126 @@ def all_reduce(
 
     Raises:
         TypeError: Tensor or codec is of another type; the other ranks raise PydistError.
-        ValueError: Another argument is out of range, or there is no process group.
+        ValueError: Another argument is out of range, ``op`` does not go with the codec, or there
+            is no process group.
         MismatchError: Ranks disagree (length, dtype, options, step); raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
-    comm = communicator(group)
-    number, comm.step = comm.step, comm.step + 1  # counted on all ranks, whatever comes of it
-    fields: dict[str, Any] = {}
-    try:
-        _check_all_reduce(tensor, codec, op)
-        number = number if step is None else _step_of(step)
-        rule = VoteRule(average=op != "vote", ties=ties, seed=seed)
+    fields: dict[str, Any] = {
+        "codec": repr(codec), "op": op, "ties": ties, "seed": seed, "algorithm": algorithm,
+    }  # fmt: skip
+
+    def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
+        check_tensor("tensor", tensor)
         dense = dense_of("tensor", tensor.detach())
-        coder = TensorVoteCoder(
-            dense, rule, mean=op == "mean", rank=comm.rank, ranks=comm.world_size, step=number,
-            threads=torch.get_num_threads(),
-        )  # fmt: skip
-        fields = {
-            "codec": repr(codec), "op": op, "numel": tensor.numel(), "dtype": str(tensor.dtype),
-            "ties": ties, "seed": seed, "algorithm": algorithm,
-        }  # fmt: skip
-        road = Road(comm, coder, Call("all_reduce", fields, number), algorithm, tensor.device)
-    except Exception as error:
-        # The other ranks are about to wait for this one: they are told, then this one raises.
-        refuse(comm, Call("all_reduce", fields, number, problem=str(error)))
-        raise
-    comm.submit(road)
-    work = Work(road, tensor, dense)
-    return work if async_op else work.wait()
+        coder = all_reduce_coder(dense, codec, worker, op=op, ties=ties, seed=seed)
+        fields.update(numel=tensor.numel(), dtype=str(tensor.dtype))
+        return coder, tensor, dense
+
+    return _start("all_reduce", communicator(group), step, fields, prepare, algorithm, async_op)
+
+
+def reduce_scatter(
+    output: Tensor,
+    input: Tensor,
+    codec: Codec,
+    *,
+    op: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    async_op: bool = False,
+) -> Tensor | Work:
+    """Reduces over all ranks, each rank getting its share of the result.
+
+    Every rank encodes its input and sends share i to rank i, which decodes, sums in float32 in rank
+    order and divides once for a mean. Nothing is encoded again. Every share has blocks of its own,
+    whatever its length. A NaN or an infinity on any rank makes all shares NaN.
+
+    Args:
+        output: float32, float16 or bfloat16, any shape; overwritten with this rank's share.
+        input: The same number of elements for every rank, one behind the other; may be of
+            another of these dtypes. ``output`` may be this rank's share of it.
+        codec: Such as ``pydist.QSGD(bits=4)``.
+        op: ``"mean"`` or ``"sum"`` of what the ranks encoded; ``"vote"``, with
+            ``Sign(scale=None)``: ±1, the sign most ranks have.
+        group: Process group; default the world.
+        seed: Seed of stochastic rounding and the tie hash, 0 … 2**32 - 1.
+        step: As in :func:`all_reduce`.
+        async_op: Return at once, with a :class:`Work`.
+
+    Returns:
+        The output, or a :class:`Work` whose ``wait()`` returns it.
+
+    Raises:
+        TypeError: A tensor or the codec is of another type; the other ranks raise PydistError.
+        ValueError: Another argument is out of range, the lengths do not fit, or the tensors
+            overlap otherwise.
+        MismatchError: Ranks disagree; raised on every rank.
+        PydistError: Another rank has a problem, or the exchange failed.
+    """
+    comm = communicator(group)
+    fields: dict[str, Any] = {"codec": repr(codec), "op": op, "seed": seed}
+
+    def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
+        _check_pair(output, input, "input", comm.world_size)
+        dense, data = dense_of("output", output.detach()), input.detach().contiguous()
+        _check_apart(data, dense, comm.rank)
+        coder = reduce_scatter_coder(dense, data, codec, worker, op=op, ties="hash", seed=seed)
+        fields.update(numel=input.numel(), dtype=str(input.dtype), output_dtype=str(output.dtype))
+        return coder, output, dense
+
+    return _start("reduce_scatter", comm, step, fields, prepare, REDUCE_SCATTER, async_op)
+
+
+def all_gather(
+    output: Tensor,
+    input: Tensor,
+    codec: Codec,
+    *,
+    group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    async_op: bool = False,
+) -> Tensor | Work:
+    """Gathers all ranks' tensors in compressed form.
+
+    Every rank encodes its tensor and decodes what all have sent, its own bytes too, so that all
+    ranks hold the same bits. A NaN or an infinity on any rank makes everything NaN.
+
+    Args:
+        output: float32, float16 or bfloat16, any shape, with room for every rank's tensor, one
+            behind the other; overwritten.
+        input: The same number of elements on every rank; may be of another of these dtypes, or
+            this rank's place in ``output``.
+        codec: Such as ``pydist.BlockInt(bits=8)``; ``Sign(scale=None)`` gives ±1.
+        group: Process group; default the world.
+        seed: Seed of stochastic rounding, 0 … 2**32 - 1.
+        step: As in :func:`all_reduce`.
+        async_op: Return at once, with a :class:`Work`.
+
+    Returns:
+        The output, or a :class:`Work` whose ``wait()`` returns it.
+
+    Raises:
+        TypeError: A tensor or the codec is of another type; the other ranks raise PydistError.
+        ValueError: Another argument is out of range, the lengths do not fit, or the tensors
+            overlap otherwise.
+        MismatchError: Ranks disagree; raised on every rank.
+        PydistError: Another rank has a problem, or the exchange failed.
+    """
+    comm = communicator(group)
+    fields: dict[str, Any] = {"codec": repr(codec), "seed": seed}
+
+    def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
+        _check_pair(output, input, "output", comm.world_size)
+        dense, data = dense_of("output", output.detach()), input.detach().contiguous()
+        _check_apart(dense, data, comm.rank)
+        coder = all_gather_coder(dense, data, codec, worker, seed=seed)
+        fields.update(numel=input.numel(), dtype=str(input.dtype), output_dtype=str(output.dtype))
+        return coder, output, dense
+
+    return _start("all_gather", comm, step, fields, prepare, ALL_GATHER, async_op)
 
 
 def refuse(comm: Communicator, call: Call) -> None:

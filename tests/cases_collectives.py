@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pydist
-from pydist import Sign, collectives, reference
+from pydist import Sign, collectives, reference, road
 from pydist.communicator import communicator
 
 VOTES = Sign(scale=None)
@@ -85,8 +85,8 @@ def equals_reference(
     """Every combination of options; rank 0 compares with the reference, the test the ranks."""
     combinations = [("vote", ties) for ties in ("hash", "zero", "positive")]
     combinations += [("mean", "hash"), ("sum", "hash")]
-    whole = collectives.CHUNK_WORDS
-    collectives.CHUNK_WORDS = chunk or whole
+    whole = road.CHUNK_BYTES
+    road.CHUNK_BYTES = 4 * chunk if chunk else whole
     results = []
     try:
         for number, (op, ties) in enumerate(combinations):
@@ -103,7 +103,7 @@ def equals_reference(
                             check(x, tensors, f"{options}, {algorithm}, {n} {name}", **options)
                         results.append(bits(x))
     finally:
-        collectives.CHUNK_WORDS = whole
+        road.CHUNK_BYTES = whole
     return results
 
 
@@ -180,7 +180,7 @@ def not_finite(rank: int, ranks: int) -> None:
 
 def not_finite_in_last_chunk(rank: int, ranks: int) -> None:
     """The flag comes with the last chunk, after the first ones were decoded."""
-    collectives.CHUNK_WORDS, whole = 16, collectives.CHUNK_WORDS
+    road.CHUNK_BYTES, whole = 64, road.CHUNK_BYTES
     try:
         for algorithm in ("two_phase", "all_gather"):
             x = torch.ones(16 * 32 * 30 + 5)
@@ -189,7 +189,7 @@ def not_finite_in_last_chunk(rank: int, ranks: int) -> None:
             pydist.all_reduce(x, VOTES, algorithm=algorithm)
             assert bool(x.isnan().all())
     finally:
-        collectives.CHUNK_WORDS = whole
+        road.CHUNK_BYTES = whole
 
 
 # --------------------------------------------------------------------------- order

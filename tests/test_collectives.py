@@ -10,7 +10,7 @@ import torch
 from ranks import World, Worlds
 
 import pydist
-from pydist.collectives import CHUNK_WORDS
+from pydist.road import CHUNK_BYTES
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
@@ -37,7 +37,7 @@ def test_equals_reference_in_many_chunks(worlds: Worlds, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [3])
 def test_equals_reference_beyond_one_chunk(worlds: Worlds, ranks: int) -> None:
-    args = ([CHUNK_WORDS * 32 + 4097], ["float32"], None)
+    args = ([CHUNK_BYTES * 8 + 4097], ["float32"], None)
     same_on_all_ranks(worlds(ranks).run(cases.equals_reference, *args, timeout=120))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydist.collectives import LATENCY_BYTES
+from pydist.road import LATENCY_BYTES
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from pydist import wire
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Who takes part in a call, and when.
+
+    Attributes:
+        rank: This rank's place in the group.
+        ranks: Ranks of the group.
+        step: Step of the call.
+        threads: CPU threads of its kernels.
+    """
+
+    rank: int
+    ranks: int
+    step: int
+    threads: int = 1
 
 
 class Coder(Protocol):
     """One call's data on its way through a codec: local bytes, their reduction, the result.
 
-    Positions are payload words of the local bytes; a shard is a range of words. Shards and chunks
-    start on multiples of ``block_words``, so that every range can be coded on its own.
+    Positions are *units*, what must stay together: a payload word of 32 signs, or a block with its
+    scale. Chunks and shards start on units, so every range of them can be coded on its own. A
+    shard's bytes stand in one row; the last shards may reach past the data, where they are zeros.
 
     Attributes:
         codec: Number of the codec in a header (``wire.CODECS``).
         bits: Bits an element of the reduced message, for the header.
-        words: Payload words of the whole call.
-        block_words: Words that must stay together.
+        units: Units of the whole call.
+        unit_bytes: Bytes of a unit in phase 1: of all shares in a scatter, all ranks in a gather.
         repeatable: Encoding changes nothing but buffers of its own, so it may be done in vain.
+        flags: int32[1] on the data's device, raised by what was encoded so far.
     """
 
     codec: int
     bits: int
-    words: int
-    block_words: int
+    units: int
+    unit_bytes: int
     repeatable: bool
+    flags: Tensor
 
-    def reduced_bytes(self, words: int) -> int:
-        """Bytes of the reduced form of ``words`` payload words."""
+    def message_bytes(self, units: int) -> int:
+        """Bytes of a shard of ``units`` units in phase 1; a multiple of 4."""
+        ...
+
+    def reduced_bytes(self, units: int) -> int:
+        """Bytes of its reduced form; a multiple of 4."""
         ...
 
     def extra(self) -> Tensor | None:
@@ -39,35 +67,59 @@ class Coder(Protocol):
         """Takes the extra bytes of all ranks, uint8 [ranks, bytes]."""
         ...
 
-    def encode(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """This rank's bytes of words ``begin`` … ``end``, and int32[1] of the flags so far."""
-        ...
-
-    def reduce(self, messages: Tensor, offset: int, begin: int, end: int) -> Tensor:
-        """Combines all ranks' bytes of a shard.
+    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """Writes this rank's bytes of units ``begin`` … ``end`` and raises ``flags``.
 
         Args:
-            messages: uint8 [ranks, bytes]; a rank's shard starts at byte ``offset`` of its row.
-            offset: Bytes before the shard in each row.
-            begin: First word of the shard.
-            end: One past its last word; may lie past the data, where the bytes are padding.
-
-        Returns:
-            uint8 of ``reduced_bytes(end - begin)``, on the messages' device.
+            shards: uint8 [rows, ``message_bytes(units)``] on the data's device, uninitialised.
+            units: Units of each row.
+            begin: First unit of the first row.
+            end: One past the last unit of the chunk.
         """
         ...
 
-    def decode(self, shards: Tensor, begin: int, end: int) -> None:
-        """Takes the result of words ``begin`` … ``end``.
+    def reduce(
+        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
+    ) -> None:
+        """Combines all ranks' bytes of a shard.
 
         Args:
-            shards: uint8 [owners, bytes]: the reduced shards, equally long and in order; the last
-                ones may reach past ``end``.
-            begin: First word of the first shard.
-            end: One past the last word of the data.
+            messages: uint8 [ranks, ``message_bytes(units)``].
+            out: uint8 [``reduced_bytes(units)``], uninitialised, on the messages' device.
+            units: Units of each row, and of ``out``.
+            begin: First unit of the shard.
+            end: One past its last unit; ``begin`` where there are none.
+            flags: int32[1], raised where the result is not finite.
+        """
+        ...
+
+    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """Takes the result of units ``begin`` … ``end``.
+
+        Args:
+            shards: uint8 [rows, bytes]: what :meth:`reduce` made of the shards, in order; in a
+                collective without a second phase what all ranks encoded, in rank order.
+            units: Units of each row.
+            begin: First unit of the first row.
+            end: One past the last unit of the chunk.
         """
         ...
 
     def finish(self, flags: Tensor) -> None:
         """Ends the call: everything is decoded; int32[1] ``flags`` are those of all ranks."""
         ...
+
+
+def spans(rows: int, units: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """First and last unit of each of the rows that share ``begin`` … ``end``; empty ones too."""
+    for row in range(rows):
+        yield min(begin + row * units, end), min(begin + (row + 1) * units, end)
+
+
+def spoil(out: Tensor, flags: Tensor) -> None:
+    """Overwrites a result with NaN where any rank's input was not finite."""
+    bad = flags & wire.FLAG_NON_FINITE
+    if bad.is_cuda:  # no host synchronisation
+        out.masked_fill_(bad.to(out.device).bool(), float("nan"))
+    elif bad.item():
+        out.fill_(float("nan"))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pydist import checks
 from pydist.codecs.votes import VoteRule
-from pydist.collectives import ALGORITHMS, Road, refuse
+from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
 from pydist.optim.attached import Attachment, lion_hook
@@ -30,6 +30,7 @@ from pydist.optim.layout import (
     with_strides_of,
 )
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
+from pydist.road import ALGORITHMS, Road
 
 AGGREGATES = ("majority", "average")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pydist import checks, kernels, wire
 from pydist.checks import FLOATS
+from pydist.codecs.base import Worker
 from pydist.codecs.votes import VoteCoder, VoteRule
 from pydist.kernels import LionOptions
 from pydist.operators import on_device_of
@@ -98,14 +99,8 @@ class LionCoder(VoteCoder):
             [entry.ordinal for entry in self.entries],
         )
         device = self.entries[0].param.device if self.entries else torch.device("cpu")
-        super().__init__(
-            rule,
-            table,
-            ranks=scalars.ranks,
-            step=scalars.step,
-            device=device,
-            threads=scalars.threads,
-        )
+        worker = Worker(scalars.rank, scalars.ranks, scalars.step, scalars.threads)
+        super().__init__(rule, table, worker, device)
         self.scalars = scalars
         self.flags = torch.zeros(1, dtype=torch.int32, device=device)
         self._with_grad = np.array([entry.grad is not None for entry in self.entries], dtype=bool)
@@ -165,13 +160,13 @@ class LionCoder(VoteCoder):
     def pack(self) -> None:
         """Packs everything now: the gradients may change as soon as this returns."""
         with on_device_of(self.flags):
-            self._packed = self._pack(0, self.words)
+            self._packed = self._pack(0, self.units)
 
-    def encode(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def packed(self, begin: int, end: int) -> Tensor:
         """Votes and new momenta of the elements behind words ``begin`` … ``end``."""
         if self._packed is not None:
-            return self._packed[begin * wire.WORD_BYTES : end * wire.WORD_BYTES], self.flags
-        return self._pack(begin, end), self.flags
+            return self._packed[begin * wire.WORD_BYTES : end * wire.WORD_BYTES]
+        return self._pack(begin, end)
 
     def _pack(self, begin: int, end: int) -> Tensor:
         size = (end - begin) * wire.WORD_BYTES
@@ -217,11 +212,11 @@ class LionCoder(VoteCoder):
             param = self.entries[i].param
             self.rows[i, wire.X] = param.data_ptr()
             groups.setdefault((dtype_name(param), *scalars[int(i)]), []).append(int(i))
-        ranks = self.ranks if self.rule.average else None
+        ranks = self.worker.ranks if self.rule.average else None
         address = 0 if skip is None else skip.data_ptr()
         for (dtype, lr, weight_decay), indices in groups.items():
             args = kernels.lion_apply_args(
-                lr, weight_decay, self.bits, self.words * wire.WORD_BYTES, ranks
+                lr, weight_decay, self.bits, self.units * wire.WORD_BYTES, ranks
             )
             rows = wire.number_rows(self.rows[indices])
             with on_device_of(self.planes):

@@ -1,0 +1,85 @@
+"""From a codec and the arguments of a collective to the coder that goes the road."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pydist import checks, wire
+from pydist.blocks import BlockFormat, check_choice
+from pydist.codecs.base import Coder, Worker
+from pydist.codecs.block import BlockFloat, BlockInt
+from pydist.codecs.block_coder import GatherBlockCoder, ScatterBlockCoder, TensorBlockCoder
+from pydist.codecs.qsgd import QSGD
+from pydist.codecs.sign import Sign
+from pydist.codecs.votes import (
+    OPS,
+    GatherVoteCoder,
+    ScatterVoteCoder,
+    TensorVoteCoder,
+    VoteRule,
+)
+
+Codec = Sign | QSGD | BlockInt | BlockFloat
+
+_NAMES: dict[type, str] = {QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float"}
+
+
+def check_codec(codec: object) -> None:
+    """Raises TypeError unless ``codec`` is a codec."""
+    if not isinstance(codec, Sign | QSGD | BlockInt | BlockFloat):
+        raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
+
+
+def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
+    """Raises ValueError unless the codec's values can be reduced so."""
+    check_choice("op", op, tuple(known))
+    if op == "vote" and codec.block_format is not None:
+        raise ValueError(f"op='vote' needs codec Sign(scale=None), got {codec}")
+
+
+def number_of(codec: Codec) -> int:
+    """The codec's number in a header."""
+    scaled = "sign" if codec.block_format is None else "scaled_sign"
+    return wire.CODECS[_NAMES.get(type(codec), scaled)]
+
+
+def _rule(codec: Codec, op: str, ties: str, seed: int) -> tuple[VoteRule, BlockFormat | None]:
+    """The rule of a vote, and the format of the codec; the arguments are checked in any case."""
+    check_codec(codec)
+    check_op(op, codec)
+    return VoteRule(average=op != "vote", ties=ties, seed=seed), codec.block_format
+
+
+def all_reduce_coder(
+    tensor: Tensor, codec: Codec, worker: Worker, *, op: str, ties: str, seed: int
+) -> Coder:
+    """The coder of an all-reduce in place; see :func:`pydist.all_reduce` for the arguments."""
+    rule, form = _rule(codec, op, ties, seed)
+    mean = op == "mean"
+    if form is None:
+        return TensorVoteCoder(tensor, rule, worker, mean=mean)
+    return TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
+
+
+def reduce_scatter_coder(
+    output: Tensor, data: Tensor, codec: Codec, worker: Worker, *, op: str, ties: str, seed: int
+) -> Coder:
+    """The coder of a reduce-scatter of ``data`` into ``output``."""
+    rule, form = _rule(codec, op, ties, seed)
+    mean = op == "mean"
+    if form is None:
+        return ScatterVoteCoder(output, data, rule, worker, mean=mean)
+    return ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
+
+
+def all_gather_coder(
+    output: Tensor, data: Tensor, codec: Codec, worker: Worker, *, seed: int
+) -> Coder:
+    """The coder of an all-gather of ``data`` into ``output``."""
+    check_codec(codec)
+    checks.check_seed(seed)
+    if codec.block_format is None:
+        return GatherVoteCoder(output, data, worker)
+    return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)

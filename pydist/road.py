@@ -1,0 +1,319 @@
+"""The road of a collective: chunks, messages, phases; the only place that sends data.
+
+One road for every codec::
+
+    encode ─▶ all_to_all_single ─▶ reduce ─▶ all_gather_into_tensor ─▶ decode
+    local bytes   each rank owns      by the      everyone decodes the same
+                  a shard             owner, once  bytes, so replicas stay equal
+
+A rank sends ``(n - 1) / n * (payload + reduced payload)`` whatever the world size. Where it is
+cheaper (two ranks, or so little data that latency rules) the payloads are gathered instead and
+every rank reduces everything itself, to the same bits. A reduce-scatter ends after the first phase
+and an all-gather has no other; both decode what has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydist import wire
+from pydist.codecs.base import Coder, spans
+from pydist.communicator import Call, Communicator
+from pydist.groups import all_gather
+
+CHUNK_BYTES = 512 * 1024
+"""Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
+
+LATENCY_BYTES = 16 * 1024
+"""What a round trip costs, in bytes: below it one phase beats two."""
+
+_FLAGS_AT = 7  # where a header has its flags
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which ways a call's bytes take.
+
+    Attributes:
+        scatters: Phase 1 sends row i to rank i, of a row for each; else its one row to everyone.
+        reduces: What has arrived is reduced before it is decoded.
+    """
+
+    scatters: bool
+    reduces: bool
+
+    @property
+    def second(self) -> bool:
+        """Whether reduced shards are gathered: a second phase."""
+        return self.scatters and self.reduces
+
+
+ALL_REDUCE = {"two_phase": Route(True, True), "all_gather": Route(False, True)}
+REDUCE_SCATTER = Route(scatters=True, reduces=False)
+ALL_GATHER = Route(scatters=False, reduces=False)
+ALGORITHMS = ("auto", *ALL_REDUCE)
+
+
+def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
+    """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
+
+    Raises:
+        ValueError: ``algorithm`` is unknown.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if algorithm != "auto":
+        return algorithm
+    payload, reduced = coder.message_bytes(coder.units), coder.reduced_bytes(coder.units)
+    gathered = (ranks - 1) * payload
+    two_phase = (ranks - 1) / ranks * (payload + reduced)
+    return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
+
+
+def chunk_units(coder: Coder) -> int:
+    """Units of a chunk."""
+    return max(1, CHUNK_BYTES // coder.unit_bytes)
+
+
+class _Exchange:
+    """One chunk on the road: units ``begin`` … ``end`` of the call.
+
+    Buffers are let go as soon as their bytes have moved on; that, and ``IN_FLIGHT``, bounds memory.
+    """
+
+    def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
+        self.road, self.begin, self.end, self.extra = road, begin, end, extra
+        units = end - begin
+        self.shard = -(-units // road.comm.world_size) if road.route.second else units
+        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.numel())
+        self._sent: Tensor | None = None
+        self._arriving: _Pending | None = None
+
+    def encode(self) -> None:
+        """Makes the messages of phase 1."""
+        road = self.road
+        rows = road.comm.world_size if road.route.scatters else 1
+        size = self.offset + road.coder.message_bytes(self.shard)
+        sent = torch.empty((rows, size), dtype=torch.uint8, device=road.data_device)
+        road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
+        sent = sent.to(road.device)
+        sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
+        if self.extra is not None:
+            sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
+        self._sent = sent
+
+    def send(self) -> None:
+        """Issues phase 1."""
+        assert self._sent is not None
+        send = self.road.scatter if self.road.route.scatters else self.road.gather
+        self._arriving, self._sent = send(self._sent), None
+
+    def _arrived(self) -> Tensor:
+        """Waits for what was issued last and checks its headers."""
+        assert self._arriving is not None
+        received, self._arriving = self._arriving.wait(), None
+        self.road.check(received)
+        return received
+
+    def reduce(self) -> None:
+        """Waits for phase 1, reduces this rank's shard, issues phase 2; where there is one."""
+        with self.road.stream():
+            self._reduce()
+
+    def _reduce(self) -> None:
+        road = self.road
+        if not road.route.reduces:
+            return
+        received = self._arrived()
+        if self.extra is not None:
+            road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
+        rows = road.comm.world_size if road.route.second else 1
+        mine = road.comm.rank if road.route.second else 0
+        begin, end = list(spans(rows, self.shard, self.begin, self.end))[mine]
+        size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
+        sent = received.new_empty((1, size))
+        road.coder.reduce(
+            received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
+            road.flags,
+        )  # fmt: skip
+        sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
+        del received
+        second = road.route.second
+        self._arriving = road.gather(sent, second=True) if second else _Pending(None, sent, sent)
+
+    def complete(self) -> None:
+        """Waits for the last phase and decodes."""
+        with self.road.stream():
+            shards = self._arrived()[:, wire.HEADER_BYTES :]
+            self.road.coder.decode(shards, self.shard, self.begin, self.end)
+
+
+class _Pending:
+    """A collective under way, and the buffers it needs."""
+
+    def __init__(self, work: dist.Work | None, received: Tensor, sent: Tensor) -> None:
+        self.work, self.received, self.sent = work, received, sent
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.received
+
+
+class Road:
+    """One collective on its way (a :class:`pydist.communicator.Job`).
+
+    Args:
+        comm: The group's communicator.
+        coder: The data and its codec.
+        call: What the ranks must agree on.
+        route: The way to take, or for an all-reduce ``"auto"``, ``"two_phase"`` or
+            ``"all_gather"``.
+        device: The data's device.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        coder: Coder,
+        call: Call,
+        route: Route | str,
+        device: torch.device,
+    ) -> None:
+        self.comm, self.coder = comm, coder
+        # How the data is cut must be equal too; another release may choose otherwise.
+        cut: dict[str, object] = {"chunk_bytes": CHUNK_BYTES}
+        if not isinstance(route, Route):
+            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
+            route = ALL_REDUCE[str(cut["algorithm"])]
+        self.route = route
+        self.call = replace(call, fields=call.fields | cut)
+        self.data_device = device
+        self.device = comm.device(device)
+        self.future: Future[None] = Future()
+        self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
+        header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
+        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
+        self.stream = _SideStream(device)
+
+    # ----------------------------------------------------------------- Job
+
+    def chunks(self) -> Generator[_Exchange, None, None]:
+        """Agrees, then sends chunk after chunk."""
+        units, size = self.coder.units, chunk_units(self.coder)
+        extra = self.coder.extra()
+        exchanges = [
+            _Exchange(self, begin, min(begin + size, units), None if begin else extra)
+            for begin in range(0, units, size)
+        ]
+        with self.stream():
+            # Where encoding changes nothing but buffers of its own, it hides the agreement's
+            # round trip. Otherwise a disagreement must leave everything as it was.
+            early = exchanges[:1] if self.coder.repeatable else []
+            self.comm.agree(self.call, lambda: early[0].encode() if early else None)
+            for i, exchange in enumerate(exchanges):
+                if i >= len(early):
+                    exchange.encode()
+                exchange.send()
+                yield exchange
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until all is decoded (on CUDA: makes the current stream wait)."""
+        try:
+            self.future.result(timeout)
+        except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
+            raise TimeoutError(f"{self.call.name} takes longer than {timeout} s") from error
+        if self.stream.done is not None:
+            torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
+
+    def finish(self) -> None:
+        """Hands the flags of all ranks to the coder."""
+        with self.stream():
+            self.coder.finish(self.flags)
+
+    # ----------------------------------------------------------------- messages
+
+    def header(self, flags: Tensor) -> Tensor:
+        """A message's 16 bytes with this rank's flags."""
+        header = self._header.clone()
+        header[_FLAGS_AT] = flags[0]
+        return header
+
+    def check(self, received: Tensor) -> None:
+        """Collects the flags of all ranks' headers and compares the rest with our own.
+
+        Raises:
+            ValueError: A header is malformed: the bytes did not come from an equal pydist.
+        """
+        headers = received[:, : wire.HEADER_BYTES]
+        if headers.is_cuda:  # agreed on the host before; comparing here would wait for the device
+            self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
+            return
+        table = headers.numpy().copy()
+        self.flags |= int(np.bitwise_or.reduce(table[:, _FLAGS_AT]))
+        table[:, _FLAGS_AT] = 0
+        if not (table == self._header.numpy()).all():
+            rank = int((table != self._header.numpy()).any(1).nonzero()[0][0])
+            header, reason = wire.unpack_header(table[rank].tobytes())
+            raise ValueError(
+                f"{self.call.name}: malformed message from rank {self.comm.ranks[rank]}: "
+                f"{reason or header}"
+            )
+
+    def scatter(self, sent: Tensor) -> _Pending:
+        """Phase 1: row i goes to rank i."""
+        received = torch.empty_like(sent)
+        self._count("phase 1", sent.numel() - sent.shape[1])
+        work = None
+        if self.comm.world_size > 1:
+            work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
+        else:
+            received = sent
+        return _Pending(work, received, sent)
+
+    def gather(self, sent: Tensor, *, second: bool = False) -> _Pending:
+        """Everyone's message to everyone."""
+        n = self.comm.world_size
+        self._count("phase 2" if second else "phase 1", (n - 1) * sent.numel())
+        if n == 1:
+            return _Pending(None, sent, sent)
+        received = sent.new_empty((n, sent.numel()))
+        group = self.comm.second if second else self.comm.first
+        work = all_gather(received, sent, group)
+        return _Pending(work, received, sent)
+
+    def _count(self, phase: str, size: int) -> None:
+        self.comm.traffic.bytes_sent[phase] += size
+
+
+class _SideStream:
+    """Runs a job's kernels beside the caller's stream, after what the caller had enqueued.
+
+    Attributes:
+        done: On CUDA, recorded after the last kernel so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            self.done = torch.cuda.Event()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.done is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+            self.done.record(self._stream)

@@ -1,0 +1,185 @@
+"""Many workers in one process: the collectives' results, to the bit, without a process group.
+
+For researchers: what would 32 or 64 workers get from this codec? The tensors pass through the same
+codecs and kernels as in :mod:`pydist.collectives`, so the result equals that of as many real ranks,
+whatever algorithm they choose::
+
+    gradients = [torch.randn(1_000_000) for _ in range(32)]
+    exact = torch.stack(gradients).mean(0)
+    for bits in (2, 4, 8):
+        mean = pydist.simulate.all_reduce(gradients, pydist.QSGD(bits), step=7)
+        print(bits, float((mean - exact).norm() / exact.norm()))
+
+The tensors stay as they are; the result is made once, as all ranks hold the same bits. Beside
+inputs and result only a chunk of each worker's bytes is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pydist import checks, wire
+from pydist.codecs.base import Coder, Worker
+from pydist.codecs.coders import (
+    Codec,
+    all_gather_coder,
+    all_reduce_coder,
+    reduce_scatter_coder,
+)
+from pydist.collectives import check_tensor
+from pydist.operators import on_device_of
+from pydist.road import chunk_units
+
+
+def all_reduce(
+    tensors: Sequence[Tensor],
+    codec: Codec,
+    *,
+    op: str = "mean",
+    seed: int = 0,
+    step: int = 0,
+    ties: str = "hash",
+) -> Tensor:
+    """What :func:`pydist.all_reduce` leaves on every rank.
+
+    Args:
+        tensors: One a worker, in rank order: same shape, dtype and device.
+        codec: Such as ``pydist.QSGD(bits=4)``.
+        op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
+        seed: Seed of stochastic rounding and the tie hash.
+        step: Step of the random draws, the tie hash and the zero rule.
+        ties: ``"hash"``, ``"zero"`` or ``"positive"``; for votes.
+
+    Returns:
+        The result, of the tensors' shape and dtype.
+
+    Raises:
+        TypeError: A tensor or the codec is of another type.
+        ValueError: There are no tensors, they differ, or an argument is out of range.
+    """
+    dense, workers = _dense("tensors", tensors), _workers(len(tensors), step)
+    result = torch.empty_like(dense[0])
+    senders = [
+        all_reduce_coder(x, codec, worker, op=op, ties=ties, seed=seed)
+        for x, worker in zip(dense, workers, strict=True)
+    ]
+    receiver = all_reduce_coder(result, codec, workers[0], op=op, ties=ties, seed=seed)
+    with on_device_of(result):
+        flags = torch.zeros(1, dtype=torch.int32, device=result.device)
+        for begin, end, messages in _encoded(senders, rows=1):
+            units = end - begin
+            reduced = messages.new_empty((1, receiver.reduced_bytes(units)))
+            receiver.reduce(messages[:, 0], reduced[0], units, begin, end, flags)
+            receiver.decode(reduced, units, begin, end)
+        receiver.finish(flags | _flags(senders))
+    return result.view(tensors[0].shape)
+
+
+def reduce_scatter(
+    inputs: Sequence[Tensor], codec: Codec, *, op: str = "mean", seed: int = 0, step: int = 0
+) -> list[Tensor]:
+    """What :func:`pydist.reduce_scatter` leaves in each rank's output.
+
+    Args:
+        inputs: One a worker, in rank order: same shape, dtype and device, with as many elements for
+            every worker.
+        codec: Such as ``pydist.QSGD(bits=4)``.
+        op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
+        seed: Seed of stochastic rounding and the tie hash.
+        step: Step of the random draws.
+
+    Returns:
+        One flat tensor a worker, of the inputs' dtype.
+
+    Raises:
+        TypeError: A tensor or the codec is of another type.
+        ValueError: There are no tensors, they differ, their length is no multiple of their number,
+            or an argument is out of range.
+    """
+    dense, workers = _dense("inputs", inputs), _workers(len(inputs), step)
+    share, rest = divmod(dense[0].numel(), len(inputs))
+    if rest:
+        raise ValueError(
+            f"inputs must have a multiple of {len(inputs)} elements, got {dense[0].numel()}"
+        )
+    outputs = [x.new_empty(share) for x in dense]
+    coders = [
+        reduce_scatter_coder(out, x, codec, worker, op=op, ties="hash", seed=seed)
+        for out, x, worker in zip(outputs, dense, workers, strict=True)
+    ]
+    with on_device_of(dense[0]):
+        for begin, end, messages in _encoded(coders, rows=len(coders)):
+            for rank, coder in enumerate(coders):
+                coder.decode(messages[:, rank], end - begin, begin, end)
+        flags = _flags(coders)
+        for coder in coders:
+            coder.finish(flags)
+    return outputs
+
+
+def all_gather(inputs: Sequence[Tensor], codec: Codec, *, seed: int = 0, step: int = 0) -> Tensor:
+    """What :func:`pydist.all_gather` leaves in every rank's output.
+
+    Args:
+        inputs: One a worker, in rank order: same shape, dtype and device.
+        codec: Such as ``pydist.BlockInt(bits=8)``.
+        seed: Seed of stochastic rounding.
+        step: Step of the random draws.
+
+    Returns:
+        [workers, elements], of the inputs' dtype.
+
+    Raises:
+        TypeError: A tensor or the codec is of another type.
+        ValueError: There are no tensors, they differ, or an argument is out of range.
+    """
+    dense, workers = _dense("inputs", inputs), _workers(len(inputs), step)
+    output = dense[0].new_empty((len(dense), dense[0].numel()))
+    coders = [
+        all_gather_coder(output, x, codec, worker, seed=seed)
+        for x, worker in zip(dense, workers, strict=True)
+    ]
+    with on_device_of(output):
+        for begin, end, messages in _encoded(coders, rows=1):
+            coders[0].decode(messages[:, 0], end - begin, begin, end)
+        coders[0].finish(_flags(coders))
+    return output
+
+
+def _workers(ranks: int, step: int) -> list[Worker]:
+    checks.check_step(step)
+    threads = torch.get_num_threads()
+    return [Worker(rank, ranks, step, threads) for rank in range(ranks)]
+
+
+def _dense(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The workers' tensors, checked, detached and contiguous."""
+    if not 0 < len(tensors) < wire.MAX_RANKS:
+        raise ValueError(f"{name} must be 1 … {wire.MAX_RANKS - 1} tensors, got {len(tensors)}")
+    for i, x in enumerate(tensors):
+        check_tensor(f"{name}[{i}]", x)
+        for what in ("shape", "dtype", "device"):
+            value, first = getattr(x, what), getattr(tensors[0], what)
+            if value != first:
+                raise ValueError(f"{name}[{i}] has {what} {value}, {name}[0] has {first}")
+    return [x.detach().contiguous() for x in tensors]
+
+
+def _encoded(coders: Sequence[Coder], rows: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Chunk after chunk: begin, end, and all workers' messages, uint8 [workers, rows, bytes]."""
+    size = chunk_units(coders[0])
+    for begin in range(0, coders[0].units, size):
+        end = min(begin + size, coders[0].units)
+        shape = (len(coders), rows, coders[0].message_bytes(end - begin))
+        device = coders[0].flags.device
+        messages = torch.empty(shape, dtype=torch.uint8, device=device)
+        for coder, message in zip(coders, messages, strict=True):
+            coder.encode(message, end - begin, begin, end)
+        yield begin, end, messages
+
+
+def _flags(coders: Sequence[Coder]) -> Tensor:
+    return torch.stack([coder.flags for coder in coders]).amax(0)

@@ -1,0 +1,373 @@
+"""What ranks do in tests/test_codecs.py: block codecs and votes on the road; see tests/ranks.py."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases_collectives import bits
+from cases_faults import raised_by
+from torch import Tensor
+
+import pydist
+from pydist import QSGD, BlockFloat, BlockInt, Sign, road, simulate, wire
+from pydist import reference_blocks as rb
+from pydist.communicator import communicator
+from pydist.reference import round_to
+
+CODECS = [
+    Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
+    QSGD(8, block=128), BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
+    BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"),
+]  # fmt: skip
+Codec = Any
+
+
+def inputs(ranks: int, n: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Every rank's tensor, known to all ranks: values of many magnitudes, zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for _ in range(ranks):
+        x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
+        x[torch.rand(n, generator=generator) < 0.1] = 0
+        tensors.append(x.to(dtype))
+    return tensors
+
+
+def first_difference(got: Tensor, wanted: Tensor, what: str) -> None:
+    """Raises AssertionError where two tensors are not equal to the bit."""
+    if bits(got) != bits(wanted):
+        got, wanted = got.reshape(-1), wanted.reshape(-1)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape, what
+        places = [i for i in range(got.numel()) if bits(got[i : i + 1]) != bits(wanted[i : i + 1])]
+        i = places[0]
+        raise AssertionError(
+            f"{what}: {len(places)} differ, element {i} is {got[i]}, expected {wanted[i]}"
+        )
+
+
+def _payloads(
+    tensors: list[Tensor], codec: Codec, seed: int, step: int, table: wire.IntArray | None = None
+) -> Any:
+    return np.stack(
+        [
+            rb.quantize(
+                x.float().numpy(), codec.block_format, zero_bit=(rank + step) % 2,
+                draws=rb.Draws(seed, rank, 0, step), segments=table,
+            )[0]
+            for rank, x in enumerate(tensors)
+        ]
+    )  # fmt: skip
+
+
+def _stored(values: Any, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(round_to(values, str(dtype)[6:])).to(dtype)
+
+
+def expected_all_reduce(
+    tensors: list[Tensor], codec: Codec, *, op: str, seed: int, step: int
+) -> Tensor:
+    """The result by the specification."""
+    form, n = codec.block_format, tensors[0].numel()
+    reduced, _ = rb.reduce_quantized(
+        _payloads(tensors, codec, seed, step), form, n, mean=op == "mean", zero_bit=step % 2,
+        draws=rb.Draws(seed, 0, 1, step),
+    )  # fmt: skip
+    return _stored(rb.dequantize(reduced, form, n), tensors[0].dtype)
+
+
+def expected_reduce_scatter(
+    tensors: list[Tensor], codec: Codec, *, op: str, seed: int, step: int
+) -> Tensor:
+    """All ranks' shares by the specification, one behind the other."""
+    form, n, ranks = codec.block_format, tensors[0].numel(), len(tensors)
+    table = wire.segments([n // ranks] * ranks, block=form.block)
+    payloads = _payloads(tensors, codec, seed, step, table)
+    total = rb.sum_quantized(payloads, form, n, mean=op == "mean", segments=table)
+    return _stored(total, tensors[0].dtype)
+
+
+def expected_all_gather(tensors: list[Tensor], codec: Codec, *, seed: int, step: int) -> Tensor:
+    """All ranks' tensors by the specification, one behind the other."""
+    payloads = _payloads(tensors, codec, seed, step)
+    values = [rb.dequantize(p, codec.block_format, tensors[0].numel()) for p in payloads]
+    return _stored(np.concatenate(values), tensors[0].dtype)
+
+
+# --------------------------------------------------------------------------- values
+
+
+def equals_reference(
+    rank: int, ranks: int, codecs: list[Codec], sizes: list[int], dtypes: list[str]
+) -> list[bytes]:
+    """Every collective; rank 0 compares with the specification, the test the ranks."""
+    results = []
+    for number, codec in enumerate(codecs):
+        for n in sizes:
+            for name in dtypes:
+                dtype, options = getattr(torch, name), {"seed": 11, "step": 5 + number}
+                what = f"{codec}, {n} {name}"
+                for op in ("mean", "sum"):
+                    tensors = inputs(ranks, n, dtype, seed=n + number)
+                    wanted = simulate.all_reduce(tensors, codec, op=op, **options)
+                    if rank == 0:
+                        by_hand = expected_all_reduce(tensors, codec, op=op, **options)
+                        first_difference(wanted, by_hand, f"simulated {op} of {what}")
+                    for algorithm in ("auto", "two_phase", "all_gather"):
+                        x = tensors[rank].clone()
+                        out = pydist.all_reduce(x, codec, op=op, algorithm=algorithm, **options)
+                        assert out is x
+                        first_difference(x, wanted, f"{algorithm} {op} of {what}")
+                        results.append(bits(x))
+                    tensors = inputs(ranks, n * ranks, dtype, seed=n + number)
+                    shares = simulate.reduce_scatter(tensors, codec, op=op, **options)
+                    if rank == 0:
+                        by_hand = expected_reduce_scatter(tensors, codec, op=op, **options)
+                        first_difference(torch.cat(shares), by_hand, f"simulated scatter {what}")
+                    out = torch.empty(n, dtype=dtype)
+                    got = pydist.reduce_scatter(out, tensors[rank], codec, op=op, **options)
+                    assert got is out
+                    first_difference(out, shares[rank], f"reduce_scatter {op} of {what}")
+                tensors = inputs(ranks, n, dtype, seed=n + number)
+                wanted = simulate.all_gather(tensors, codec, **options)
+                if rank == 0:
+                    by_hand = expected_all_gather(tensors, codec, **options)
+                    first_difference(wanted, by_hand, f"simulated gather {what}")
+                out = torch.empty(n * ranks, dtype=dtype)
+                assert pydist.all_gather(out, tensors[rank], codec, **options) is out
+                first_difference(out, wanted, f"all_gather of {what}")
+                results.append(bits(out))
+    return results
+
+
+def equals_simulation(
+    rank: int, ranks: int, codecs: list[Codec], n: int, chunk: int | None
+) -> list[bytes]:
+    """Large tensors, or many small chunks: real ranks against simulated ones in one chunk."""
+    results = []
+    for number, codec in enumerate(codecs):
+        tensors = inputs(ranks, n * ranks, torch.float32, seed=number)
+        options = {"seed": 3, "step": number}
+        whole = road.CHUNK_BYTES
+        road.CHUNK_BYTES = 1 << 40
+        wanted = simulate.all_reduce(tensors, codec, **options)
+        share = simulate.reduce_scatter(tensors, codec, **options)[rank]
+        gathered = simulate.all_gather([x[:n] for x in tensors], codec, **options)
+        road.CHUNK_BYTES = chunk or whole
+        try:
+            for algorithm in ("two_phase", "all_gather"):
+                x = tensors[rank].clone()
+                pydist.all_reduce(x, codec, algorithm=algorithm, **options)
+                first_difference(x, wanted, f"{algorithm} {codec}")
+                results.append(bits(x))
+            out = torch.empty(n)
+            pydist.reduce_scatter(out, tensors[rank], codec, **options)
+            first_difference(out, share, f"reduce_scatter {codec}")
+            out = torch.empty(ranks, n)
+            pydist.all_gather(out, tensors[rank][:n], codec, **options)
+            first_difference(out, gathered, f"all_gather {codec}")
+            results.append(bits(out))
+            simulated = simulate.all_reduce(tensors, codec, **options)
+            first_difference(simulated, wanted, f"simulated in chunks {codec}")
+        finally:
+            road.CHUNK_BYTES = whole
+    return results
+
+
+def votes(rank: int, ranks: int, sizes: list[int], chunk: int | None) -> None:
+    """Simulated votes, and those of shares and gathered signs."""
+    codec, whole = Sign(scale=None), road.CHUNK_BYTES
+    road.CHUNK_BYTES = chunk or whole
+    try:
+        for n in sizes:
+            tensors = inputs(ranks, n, torch.float32, seed=n)
+            options = {"seed": 7, "step": n}
+            for op, ties in (("vote", "hash"), ("vote", "zero"), ("mean", "hash"), ("sum", "hash")):
+                x = tensors[rank].clone()
+                pydist.all_reduce(x, codec, op=op, ties=ties, algorithm="two_phase", **options)
+                wanted = simulate.all_reduce(tensors, codec, op=op, ties=ties, **options)
+                first_difference(x, wanted, f"{op} {ties} of {n}")
+            signs = torch.stack(
+                [torch.where(x == 0, 2.0 * ((r + n) % 2) - 1, x.sign()) for r, x in
+                 enumerate(tensors)]
+            )  # fmt: skip
+            out = torch.empty(ranks, n)
+            pydist.all_gather(out, tensors[rank], codec, **options)
+            first_difference(out, signs, f"signs of {n}")
+            first_difference(out, simulate.all_gather(tensors, codec, **options), f"{n}")
+            for op in ("mean", "sum", "vote"):
+                every = [torch.cat([x.roll(i) for i in range(ranks)]) for x in tensors]
+                shares = simulate.reduce_scatter(every, codec, op=op, **options)
+                out = torch.empty(n)
+                pydist.reduce_scatter(out, every[rank], codec, op=op, **options)
+                first_difference(out, shares[rank], f"share of {op} of {n}")
+                if op != "vote":
+                    total = signs.roll(rank, 1).sum(0)
+                    first_difference(out, total / ranks if op == "mean" else total, f"{op} {n}")
+    finally:
+        road.CHUNK_BYTES = whole
+
+
+def not_finite(rank: int, ranks: int) -> None:
+    """On any rank, in any chunk, of any share: everything is NaN on all ranks."""
+    road.CHUNK_BYTES, whole = 512, road.CHUNK_BYTES
+    n = 3001
+    try:
+        for codec in (*CODECS, Sign(None)):
+            for who, at in ((0, 0), (ranks - 1, n * ranks - 1)):
+                x = torch.ones(n * ranks)
+                if rank == who:
+                    x[at] = float("nan") if who else float("-inf")
+                out, everything = torch.ones(n), torch.ones(ranks, n * ranks)
+                pydist.reduce_scatter(out, x, codec)
+                pydist.all_gather(everything, x, codec)
+                assert bool(out.isnan().all()) and bool(everything.isnan().all()), f"{codec} {who}"
+                for algorithm in ("two_phase", "all_gather"):
+                    y = x.clone()
+                    pydist.all_reduce(y, codec, algorithm=algorithm)
+                    assert bool(y.isnan().all()), f"{codec} on rank {who}, {algorithm}"
+            y = torch.ones(n)
+            pydist.all_reduce(y, codec)
+            assert bool(y.isfinite().all()), "the flag of one call reached the next"
+    finally:
+        road.CHUNK_BYTES = whole
+
+
+def overflow(rank: int, ranks: int) -> None:
+    """A sum that float32 cannot hold, in one block of one shard: NaN everywhere."""
+    x = torch.ones(5000)
+    x[4000] = torch.finfo(torch.float32).max
+    wanted = simulate.all_reduce([x] * ranks, BlockInt(8), op="sum")
+    assert bool(wanted.isnan().all()) == (ranks > 1)
+    for algorithm in ("two_phase", "all_gather"):
+        y = x.clone()
+        pydist.all_reduce(y, BlockInt(8), op="sum", algorithm=algorithm)
+        first_difference(y, wanted, algorithm)
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+def shapes(rank: int, ranks: int) -> None:
+    """Views, other output dtypes, results in the place of the input."""
+    codec, n, options = QSGD(4, block=32), 60, {"seed": 1, "step": 2}
+    tensors = inputs(ranks, n * ranks, torch.float32, seed=1)
+    shares = simulate.reduce_scatter(tensors, codec, **options)
+    gathered = simulate.all_gather([x[:n] for x in tensors], codec, **options)
+    mine = tensors[rank]
+
+    wide = torch.full((6, 20), 7.0)
+    out = wide[:, 5:15]
+    assert pydist.reduce_scatter(out, mine.view(ranks, 6, 10), codec, **options) is out
+    first_difference(out, shares[rank], "view")
+    assert bool((wide[:, :5] == 7).all()) and bool((wide[:, 15:] == 7).all())
+
+    half = torch.empty(n, dtype=torch.bfloat16)
+    pydist.reduce_scatter(half, mine, codec, **options)
+    first_difference(half, shares[rank].bfloat16(), "bfloat16 output")
+    strided = torch.stack([mine, mine], 1)[:, 0]
+    out = torch.empty(n)
+    pydist.reduce_scatter(out, strided, codec, **options)
+    first_difference(out, shares[rank], "strided input")
+
+    road.CHUNK_BYTES, whole = 100, road.CHUNK_BYTES  # what is written first is not read later
+    try:
+        x = mine.clone()
+        pydist.reduce_scatter(x[rank * n : (rank + 1) * n], x, codec, **options)
+        first_difference(x[rank * n : (rank + 1) * n], shares[rank], "share in place")
+        everything = torch.zeros(ranks, n)
+        everything[rank] = mine[:n]
+        pydist.all_gather(everything, everything[rank], codec, **options)
+        first_difference(everything, gathered, "gathered in place")
+    finally:
+        road.CHUNK_BYTES = whole
+
+
+def in_flight(rank: int, ranks: int) -> None:
+    """Collectives of all kinds at once, with random pauses, waited for in reverse."""
+    chance = random.Random(rank)
+    cases = [(codec, i) for i, codec in enumerate([*CODECS, Sign(None)])]
+    works = []
+    for codec, i in cases:
+        n = 300 * i + 33
+        tensors = inputs(ranks, n * ranks, torch.float32, seed=i)
+        options = {"seed": i, "step": i}
+        x, out = tensors[rank].clone(), torch.empty(n)
+        everything = torch.empty(ranks, n * ranks)
+        wanted = [
+            simulate.all_reduce(tensors, codec, **options),
+            simulate.reduce_scatter(tensors, codec, **options)[rank],
+            simulate.all_gather(tensors, codec, **options),
+        ]
+        results = [x, out, everything]
+        options["async_op"] = True
+        started = [
+            pydist.all_reduce(x, codec, algorithm="two_phase", **options),
+            pydist.reduce_scatter(out, tensors[rank], codec, **options),
+            pydist.all_gather(everything, tensors[rank], codec, **options),
+        ]
+        works += list(zip(started, results, wanted, strict=True))
+        time.sleep(chance.random() * 0.01)
+    for work, result, wanted_result in reversed(works):
+        assert work.wait() is result
+        first_difference(result, wanted_result, "in flight")
+
+
+def differs(rank: int, ranks: int, name: str, usual: Codec, other: Codec, op: Any) -> Any:
+    """One rank has another codec or op; afterwards the group is as good as before."""
+    codec = other if rank == ranks - 1 else usual
+    options = {} if op is None or rank != ranks - 1 else {"op": op}
+    x, small, large = torch.ones(64 * ranks), torch.ones(64), torch.ones(64 * ranks)
+    call = {
+        "all_reduce": lambda: pydist.all_reduce(x, codec, step=1, **options),
+        "reduce_scatter": lambda: pydist.reduce_scatter(small, x, codec, step=1, **options),
+        "all_gather": lambda: pydist.all_gather(large, small, codec, step=1),
+    }[name]
+    result = raised_by(call)
+    assert bool((x == 1).all()) and bool((small == 1).all()) and bool((large == 1).all())
+    pydist.all_reduce(x, BlockInt(8))
+    assert bool((x == 1).all())
+    return result
+
+
+def wrong(rank: int, ranks: int) -> None:
+    """Arguments that no rank can use."""
+    x, out, codec = torch.ones(4 * ranks), torch.ones(4), QSGD(4)
+    y = torch.ones(4 * ranks + 4)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: pydist.all_reduce(x, codec, op="vote"), ValueError,
+         r"op='vote' needs codec Sign\(scale=None\), got QSGD\(bits=4"),
+        (lambda: pydist.reduce_scatter(out, x, codec, op="vote"), ValueError,
+         r"op='vote' needs codec Sign\(scale=None\), got QSGD\(bits=4"),
+        (lambda: pydist.all_reduce(x, codec, op="max"), ValueError, "op must be one of"),
+        (lambda: pydist.all_reduce(x, "qsgd"), TypeError, "codec must be a pydist codec, got str"),
+        (lambda: pydist.reduce_scatter(out, x[1:], codec), ValueError,
+         f"input must have {ranks} x 4 elements .* got {4 * ranks - 1}"),
+        (lambda: pydist.all_gather(x[1:], out, codec), ValueError,
+         f"output must have {ranks} x 4 elements .* got {4 * ranks - 1}"),
+        (lambda: pydist.all_gather(x, out.long(), codec), TypeError, "input must be float32"),
+        (lambda: pydist.all_gather(x, out, codec, seed=-1), ValueError, "seed must be in"),
+        (lambda: pydist.reduce_scatter(out.expand(2, 4)[:, :2], x, codec), ValueError, "output"),
+        (lambda: pydist.reduce_scatter(y[1:5], y[:-4], codec), ValueError,
+         "output and input overlap in memory"),
+        (lambda: pydist.all_gather(y[:-4], y[-6 : -2], codec), ValueError,
+         "output and input overlap in memory"),
+    ]  # fmt: skip
+    for call, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def traffic(rank: int, ranks: int, n: int) -> dict[str, int]:
+    """Bytes of one call of each kind, by phase; n is a number of elements for each rank."""
+    comm = communicator()
+    before = comm.traffic.bytes_sent.copy()
+    x = torch.ones(n * ranks)
+    pydist.all_reduce(x, QSGD(4), algorithm="two_phase")
+    pydist.reduce_scatter(x[:n].clone(), x, QSGD(4))
+    pydist.all_gather(x, x[:n].clone(), QSGD(4))
+    return dict(comm.traffic.bytes_sent - before)
