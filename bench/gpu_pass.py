@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 from pydist import _C, environment, selfcheck, wire
 from pydist.kernels import LionOptions
-from pydist.selfcheck import HostMemory, KernelRunner, backends, cases
+from pydist.selfcheck import HostMemory, KernelRunner, backends, block_cases, cases
 
 LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
 STORAGES = ("float32", "float16", "bfloat16")
@@ -48,8 +48,8 @@ def driver() -> str:
     return f"cuInit: error {code}" if code else "a driver"
 
 
-def launch_all(run: KernelRunner) -> int:
-    """Raises DifferenceError where a kernel and the reference differ; returns how many calls."""
+def launch_votes(run: KernelRunner) -> int:
+    """Kernels of signs, votes and Lion. Raises DifferenceError; returns how many calls."""
     rng = np.random.default_rng(0)
     calls = 0
     for n in LENGTHS:
@@ -78,6 +78,29 @@ def launch_all(run: KernelRunner) -> int:
     return calls
 
 
+def launch_blocks(run: KernelRunner) -> int:
+    """Kernels of block formats. Raises DifferenceError likewise; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for n in LENGTHS:
+        for i, form in enumerate(block_cases.FORMATS):
+            options = block_cases.some_options(rng)
+            table = block_cases.some_segments(rng, n, form)
+            for storage in STORAGES:
+                x = block_cases.some_bits(rng, n, form, storage)
+                block_cases.check_quantize(run, x, form, options, table)
+            residual = block_cases.some_bits(
+                rng, n, form, ("float32", "bfloat16")[i % 2], finite=True
+            )
+            block_cases.check_quantize_feedback(run, x, residual, form, options, None)
+            payloads = block_cases.some_payloads(rng, 3, n, form)
+            storage = STORAGES[i % 3]
+            block_cases.check_sum(run, payloads, n, form, mean=True, storage=storage)
+            block_cases.check_reduce(run, payloads, n, form, options)
+            calls += 6
+    return calls
+
+
 def main() -> int:
     """Returns the exit status."""
     run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
@@ -86,7 +109,7 @@ def main() -> int:
         print(f"gpu_pass: {lacks} ({driver()})", file=sys.stderr)
         return 2
     try:
-        calls = launch_all(run)
+        calls = launch_votes(run) + launch_blocks(run)
     except selfcheck.DifferenceError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return 1
