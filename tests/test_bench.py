@@ -83,7 +83,7 @@ def test_a_budget_leaves_rows_out_and_says_so(capsys: pytest.CaptureFixture[str]
     assert cli.main([*SMALL, "--budget", "0", "--no-rivals", *plot]) == 0
     said = capsys.readouterr().out
     assert "not measured: pack_signs float32 64: no time left" in said
-    assert "44 of 44 rows not measured" in said
+    assert "80 of 80 rows not measured" in said
     assert "nowhere/out.png was not drawn" in said
 
 
@@ -160,7 +160,7 @@ def test_goals_come_first_and_what_is_compiled_last() -> None:
     order = list(dict.fromkeys(options.shown(case.numel) for case in chosen))
     assert order == ["64Mi", "64Ki", "256Mi", "256Ki", "1Mi", "4Mi", "16Mi"]
     plain = len([case for case in chosen if not case.compiled])
-    assert plain == 7 * 22 and not any(case.compiled for case in chosen[:plain])
+    assert plain == 7 * 40 and not any(case.compiled for case in chosen[:plain])
     assert {options.shown(case.numel) for case in chosen[plain:]} == {"64Mi"}
     assert len(chosen[plain:]) == 16
     assert options.compiled_size([64, 128], "cuda") == 128
@@ -187,8 +187,8 @@ def test_a_compiled_rival_stands_in_the_row_of_the_others(
 
 
 def test_a_kernel_is_recorded_by_its_number() -> None:
-    for release in ("6.18.44-fc-v595", "6.18.44", "6.18.44.local"):
-        assert machine.numeric(release) == "6.18.44"
+    for release in ("6.1.0-13-amd64", "6.1.0", "6.1.0.local"):
+        assert machine.numeric(release) == "6.1.0"
 
 
 def test_a_machine_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:

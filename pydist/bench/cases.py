@@ -12,12 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pydist import ops
+from pydist import blocks, ops, wire
 from pydist.bench import rivals
 from pydist.bench.rivals import APPLY, LION, Rival
 from pydist.bench.timing import Buffers
+from pydist.codecs import QSGD, BlockInt
 
 RANKS = 8
+BLOCK_CODECS = (BlockInt(4, block=512), BlockInt(8, block=512), QSGD(4, block=512))
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
 COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
 
@@ -88,6 +90,10 @@ class Maker:
         for name in self.dtypes:
             for ranks in (None, RANKS):
                 yield lion_apply_case(self, name, ranks)
+        for make in (quantize_case, dequantize_case):
+            for codec in BLOCK_CODECS:
+                for name in self.dtypes:
+                    yield make(self, name, codec)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -236,4 +242,48 @@ def lion_apply_case(maker: Maker, name: str, ranks: int | None) -> Case:
         make=make,
         run=lambda s: ops.lion_apply_(s.param, s.planes, ranks=ranks, **APPLY),
         rivals=others,
+    )  # fmt: skip
+
+
+def _codec_name(codec: BlockInt | QSGD) -> str:
+    return f"{type(codec).__name__}({codec.bits}), blocks of {codec.block}"
+
+
+def _payload_bytes(maker: Maker, codec: BlockInt | QSGD) -> int:
+    return blocks.table_bytes(wire.one_segment(maker.numel), codec.block_format)
+
+
+def quantize_case(maker: Maker, name: str, codec: BlockInt | QSGD) -> Case:
+    """``quantize`` beside torch, which leaves a byte an element."""
+    dtype = getattr(torch, name)
+    size = _payload_bytes(maker, codec)
+
+    def make() -> Buffers:
+        out = torch.zeros(size, dtype=torch.uint8, device=maker.device)
+        return Buffers(x=maker.normal(dtype), out=out)
+
+    def plain(s: Buffers) -> None:
+        rivals.torch_quantize(s.x, codec.bits, codec.block)
+
+    return Case(
+        "quantize", _codec_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.quantize(s.x, codec, out=s.out),
+        rivals=[Rival("torch to nearest, not packed", plain)],
+    )  # fmt: skip
+
+
+def dequantize_case(maker: Maker, name: str, codec: BlockInt | QSGD) -> Case:
+    """``dequantize`` into memory that is there."""
+    dtype = getattr(torch, name)
+    size = _payload_bytes(maker, codec)
+
+    def make() -> Buffers:
+        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        return Buffers(payload=ops.quantize(maker.normal(dtype), codec), out=out)
+
+    return Case(
+        "dequantize", _codec_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.dequantize(s.payload, codec, maker.numel, out=s.out),
     )  # fmt: skip

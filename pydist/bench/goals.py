@@ -42,6 +42,11 @@ GOALS = (
     Goal("lion_pack_", "float32 momentum", "of_copy", 1.25),
     Goal("lion_apply_", "sign plane", "of_copy", 1.25),
     Goal("majority_vote", "8 payloads, ties hash", "of_read", 1.2),
+    Goal("quantize", "BlockInt(4), blocks of 512", "of_read", 0.6),
+    Goal("quantize", "BlockInt(8), blocks of 512", "of_read", 0.6),
+    Goal("quantize", "QSGD(4), blocks of 512", "of_read", 0.35),
+    Goal("dequantize", "BlockInt(4), blocks of 512", "of_read", 0.6),
+    Goal("dequantize", "BlockInt(8), blocks of 512", "of_read", 0.6),
 )
 
 

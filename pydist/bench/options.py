@@ -12,6 +12,8 @@ KERNELS = (
     "majority_vote",
     "lion_pack_",
     "lion_apply_",
+    "quantize",
+    "dequantize",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

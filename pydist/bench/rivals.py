@@ -91,6 +91,14 @@ def torch_lion_apply(param: Tensor, vote: Tensor) -> None:
 # Compiled, the sign that nobody reads would be left out: these pack it, as the kernel does.
 
 
+def torch_quantize(x: Tensor, bits: int, block: int) -> None:
+    """Symmetric integers with the maximum of each whole block as scale; a byte an element."""
+    whole = x.numel() // block
+    rows = x[: whole * block].view(whole, block).float()
+    scale = (2 ** (bits - 1) - 1) / rows.abs().amax(1, keepdim=True)
+    (rows * scale).round_().to(torch.int8)
+
+
 def torch_lion_pack(grad: Tensor, momentum: Tensor, out: Tensor) -> None:
     """Vote, packed, and new momentum; lerp rounds otherwise than the kernel."""
     grad = grad.to(momentum.dtype)
