@@ -11,7 +11,6 @@ from pydist.blocks import NORMS, SCHEMES, BlockFormat
 from pydist.checks import (
     FLOATS,
     ITEMSIZE,
-    MOMENTA,
     View,
     check_bit,
     check_device,
@@ -22,7 +21,7 @@ from pydist.checks import (
     check_out,
     check_payloads,
     check_seed,
-    check_size,
+    check_state,
 )
 from pydist.kernels import Target, address_of, launch, step_of
 from pydist.wire import IntArray
@@ -169,16 +168,7 @@ def quantize_feedback(
     step: View | None = None,
 ) -> None:
     """Quantizes ``x + residual`` and writes what was lost into ``residual_out``."""
-    check_dtype(x, tuple(FLOATS))
-    check_dtype(residual, MOMENTA)
-    check_dtype(residual_out, (residual.dtype,))
-    check_size(residual, x.size, f"as {x.name}")
-    check_size(residual_out, x.size, f"as {x.name}")
-    check_flags(flags, x, residual, residual_out, out)
-    check_device(x, residual, residual_out, flags)
-    check_disjoint(x, residual)
-    check_disjoint(x, residual_out)
-    check_disjoint(residual, residual_out, may_be_same=True)
+    check_state(x, residual, residual_out, out, flags)
     table = check_table(segments, x.size, x.name, form)
     check_out(out, "uint8", (blocks.table_bytes(table, form),), x, residual, residual_out)
     rows = blocks.rows_of(table, form)

@@ -134,6 +134,20 @@ def check_out(out: View, dtype: str, shape: tuple[int, ...], *inputs: View) -> N
         check_disjoint(out, view)
 
 
+def check_state(x: View, state: View, state_out: View, out: View, flags: View | None) -> None:
+    """Raises unless ``x`` can be encoded into ``out`` while ``state`` becomes ``state_out``."""
+    check_dtype(x, tuple(FLOATS))
+    check_dtype(state, MOMENTA)
+    check_dtype(state_out, (state.dtype,))
+    check_size(state, x.size, f"as {x.name}")
+    check_size(state_out, x.size, f"as {x.name}")
+    check_flags(flags, x, state, state_out, out)
+    check_device(x, state, state_out, flags)
+    check_disjoint(x, state)
+    check_disjoint(x, state_out)
+    check_disjoint(state, state_out, may_be_same=True)
+
+
 def check_flags(flags: View | None, *others: View) -> None:
     """Raises unless ``flags`` is absent, or int32[1] apart from the other views."""
     if flags is not None:

@@ -18,7 +18,6 @@ from pydist import _C, wire
 from pydist.checks import (
     FLOATS,
     ITEMSIZE,
-    MOMENTA,
     TIES,
     View,
     check_bit,
@@ -32,7 +31,7 @@ from pydist.checks import (
     check_range,
     check_rates,
     check_seed,
-    check_size,
+    check_state,
     check_step,
     check_step_at,
     check_table,
@@ -251,16 +250,7 @@ def lion_pack(
     step: View | None = None,
 ) -> None:
     """Writes a worker's vote into ``out`` and its new momentum into ``momentum_out``."""
-    check_dtype(grad, tuple(FLOATS))
-    check_dtype(momentum, MOMENTA)
-    check_dtype(momentum_out, (momentum.dtype,))
-    check_size(momentum, grad.size, f"as {grad.name}")
-    check_size(momentum_out, grad.size, f"as {grad.name}")
-    check_flags(flags, grad, momentum, momentum_out, out)
-    check_device(grad, momentum, momentum_out, flags)
-    check_disjoint(grad, momentum)
-    check_disjoint(grad, momentum_out)
-    check_disjoint(momentum, momentum_out, may_be_same=True)
+    check_state(grad, momentum, momentum_out, out, flags)
     table = check_table(segments, grad.size, grad.name)
     size = wire.segments_words(table) * wire.WORD_BYTES
     check_out(out, "uint8", (size,), grad, momentum, momentum_out)

@@ -26,7 +26,7 @@ class BlockCoder:
         numel: Elements of a segment; every segment has its own blocks.
         mean: Divide sums by the number of ranks.
         seed: Seed of stochastic rounding.
-        device: The data's device.
+        result: What the call overwrites, on the data's device.
     """
 
     repeatable = True
@@ -40,7 +40,7 @@ class BlockCoder:
         numel: int,
         mean: bool,
         seed: int,
-        device: torch.device,
+        result: Tensor,
     ) -> None:
         self.form = form
         self.codec = codec
@@ -49,7 +49,8 @@ class BlockCoder:
         self.numel = numel
         self.units = form.blocks(numel)
         self.unit_bytes = form.block_bytes + SCALE_BYTES
-        self.flags = torch.zeros(1, dtype=torch.int32, device=device)
+        self.result = result
+        self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
         self._cpu = kernels.Target(threads=worker.threads)
         self._divisor = worker.ranks if mean else 1
         rank, step = worker.rank, worker.step
@@ -75,6 +76,10 @@ class BlockCoder:
 
     def merge_extra(self, extras: Tensor) -> None:
         """Nothing to merge."""
+
+    def finish(self, flags: Tensor) -> None:
+        """Overwrites the result with NaN where any rank's input was not finite."""
+        spoil(self.result, flags)
 
     # ----------------------------------------------------------------- kernels
 
@@ -162,7 +167,7 @@ class TensorBlockCoder(BlockCoder):
         seed: int,
     ) -> None:
         super().__init__(
-            form, codec, worker, numel=tensor.numel(), mean=mean, seed=seed, device=tensor.device
+            form, codec, worker, numel=tensor.numel(), mean=mean, seed=seed, result=tensor
         )
         self.flat = tensor.view(-1)
 
@@ -176,10 +181,6 @@ class TensorBlockCoder(BlockCoder):
         shards = shards.to(self.flat.device)
         for i, span in enumerate(spans(len(shards), units, begin, end)):
             self.dequantize(shards[i : i + 1], self.flat, units, span, 1)
-
-    def finish(self, flags: Tensor) -> None:
-        """Overwrites everything with NaN where any rank's input was not finite."""
-        spoil(self.flat, flags)
 
 
 class ScatterBlockCoder(BlockCoder):
@@ -209,7 +210,7 @@ class ScatterBlockCoder(BlockCoder):
         seed: int,
     ) -> None:
         super().__init__(
-            form, codec, worker, numel=output.numel(), mean=mean, seed=seed, device=output.device
+            form, codec, worker, numel=output.numel(), mean=mean, seed=seed, result=output
         )
         self.unit_bytes *= worker.ranks
         self.flat, self.shares = output.view(-1), data.view(worker.ranks, output.numel())
@@ -223,10 +224,6 @@ class ScatterBlockCoder(BlockCoder):
         """Sums in rank order, divides for a mean."""
         shards = shards.to(self.flat.device)
         self.dequantize(shards, self.flat, units, (begin, end), self._divisor)
-
-    def finish(self, flags: Tensor) -> None:
-        """Overwrites everything with NaN where any rank's input was not finite."""
-        spoil(self.flat, flags)
 
 
 class GatherBlockCoder(BlockCoder):
@@ -254,7 +251,7 @@ class GatherBlockCoder(BlockCoder):
         seed: int,
     ) -> None:
         super().__init__(
-            form, codec, worker, numel=data.numel(), mean=False, seed=seed, device=data.device
+            form, codec, worker, numel=data.numel(), mean=False, seed=seed, result=output
         )
         self.unit_bytes *= worker.ranks
         self.flat, self.shares = data.view(-1), output.view(worker.ranks, data.numel())
@@ -268,7 +265,3 @@ class GatherBlockCoder(BlockCoder):
         shards = shards.to(self.shares.device)
         for i, share in enumerate(self.shares):
             self.dequantize(shards[i : i + 1], share, units, (begin, end), 1)
-
-    def finish(self, flags: Tensor) -> None:
-        """Overwrites everything with NaN where any rank's input was not finite."""
-        spoil(self.shares, flags)
