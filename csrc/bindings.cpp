@@ -76,6 +76,10 @@ DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scale
           divisor};
 }
 
+SumArgs sum_args(uint64_t values, int64_t stride, int64_t ranks, float divisor) {
+  return {at<const unsigned char>(values), stride, ranks, divisor};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -91,6 +95,7 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&cpu::block_format));
   py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
   py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
+  py::class_<SumArgs>(m, "SumArgs", py::module_local()).def(py::init(&sum_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -165,6 +170,14 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       "dequantize",
       [](uint64_t rows, int64_t n, int dtype, const DecodeArgs& args, int threads) {
         cpu::dequantize(at<Row>(rows), n, DType(dtype), args, threads);
+      },
+      nogil);
+  c.def(
+      "sum_values",
+      [](uint64_t rows, int64_t n, int from, int to, const SumArgs& args, uint64_t flags,
+         int threads) {
+        cpu::sum_values(at<Row>(rows), n, DType(from), DType(to), args, at<uint32_t>(flags),
+                        threads);
       },
       nogil);
 
@@ -242,6 +255,13 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       "dequantize",
       [](const cuda::Rows& rows, int dtype, const DecodeArgs& args, uint64_t stream) {
         cuda::dequantize(rows, DType(dtype), args, at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "sum_values",
+      [](const cuda::Rows& rows, int from, int to, const SumArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::sum_values(rows, DType(from), DType(to), args, at<uint32_t>(flags), at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

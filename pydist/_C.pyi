@@ -82,6 +82,9 @@ class DecodeArgs:
         /,
     ) -> None: ...
 
+class SumArgs:
+    def __init__(self, values: int, stride: int, ranks: int, divisor: float, /) -> None: ...
+
 # The submodules, as classes: a stub file can't hold a module.
 
 class cpu:
@@ -146,6 +149,10 @@ class cpu:
     ) -> None: ...
     @staticmethod
     def dequantize(rows: int, n: int, dtype: int, args: DecodeArgs, threads: int, /) -> None: ...
+    @staticmethod
+    def sum_values(
+        rows: int, n: int, source: int, to: int, args: SumArgs, flags: int, threads: int, /
+    ) -> None: ...
 
 class cuda:
     class Rows:
@@ -194,3 +201,7 @@ class cuda:
     ) -> None: ...
     @staticmethod
     def dequantize(rows: Rows, dtype: int, args: DecodeArgs, stream: int, /) -> None: ...
+    @staticmethod
+    def sum_values(
+        rows: Rows, source: int, to: int, args: SumArgs, flags: int, stream: int, /
+    ) -> None: ...

@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 from pydist.wire import WIRE_VERSION, segments
 
 if TYPE_CHECKING:
-    from pydist import arrays, collectives, ops, reference, reference_blocks, simulate
-    from pydist.codecs import QSGD, BlockFloat, BlockInt, Sign
+    from pydist import (
+        arrays,
+        collectives,
+        ops,
+        reference,
+        reference_blocks,
+        reference_raw,
+        simulate,
+    )
+    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
 
 try:
@@ -24,12 +32,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _MODULES = {
     "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
-    "simulate",
+    "reference_raw", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
     "BlockInt": "codecs",
     "QSGD": "codecs",
+    "Raw": "codecs",
     "Sign": "codecs",
     "all_gather": "collectives",
     "all_reduce": "collectives",
@@ -45,6 +54,7 @@ __all__ = [
     "BlockInt",
     "MismatchError",
     "PydistError",
+    "Raw",
     "Sign",
     "all_gather",
     "all_reduce",
@@ -56,6 +66,7 @@ __all__ = [
     "reduce_scatter",
     "reference",
     "reference_blocks",
+    "reference_raw",
     "segments",
     "simulate",
 ]

@@ -14,7 +14,7 @@ from cases_faults import raised_by
 from torch import Tensor
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Sign, road, simulate, wire
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, reference_raw, road, simulate, wire
 from pydist import reference_blocks as rb
 from pydist.communicator import communicator
 from pydist.reference import round_to
@@ -22,7 +22,8 @@ from pydist.reference import round_to
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
     QSGD(8, block=128), BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
-    BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"),
+    BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"), Raw(), Raw("float32"), Raw("float16"),
+    Raw("bfloat16"),
 ]  # fmt: skip
 Codec = Any
 
@@ -68,10 +69,20 @@ def _stored(values: Any, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(round_to(values, str(dtype)[6:])).to(dtype)
 
 
+def _raw_sum(tensors: list[Tensor], codec: Raw, op: str, to: Any = None) -> Tensor:
+    """What the ranks' plain values add up to, rounded to ``to``, default the wire's dtype."""
+    dtype: Any = codec.dtype or str(tensors[0].dtype)[6:]
+    sent = np.stack([round_to(x.float().numpy(), dtype) for x in tensors])
+    total, _ = reference_raw.sum_values(sent, to or dtype, mean=op == "mean")
+    return _stored(total, tensors[0].dtype)
+
+
 def expected_all_reduce(
     tensors: list[Tensor], codec: Codec, *, op: str, seed: int, step: int
 ) -> Tensor:
     """The result by the specification."""
+    if isinstance(codec, Raw):
+        return _raw_sum(tensors, codec, op)
     form, n = codec.block_format, tensors[0].numel()
     reduced, _ = rb.reduce_quantized(
         _payloads(tensors, codec, seed, step), form, n, mean=op == "mean", zero_bit=step % 2,
@@ -84,6 +95,8 @@ def expected_reduce_scatter(
     tensors: list[Tensor], codec: Codec, *, op: str, seed: int, step: int
 ) -> Tensor:
     """All ranks' shares by the specification, one behind the other."""
+    if isinstance(codec, Raw):
+        return _raw_sum(tensors, codec, op, str(tensors[0].dtype)[6:])
     form, n, ranks = codec.block_format, tensors[0].numel(), len(tensors)
     table = wire.segments([n // ranks] * ranks, block=form.block)
     payloads = _payloads(tensors, codec, seed, step, table)
@@ -93,6 +106,8 @@ def expected_reduce_scatter(
 
 def expected_all_gather(tensors: list[Tensor], codec: Codec, *, seed: int, step: int) -> Tensor:
     """All ranks' tensors by the specification, one behind the other."""
+    if isinstance(codec, Raw):
+        return torch.cat([_raw_sum([x], codec, "sum") for x in tensors])
     payloads = _payloads(tensors, codec, seed, step)
     values = [rb.dequantize(p, codec.block_format, tensors[0].numel()) for p in payloads]
     return _stored(np.concatenate(values), tensors[0].dtype)
@@ -247,6 +262,23 @@ def overflow(rank: int, ranks: int) -> None:
         y = x.clone()
         pydist.all_reduce(y, BlockInt(8), op="sum", algorithm=algorithm)
         first_difference(y, wanted, algorithm)
+
+
+def beyond_range(rank: int, ranks: int) -> None:
+    """What float16 cannot hold, sent or summed, is as any infinity: NaN on all ranks."""
+    for value, codec in ((1e5, Raw("float16")), (4e4, Raw("float16")), (4e4, Raw())):
+        dtype = torch.float16 if codec.dtype is None else torch.float32
+        x = torch.ones(3000).to(dtype)
+        x[2999] = value
+        wanted = simulate.all_reduce([x] * ranks, codec, op="sum")
+        assert bool(wanted.isnan().all()), codec
+        for algorithm in ("two_phase", "all_gather"):
+            y = x.clone()
+            pydist.all_reduce(y, codec, op="sum", algorithm=algorithm)
+            first_difference(y, wanted, f"{value} as {codec}")
+    y = x.clone()
+    pydist.all_reduce(y, Raw("float32"), op="mean")  # the sum fits float32, the mean float16
+    assert bool((y == x).all())
 
 
 # --------------------------------------------------------------------------- arguments

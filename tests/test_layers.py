@@ -18,7 +18,7 @@ PACKAGE = Path(pydist.__file__).parent
 LAYERS = [
     {"_C", "errors", "wire"},
     {"blocks", "reference"},
-    {"reference_blocks"},
+    {"reference_blocks", "reference_raw"},
     {"checks"},
     {"kernels"},
     {"block_kernels"},
@@ -44,6 +44,7 @@ TORCH_FREE = {
     "blocks",
     "reference",
     "reference_blocks",
+    "reference_raw",
     "checks",
     "kernels",
     "block_kernels",

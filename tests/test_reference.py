@@ -12,7 +12,16 @@ from bitwise import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, reference, reference_blocks, wire
+from pydist import (
+    QSGD,
+    BlockFloat,
+    BlockInt,
+    Sign,
+    reference,
+    reference_blocks,
+    reference_raw,
+    wire,
+)
 
 WIRE_FORMAT = Path(__file__).parents[1] / "docs" / "wire_format.md"
 
@@ -182,6 +191,7 @@ def computed() -> dict[str, bytes]:
     g, m = np.array([1, -1, 0.5, 0], dtype=np.float32), np.array([0, 1, -1, 0], dtype=np.float32)
     planes = np.array([[0b0101, 0, 0, 0]], dtype=np.uint8)
     zero = np.zeros(64, dtype=np.float32)
+    plain = np.array([1, -2, -0.0, 0.1], dtype=np.float32)
     header = wire.Header(codec=wire.CODECS["sign"], bits=1, flags=1, digest=0x01020304, step=258)
     return {
         "signs-zero-bit-1": reference.pack_signs(x, zero_bit=1)[0].tobytes(),
@@ -199,6 +209,9 @@ def computed() -> dict[str, bytes]:
             zero, zero, **lion, binarization_range=1.0, seed=1, rank=2, step=3
         )[0].tobytes(),
         "header": header.pack(),
+        "raw-bfloat16": reference_raw.to_bytes(plain, "bfloat16")[0].tobytes(),
+        "raw-float32": reference_raw.to_bytes(plain, "float32")[0].tobytes(),
+        "raw-float16": reference_raw.to_bytes(plain[:3], "float16")[0].tobytes(),
         **computed_blocks(),
     }
 

@@ -252,4 +252,14 @@ void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& 
                    });
 }
 
+void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const SumArgs& args,
+                uint32_t* flags, int threads) {
+  const auto kernel = kernels().sum_values[static_cast<int>(from)][static_cast<int>(to)];
+  for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t begin, int64_t n) {
+    void* out = reinterpret_cast<void*>(row.x + begin * width_of(to));
+    const int64_t at = (row.word * kWordBits + begin) * width_of(from);
+    raise_flags(flags, kernel(out, n, args.values + at, args));
+  });
+}
+
 }  // namespace pydist::cpu

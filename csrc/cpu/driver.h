@@ -35,4 +35,8 @@ void reduce_quantized(const Row* rows, int64_t n_rows, const DecodeArgs& from, c
                       uint32_t* flags, int threads);
 void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& args, int threads);
 
+// Plain values; `word` of a row counts 32 of them.
+void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const SumArgs& args,
+                uint32_t* flags, int threads);
+
 }  // namespace pydist::cpu

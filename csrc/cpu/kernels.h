@@ -6,6 +6,7 @@
 
 #include "../wire/blocks.h"
 #include "../wire/lion.h"
+#include "../wire/raw.h"
 #include "../wire/votes.h"
 
 namespace pydist::cpu {
@@ -34,6 +35,10 @@ struct Kernels {
   uint32_t (*reduce_quantized)(const Row& row, const DecodeArgs& from, const EncodeArgs& to,
                                float* scratch);
   void (*dequantize[3])(const Row& row, const DecodeArgs& args, float* scratch);
+
+  // Sums of plain values into out[0, n). Returns flags. Indexed by DType of values, then of `out`.
+  uint32_t (*sum_values[3][3])(void* out, int64_t n, const unsigned char* values,
+                               const SumArgs& args);
 };
 
 extern const Kernels kScalar;

@@ -24,6 +24,10 @@ extern const Kernels PYDIST_TABLE = {
      {isa::quantize_feedback<BFloat, float>, isa::quantize_feedback<BFloat, BFloat>}},
     isa::reduce_quantized,
     {isa::dequantize<float>, isa::dequantize<Half>, isa::dequantize<BFloat>},
+    {{isa::sum_values<float, float>, isa::sum_values<float, Half>, isa::sum_values<float, BFloat>},
+     {isa::sum_values<Half, float>, isa::sum_values<Half, Half>, isa::sum_values<Half, BFloat>},
+     {isa::sum_values<BFloat, float>, isa::sum_values<BFloat, Half>,
+      isa::sum_values<BFloat, BFloat>}},
 };
 
 }  // namespace pydist::cpu

@@ -23,5 +23,7 @@ uint32_t reduce_quantized(const Row& row, const DecodeArgs& from, const EncodeAr
                           float* scratch);
 template <typename T>
 void dequantize(const Row& row, const DecodeArgs& args, float* scratch);
+template <typename From, typename To>
+uint32_t sum_values(void* out, int64_t n, const unsigned char* values, const SumArgs& args);
 
 }  // namespace pydist::cpu::PYDIST_ISA

@@ -47,6 +47,10 @@ void reduce_quantized(const Rows& rows, const DecodeArgs& from, const EncodeArgs
                       uint32_t* flags, void* stream);
 void dequantize(const Rows& rows, DType dtype, const DecodeArgs& args, void* stream);
 
+// Plain values; `word` counts 32 of them.
+void sum_values(const Rows& rows, DType from, DType to, const SumArgs& args, uint32_t* flags,
+                void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -96,6 +96,10 @@ struct FiniteLimit<float> {
   static constexpr uint32_t value = 0x7F800000u;
 };
 template <>
+struct FiniteLimit<Half> {
+  static constexpr uint32_t value = 0x477FF000u;  // 65520, the tie above the largest float16
+};
+template <>
 struct FiniteLimit<BFloat> {
   static constexpr uint32_t value = 0x7F7F8000u;  // the tie above the largest bfloat16 is infinity
 };

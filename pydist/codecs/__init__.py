@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydist.codecs.block import BlockFloat, BlockInt
 from pydist.codecs.qsgd import QSGD
+from pydist.codecs.raw import Raw
 from pydist.codecs.sign import Sign
 
-__all__ = ["QSGD", "BlockFloat", "BlockInt", "Sign"]
+__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign"]

@@ -12,6 +12,8 @@ from pydist.codecs.base import Coder, Worker
 from pydist.codecs.block import BlockFloat, BlockInt
 from pydist.codecs.block_coder import GatherBlockCoder, ScatterBlockCoder, TensorBlockCoder
 from pydist.codecs.qsgd import QSGD
+from pydist.codecs.raw import Raw
+from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder, TensorRawCoder
 from pydist.codecs.sign import Sign
 from pydist.codecs.votes import (
     OPS,
@@ -21,21 +23,23 @@ from pydist.codecs.votes import (
     VoteRule,
 )
 
-Codec = Sign | QSGD | BlockInt | BlockFloat
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw
 
-_NAMES: dict[type, str] = {QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float"}
+_NAMES: dict[type, str] = {
+    QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
+}  # fmt: skip
 
 
 def check_codec(codec: object) -> None:
     """Raises TypeError unless ``codec`` is a codec."""
-    if not isinstance(codec, Sign | QSGD | BlockInt | BlockFloat):
+    if not isinstance(codec, Codec):
         raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
 
 
 def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
     """Raises ValueError unless the codec's values can be reduced so."""
     check_choice("op", op, tuple(known))
-    if op == "vote" and codec.block_format is not None:
+    if op == "vote" and not (isinstance(codec, Sign) and codec.scale is None):
         raise ValueError(f"op='vote' needs codec Sign(scale=None), got {codec}")
 
 
@@ -43,6 +47,11 @@ def number_of(codec: Codec) -> int:
     """The codec's number in a header."""
     scaled = "sign" if codec.block_format is None else "scaled_sign"
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
+
+
+def _wire_dtype(codec: Raw, x: Tensor) -> str:
+    """Name of the dtype in which values of ``x`` travel."""
+    return codec.dtype or str(x.dtype)[6:]
 
 
 def _rule(codec: Codec, op: str, ties: str, seed: int) -> tuple[VoteRule, BlockFormat | None]:
@@ -58,6 +67,8 @@ def all_reduce_coder(
     """The coder of an all-reduce in place; see :func:`pydist.all_reduce` for the arguments."""
     rule, form = _rule(codec, op, ties, seed)
     mean = op == "mean"
+    if isinstance(codec, Raw):
+        return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
     return TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -69,6 +80,8 @@ def reduce_scatter_coder(
     """The coder of a reduce-scatter of ``data`` into ``output``."""
     rule, form = _rule(codec, op, ties, seed)
     mean = op == "mean"
+    if isinstance(codec, Raw):
+        return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
     return ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -80,6 +93,8 @@ def all_gather_coder(
     """The coder of an all-gather of ``data`` into ``output``."""
     check_codec(codec)
     checks.check_seed(seed)
+    if isinstance(codec, Raw):
+        return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)
