@@ -9,30 +9,57 @@ PYDIST_INLINE void put(float* out, Vec x) {
   store(out, kAdd ? add(load(out), x) : x);
 }
 
-// Values of a tile of n codes, a multiple of 32.
-template <bool kAdd>
-void sign_values(const uint8_t* codes, int n, float scale, float* out) {
-  const Vec minus = set1(-scale), plus = set1(scale), zero = set1(0.0f);
-  for (int j = 0; j < n; j += kLanes) {
-    put<kAdd>(out + j, select(greater(load_bytes(codes + j), zero), plus, minus));
-  }
+// Values of a tile of n codes, a multiple of 32; value(codes) is that of a Vec of them.
+template <bool kAdd, bool kBytes, typename Value>
+PYDIST_INLINE void put_groups(const unsigned char* stream, int n, int bits, const Value& value,
+                              float* out) {
+  const CodeBits form = code_bits(bits);
+  for_groups(n, [&](int j, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    Wide codes;
+    if (!kBytes) {
+      codes = load_codes<kCount>(form, stream + j / 8 * bits);
+    } else if (kCount == kGroup) {
+      codes = wide_load(stream + j);
+    } else {
+      codes = load_fields<kCount / 8>(stream + j, 8);
+    }
+    Vec v[kGroupVecs];
+    widen_bytes(codes, v);
+    for (int k = 0; k * kLanes < kCount; ++k) put<kAdd>(out + j + k * kLanes, value(v[k]));
+  });
+}
+template <bool kAdd, typename Value>
+PYDIST_INLINE void put_values(const unsigned char* stream, int n, int bits, const Value& value,
+                              float* out) {
+  if (bits == 8) return put_groups<kAdd, true>(stream, n, bits, value, out);
+  put_groups<kAdd, false>(stream, n, bits, value, out);
 }
 
 template <bool kAdd>
-void level_values(const BlockFormat& f, const uint8_t* codes, int n, float scale, float* out) {
+void sign_values(const unsigned char* stream, int n, float scale, float* out) {
+  const Vec minus = set1(-scale), plus = set1(scale), zero = set1(0.0f);
+  const auto value = [&](Vec code) { return select(greater(code, zero), plus, minus); };
+  put_values<kAdd>(stream, n, 1, value, out);
+}
+
+template <bool kAdd>
+void level_values(const BlockFormat& f, const unsigned char* stream, int n, float scale,
+                  float* out) {
   const Vec top = set1(f.top), s = set1(scale);
   const Vec high = set1(f.inverse_high), low = set1(f.inverse_low);
-  for (int j = 0; j < n; j += kLanes) {
-    const Vec q = min(sub(load_bytes(codes + j), top), top);  // no encoder writes top + 1
-    const Vec level = add(mul(q, high), mul(q, low));         // level_value
-    put<kAdd>(out + j, mul(level, s));
-  }
+  const auto value = [&](Vec code) {
+    const Vec q = min(sub(code, top), top);            // no encoder writes top + 1
+    const Vec level = add(mul(q, high), mul(q, low));  // level_value
+    return mul(level, s);
+  };
+  put_values<kAdd>(stream, n, f.bits, value, out);
 }
 
 // As float16, which the processor widens, subnormals too: e5m2 is the upper half of it, and e4m3
 // with its exponent moved is 2^-8 of its value (and its NaN 480).
 template <Scheme kScheme, bool kAdd>
-void float8_values(const uint8_t* codes, int n, float scale, float* out) {
+void float8_values(const unsigned char* codes, int n, float scale, float* out) {
   constexpr bool kSmall = kScheme == Scheme::kE4M3;
   alignas(64) Half halves[kTile];
   for (int j = 0; j < n; ++j) {
@@ -74,31 +101,19 @@ void decode_block(const BlockFormat& f, const unsigned char* codes, const unsign
   const float s = bits_float(load_word(scale));
   for (int i = 0; i < n; i += kTile) {
     const int count = n - i < kTile ? n - i : kTile;
-    const int padded = (count + 31) / 32 * 32;
     const auto size = static_cast<size_t>(code_bytes(f, count));
     const unsigned char* from = codes + static_cast<int64_t>(i) * f.bits / 8;
     for (size_t b = 0; b < size; b += 64) prefetch(from + b, kAhead / 2);
-    // Reading in place stays within the codes, but for a tail and for codes that are no power of 2.
-    const bool in_place = count == padded && (f.bits & (f.bits - 1)) == 0;
-    alignas(64) unsigned char stream[kTile + 8];
-    if (!in_place) {
-      std::memset(stream, 0, sizeof(stream));
-      copy_words(from, size, stream);
+    if (count % 32 == 0) {
+      values_of<kAdd>(f, from, count, s, out + i);
+      continue;
     }
-    const unsigned char* bytes = in_place ? from : stream;
-    alignas(64) uint8_t unpacked[kTile];
-    if (f.bits < 8) {
-      unpack_codes(bytes, padded, f.bits, unpacked);
-      bytes = unpacked;
-    }
-    if (count == padded) {
-      values_of<kAdd>(f, bytes, count, s, out + i);
-    } else {
-      alignas(64) float tail[kTile];
-      std::memcpy(tail, out + i, kAdd ? count * sizeof(float) : 0);
-      values_of<kAdd>(f, bytes, padded, s, tail);
-      std::memcpy(out + i, tail, count * sizeof(float));
-    }
+    alignas(64) unsigned char stream[kTile] = {};
+    copy_words(from, size, stream);
+    alignas(64) float tail[kTile];
+    std::memcpy(tail, out + i, kAdd ? count * sizeof(float) : 0);
+    values_of<kAdd>(f, stream, (count + 31) / 32 * 32, s, tail);
+    std::memcpy(out + i, tail, count * sizeof(float));
   }
 }
 

@@ -26,18 +26,10 @@ PYDIST_INLINE void for_rows(const float* x, int n, const Visit& visit) {
 // The bits of the largest magnitude, or of something not finite.
 uint32_t largest_magnitude(const float* x, int n) {
   Vec top[kWarpVecs];
-  Mask finite = mask_from(kLaneMask);
   for (Vec& t : top) t = set1(0.0f);
-  for_rows(x, n, [&](Vec v, int k) {
-    top[k] = max(top[k], abs(v));
-    finite = both(finite, abs_below(v, kInfBits));
-  });
-  if (bits_of(finite) != kLaneMask) return kNanBits;
-  float lanes[kWarpLanes];
-  for (int k = 0; k < kWarpVecs; ++k) store(lanes + k * kLanes, top[k]);
-  float largest = 0.0f;
-  for (const float lane : lanes) largest = lane > largest ? lane : largest;
-  return float_bits(largest);
+  for_rows(x, n, [&](Vec v, int k) { top[k] = max_bits(top[k], abs(v)); });
+  for (int k = 1; k < kWarpVecs; ++k) top[0] = max_bits(top[0], top[k]);
+  return top_bits(top[0]);
 }
 
 float add_lanes(const Vec (&sum)[kWarpVecs]) {
@@ -75,30 +67,58 @@ float scale_of(const float* x, int n, const BlockFormat& f, uint32_t largest) {
 }
 
 // ------------------------------------------------------------ codes of a tile
-// x has n elements, a multiple of 32; a code a byte.
+// x has n elements, a multiple of 32; the stream of their codes goes to `out`, and nothing more.
 
-void sign_codes(const float* x, int n, bool zero_bit, uint8_t* codes) {
+// code(j) has the codes of the elements from j on in the low bytes of its lanes.
+template <bool kBytes, typename Code>
+PYDIST_INLINE void put_groups(int n, int bits, const Code& code, unsigned char* out) {
+  const CodeBits form = code_bits(bits);
+  for_groups(n, [&](int j, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    Vec v[kGroupVecs];
+    for (int k = 0; k < kGroupVecs; ++k) {
+      v[k] = k * kLanes < kCount ? code(j + k * kLanes) : set1(0.0f);
+    }
+    const Wide codes = narrow_bytes(v);
+    if (!kBytes) {
+      store_codes<kCount>(form, codes, out + j / 8 * bits);
+    } else if (kCount == kGroup) {
+      wide_store(out + j, codes);
+    } else {
+      store_fields<kCount / 8>(out + j, codes, 8);
+    }
+  });
+}
+template <typename Code>
+PYDIST_INLINE void put_codes(int n, int bits, const Code& code, unsigned char* out) {
+  if (bits == 8) return put_groups<true>(n, bits, code, out);
+  put_groups<false>(n, bits, code, out);
+}
+
+void sign_codes(const float* x, int n, int bits, bool zero_bit, unsigned char* out) {
   const Vec one = set1(bits_float(1u)), zero = set1(0.0f);
-  for (int j = 0; j < n; j += kLanes) {
-    const Vec v = load(x + j);
-    const Mask positive = zero_bit ? greater_equal(v, zero) : greater(v, zero);
-    store_low_bytes(codes + j, select(positive, one, zero));
+  if (zero_bit) {
+    const auto code = [&](int j) { return select(greater_equal(load(x + j), zero), one, zero); };
+    return put_codes(n, bits, code, out);
   }
+  const auto code = [&](int j) { return select(greater(load(x + j), zero), one, zero); };
+  put_codes(n, bits, code, out);
 }
 
-void nearest_codes(const float* x, int n, float factor, float top, uint8_t* codes) {
+void nearest_codes(const float* x, int n, int bits, float factor, float top, unsigned char* out) {
   const Vec f = set1(factor), high = set1(top), low = set1(-top), magic = set1(kRoundingMagic);
-  for (int j = 0; j < n; j += kLanes) {
+  const auto code = [&](int j) {
     const Vec t = max(min(mul(load(x + j), f), high), low);
-    store_low_bytes(codes + j, add(add(t, magic), high));
-  }
+    return add(add(t, magic), high);
+  };
+  put_codes(n, bits, code, out);
 }
 
-void stochastic_codes(const float* x, int n, float factor, float top, const uint16_t* draws,
-                      uint8_t* codes) {
+void stochastic_codes(const float* x, int n, int bits, float factor, float top,
+                      const uint16_t* draws, unsigned char* out) {
   const Vec f = set1(factor), high = set1(top), magic = set1(kRoundingMagic);
   const Vec one = set1(1.0f), zero = set1(0.0f), unit = set1(65536.0f);
-  for (int j = 0; j < n; j += kLanes) {
+  const auto code = [&](int j) {
     const Vec v = load(x + j);
     const Vec a = min(mul(abs(v), f), high);
     const Vec near = sub(add(a, magic), magic);
@@ -106,39 +126,55 @@ void stochastic_codes(const float* x, int n, float factor, float top, const uint
     const Mask up = greater(mul(sub(a, floor), unit), load_halves(draws + j));
     const Vec level = add(floor, select(up, one, zero));
     const Vec q = select(greater(zero, v), sub(zero, level), level);
-    store_low_bytes(codes + j, add(add(q, magic), high));
-  }
+    return add(add(q, magic), high);
+  };
+  put_codes(n, bits, code, out);
 }
 
 template <Scheme kScheme>
-void float8_codes(const float* x, int n, float factor, uint8_t* codes) {
+void float8_codes(const float* x, int n, float factor, unsigned char* out) {
   const Vec f = set1(factor), high = set1(float8_largest(kScheme));
   const Vec low = set1(-float8_largest(kScheme));
   alignas(64) float scaled[kTile];
   for (int j = 0; j < n; j += kLanes) {
     store(scaled + j, max(min(mul(load(x + j), f), high), low));
   }
-  for (int j = 0; j < n; ++j) codes[j] = static_cast<uint8_t>(float8_code(kScheme, scaled[j]));
+  for (int j = 0; j < n; ++j) out[j] = static_cast<uint8_t>(float8_code(kScheme, scaled[j]));
 }
 
+// As many `bits` a code as the format has, or 8: a byte each.
 void codes_of(const float* x, int n, const EncodeArgs& a, float scale, const WidePhilox& philox,
-              int64_t first, uint8_t* codes) {
+              int64_t first, int bits, unsigned char* out) {
   const BlockFormat& f = a.format;
   switch (f.scheme) {
     case Scheme::kSign:
-      return sign_codes(x, n, a.zero_bit != 0, codes);
+      return sign_codes(x, n, bits, a.zero_bit != 0, out);
     case Scheme::kLevels:
       if (f.stochastic) {
         DrawBuffer<kTile> draws;
-        return stochastic_codes(x, n, level_factor(f, scale), f.top, draws.fill(philox, first),
-                                codes);
+        return stochastic_codes(x, n, bits, level_factor(f, scale), f.top,
+                                draws.fill(philox, first, n), out);
       }
-      return nearest_codes(x, n, level_factor(f, scale), f.top, codes);
+      return nearest_codes(x, n, bits, level_factor(f, scale), f.top, out);
     case Scheme::kE4M3:
-      return float8_codes<Scheme::kE4M3>(x, n, 1.0f / scale, codes);
+      return float8_codes<Scheme::kE4M3>(x, n, 1.0f / scale, out);
     case Scheme::kE5M2:
-      return float8_codes<Scheme::kE5M2>(x, n, 1.0f / scale, codes);
+      return float8_codes<Scheme::kE5M2>(x, n, 1.0f / scale, out);
   }
+}
+
+// A tile of n elements that are no multiple of 32: as if zeros followed, whose codes are zeros.
+void tail_codes(const float* x, int n, const EncodeArgs& a, float scale, const WidePhilox& philox,
+                int64_t first, unsigned char* out) {
+  const int padded = (n + 31) / 32 * 32;
+  alignas(64) float room[kTile] = {};
+  std::memcpy(room, x, n * sizeof(float));
+  alignas(64) uint8_t codes[kTile];
+  codes_of(room, padded, a, scale, philox, first, 8, codes);
+  std::memset(codes + n, 0, padded - n);
+  alignas(64) unsigned char stream[kTile];
+  pack_codes(codes, padded, a.format.bits, stream);
+  copy_words(stream, static_cast<size_t>(code_bytes(a.format, n)), out);
 }
 
 }  // namespace
@@ -157,32 +193,14 @@ uint32_t encode_block(const float* x, const BlockPlace& place, const EncodeArgs&
   int64_t written = 0;
   for (int i = 0; finite && i < place.n; i += kTile) {
     const int n = place.n - i < kTile ? place.n - i : kTile;
-    const int padded = (n + 31) / 32 * 32;
-    alignas(64) float tail[kTile];
-    const float* from = x + i;
-    if (n < padded) {
-      std::memset(tail, 0, padded * sizeof(float));
-      std::memcpy(tail, from, n * sizeof(float));
-      from = tail;
-    }
-    alignas(64) uint8_t codes[kTile];
-    codes_of(from, padded, a, scale, philox, place.first + i, codes);
-    std::memset(codes + n, 0, padded - n);
-    const auto size = static_cast<size_t>(code_bytes(f, n));
-    if (f.bits == 8 && n == kTile) {
-      std::memcpy(out + written, codes, kTile);
-    } else if (f.bits == 8) {
-      std::memcpy(out + written, codes, size);
-    } else if (n == padded && (f.bits & (f.bits - 1)) == 0) {
-      pack_codes(codes, n, f.bits, out + written);
+    if (n % 32) {
+      tail_codes(x + i, n, a, scale, philox, place.first + i, out + written);
     } else {
-      unsigned char stream[kTile + 8];
-      pack_codes(codes, padded, f.bits, stream);
-      copy_words(stream, size, out + written);
+      codes_of(x + i, n, a, scale, philox, place.first + i, f.bits, out + written);
     }
-    written += static_cast<int64_t>(size);
+    written += code_bytes(f, n);
   }
-  std::memset(out + written, 0, room - written);
+  if (written < room) std::memset(out + written, 0, room - written);
   return finite ? 0u : kFlagNonFinite;
 }
 

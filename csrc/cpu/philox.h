@@ -50,11 +50,11 @@ class WidePhilox {
 template <int kElements>
 class DrawBuffer {
  public:
-  // The draws of elements first ... first + kElements - 1, as 16-bit integers.
-  const uint16_t* fill(const WidePhilox& philox, int64_t first) {
+  // The draws of elements first ... first + n - 1, as 16-bit integers.
+  const uint16_t* fill(const WidePhilox& philox, int64_t first, int n = kElements) {
     const int skip = static_cast<int>(first % kGroupDraws);
     const auto group = static_cast<uint64_t>(first / kGroupDraws);
-    for (int i = 0; i < skip + kElements; i += kRunDraws) {
+    for (int i = 0; i < skip + n; i += kRunDraws) {
       philox.groups(group + static_cast<uint64_t>(i / kGroupDraws), words_ + i / 2);
     }
     return reinterpret_cast<const uint16_t*>(words_) + skip;

@@ -10,11 +10,18 @@
 //                         is an instruction for it; stream_end orders them before later stores
 //   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
 //   store_low_bytes       the lowest byte of each lane's bit pattern
+//   widen_bytes           the bytes of a Wide as floats, kWideLanes * 8 / kLanes Vecs
+//   narrow_bytes          the lowest bytes of as many Vecs' bit patterns as a Wide
 //   min, max              of numbers; with NaN, either
+//   max_bits              of bit patterns without sign, as integers: NaN is above all numbers
+//   top_bits              the largest of a Vec's lanes, likewise
 //   bits_of, mask_from    a Mask as kLanes bits, lane 0 the lowest; and back
 //   abs_below             |x| below the limit, decided on the bit pattern
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of
 //                         (wide_mul32 reads the low halves; wide_high moves the high ones there)
+//   load_fields, store_fields   lane i and `bits` bytes at p + i * bits, of the first kFields lanes
+//                         alone (four bytes at the least): nothing else is read or written; loaded,
+//                         the rest of a lane is anything, stored, it must be zero
 //   wide_groups           which Philox group each lane holds, such that store_groups() can write
 //                         the low halves of the four counters group by group: kWideLanes groups of
 //                         four words
@@ -24,6 +31,38 @@
 
 #include "../wire/rounding.h"
 #include "kernels.h"
+
+namespace pydist::cpu::PYDIST_ISA {
+
+// Payloads are little-endian and need not be aligned.
+PYDIST_INLINE uint32_t load_word(const unsigned char* p) {
+  uint32_t w;
+  std::memcpy(&w, p, 4);
+  return w;
+}
+PYDIST_INLINE void store_word(unsigned char* p, uint32_t w) { std::memcpy(p, &w, 4); }
+
+// `bytes` of 1 to 8 bytes as the low end of a number, for vectors that can't do better. From four
+// on as two words, which overlap.
+PYDIST_INLINE uint64_t load_field(const unsigned char* p, int bytes) {
+  if (bytes >= 4) {
+    return load_word(p) | static_cast<uint64_t>(load_word(p + bytes - 4)) << (8 * (bytes - 4));
+  }
+  uint64_t x = p[0];
+  if (bytes > 1) x |= static_cast<uint64_t>(p[1]) << 8;
+  if (bytes > 2) x |= static_cast<uint64_t>(p[2]) << 16;
+  return x;
+}
+PYDIST_INLINE void store_field(unsigned char* p, uint64_t x, int bytes) {
+  if (bytes >= 4) {
+    store_word(p, static_cast<uint32_t>(x));
+    store_word(p + bytes - 4, static_cast<uint32_t>(x >> (8 * (bytes - 4))));
+    return;
+  }
+  for (int b = 0; b < bytes; ++b) p[b] = static_cast<unsigned char>(x >> (8 * b));
+}
+
+}  // namespace pydist::cpu::PYDIST_ISA
 
 #if defined(PYDIST_SIMD_AVX512)
 #include "simd_avx512.h"
@@ -66,13 +105,5 @@ PYDIST_INLINE void prefetch_word(const T* x) {  // the lines of kWordBits elemen
     prefetch(reinterpret_cast<const char*>(x) + b);
   }
 }
-
-// Payloads are little-endian and need not be aligned.
-PYDIST_INLINE uint32_t load_word(const unsigned char* p) {
-  uint32_t w;
-  std::memcpy(&w, p, 4);
-  return w;
-}
-PYDIST_INLINE void store_word(unsigned char* p, uint32_t w) { std::memcpy(p, &w, 4); }
 
 }  // namespace pydist::cpu::PYDIST_ISA

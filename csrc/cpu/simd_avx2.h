@@ -21,6 +21,16 @@ PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
 PYDIST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 PYDIST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+PYDIST_INLINE Vec max_bits(Vec a, Vec b) {
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+PYDIST_INLINE uint32_t top_bits(Vec x) {
+  const __m256i u = _mm256_castps_si256(x);
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
 PYDIST_INLINE Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
@@ -104,6 +114,86 @@ PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return wide_xor(wide_xor(
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
   return wide_or(wide_and(a, b), wide_and(c, wide_or(a, b)));
 }
+PYDIST_INLINE Wide wide_shift_left(Wide x, int n) {
+  return _mm256_sll_epi64(x, _mm_cvtsi32_si128(n));
+}
+PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
+  return _mm256_srl_epi64(x, _mm_cvtsi32_si128(n));
+}
+
+PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
+  const auto floats = [](__m128i part) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(part)); };
+  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+  v[0] = floats(low);
+  v[1] = floats(_mm_srli_si128(low, 8));
+  v[2] = floats(high);
+  v[3] = floats(_mm_srli_si128(high, 8));
+}
+PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
+  const __m256i low = _mm256_set1_epi32(0xFF);
+  const auto bytes = [&](Vec x) { return _mm256_and_si256(_mm256_castps_si256(x), low); };
+  // Four bytes of each of the four in turn, half of the lanes at a time.
+  const __m256i mixed = _mm256_packus_epi16(_mm256_packus_epi32(bytes(v[0]), bytes(v[1])),
+                                            _mm256_packus_epi32(bytes(v[2]), bytes(v[3])));
+  return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// The stream of four fields is `bits` words. Its upper two fields begin at byte 2 * bits, in word
+// bits / 2: words bring either two into a half, bytes then part them.
+struct FieldMoves {
+  alignas(32) uint32_t from[9][8];    // word of the stream -> word of the halves
+  alignas(32) uint8_t part[9][32];    // byte of a half -> byte of the lanes; 128: none, as below
+  alignas(32) uint8_t join[9][32];    // byte of the lanes -> byte of a half
+  alignas(32) uint32_t second[9][8];  // word of the halves -> word of the stream, the upper two's
+  alignas(32) uint32_t has_first[9][8],
+      has_second[9][8];              // which words they have; all bits or none
+  alignas(32) uint32_t words[9][8];  // words of the stream
+};
+constexpr FieldMoves field_moves() {
+  FieldMoves moves{};
+  for (int bits = 1; bits <= 8; ++bits) {
+    const int begin = bits / 2, odd = 2 * (bits % 2);  // where the upper half's stream begins
+    for (int w = 0; w < 8; ++w) {
+      const int upper = w - begin;
+      moves.from[bits][w] = static_cast<uint32_t>(w < 4 ? w : begin + w - 4);
+      moves.second[bits][w] = static_cast<uint32_t>(4 + (upper < 0 ? 0 : upper & 3));
+      moves.has_first[bits][w] = w < 4 ? ~0u : 0u;
+      moves.has_second[bits][w] = upper >= 0 && upper < 4 ? ~0u : 0u;
+      moves.words[bits][w] = w < bits ? ~0u : 0u;
+    }
+    for (int b = 0; b < 32; ++b) moves.part[bits][b] = moves.join[bits][b] = 128;
+    for (int half = 0; half < 2; ++half) {
+      for (int b = 0; b < 2 * bits; ++b) {
+        const int lane_byte = b / bits * 8 + b % bits, byte = b + half * odd;
+        moves.part[bits][16 * half + lane_byte] = static_cast<uint8_t>(byte);
+        moves.join[bits][16 * half + byte] = static_cast<uint8_t>(lane_byte);
+      }
+    }
+  }
+  return moves;
+}
+constexpr FieldMoves kFieldMoves = field_moves();
+
+template <int kFields>
+PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
+  static_assert(kFields == 4, "all lanes");
+  const __m256i stream =
+      _mm256_maskload_epi32(reinterpret_cast<const int*>(p), wide_load(kFieldMoves.words[bits]));
+  return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(stream, wide_load(kFieldMoves.from[bits])),
+                             wide_load(kFieldMoves.part[bits]));
+}
+template <int kFields>
+PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
+  static_assert(kFields == 4, "all lanes");
+  const __m256i halves = _mm256_shuffle_epi8(x, wide_load(kFieldMoves.join[bits]));
+  const __m256i first = _mm256_and_si256(halves, wide_load(kFieldMoves.has_first[bits]));
+  const __m256i second =
+      _mm256_and_si256(_mm256_permutevar8x32_epi32(halves, wide_load(kFieldMoves.second[bits])),
+                       wide_load(kFieldMoves.has_second[bits]));
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(p), wide_load(kFieldMoves.words[bits]),
+                         _mm256_or_si256(first, second));
+}
+
 PYDIST_INLINE Wide wide_groups() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
   const Wide low = _mm256_blend_epi32(v0, _mm256_slli_epi64(v1, 32), 0xAA);

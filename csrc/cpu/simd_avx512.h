@@ -21,6 +21,10 @@ PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b,
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
 PYDIST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PYDIST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+PYDIST_INLINE Vec max_bits(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+PYDIST_INLINE uint32_t top_bits(Vec x) { return _mm512_reduce_max_epu32(_mm512_castps_si512(x)); }
 PYDIST_INLINE Vec abs(Vec x) { return _mm512_abs_ps(x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return a & b; }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
@@ -93,6 +97,78 @@ PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) {
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
   return _mm512_ternarylogic_epi64(a, b, c, 0xE8);
 }
+PYDIST_INLINE Wide wide_shift_left(Wide x, int n) {
+  return _mm512_sll_epi64(x, _mm_cvtsi32_si128(n));
+}
+PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
+  return _mm512_srl_epi64(x, _mm_cvtsi32_si128(n));
+}
+
+PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
+  const auto floats = [](__m128i part) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part)); };
+  v[0] = floats(_mm512_castsi512_si128(x));
+  v[1] = floats(_mm512_extracti32x4_epi32(x, 1));
+  v[2] = floats(_mm512_extracti32x4_epi32(x, 2));
+  v[3] = floats(_mm512_extracti32x4_epi32(x, 3));
+}
+PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
+  const __m512i low = _mm512_set1_epi32(0xFF);
+  const auto bytes = [&](Vec x) { return _mm512_and_si512(_mm512_castps_si512(x), low); };
+  // Four bytes of each of the four in turn, a quarter of the lanes at a time.
+  const __m512i mixed = _mm512_packus_epi16(_mm512_packus_epi32(bytes(v[0]), bytes(v[1])),
+                                            _mm512_packus_epi32(bytes(v[2]), bytes(v[3])));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, mixed);
+}
+
+// Bytes move in pairs, since single ones can't cross lanes without more than AVX-512BW: a field
+// that begins at an odd byte is taken from the byte before, and shifted.
+struct FieldMoves {
+  alignas(64) uint16_t from[9][32];    // pair of the stream -> pair of the lanes
+  alignas(64) uint16_t first[9][32];   // pair of the lanes -> pair of the stream that holds its
+                                       // lower byte
+  alignas(64) uint16_t second[9][32];  // and its upper byte, where that is of the next lane
+  alignas(64) uint64_t shift[9][8];
+  uint32_t divided[9];  // pairs of which that is so
+};
+constexpr FieldMoves field_moves() {
+  FieldMoves moves{};
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int lane = 0; lane < 8; ++lane) {
+      moves.shift[bits][lane] = 8 * (lane * bits % 2);
+      for (int k = 0; k < 4; ++k) {
+        moves.from[bits][4 * lane + k] = static_cast<uint16_t>(lane * bits / 2 + k);
+      }
+    }
+    for (int pair = 0; pair < 4 * bits; ++pair) {
+      const int lane = 2 * pair / bits, next = (2 * pair + 1) / bits;
+      moves.first[bits][pair] = static_cast<uint16_t>(4 * lane + pair - lane * bits / 2);
+      moves.second[bits][pair] = static_cast<uint16_t>(4 * next + pair - next * bits / 2);
+      if (next != lane) moves.divided[bits] |= 1u << pair;
+    }
+  }
+  return moves;
+}
+constexpr FieldMoves kFieldMoves = field_moves();
+
+template <int kFields>
+PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
+  const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);
+  const __m512i stream = _mm512_maskz_loadu_epi32(words, p);
+  return _mm512_srlv_epi64(
+      _mm512_permutexvar_epi16(_mm512_load_si512(kFieldMoves.from[bits]), stream),
+      _mm512_load_si512(kFieldMoves.shift[bits]));
+}
+template <int kFields>
+PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
+  const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);
+  const __m512i pairs = _mm512_sllv_epi64(x, _mm512_load_si512(kFieldMoves.shift[bits]));
+  const __m512i first = _mm512_permutexvar_epi16(_mm512_load_si512(kFieldMoves.first[bits]), pairs);
+  const __m512i second = _mm512_maskz_permutexvar_epi16(
+      kFieldMoves.divided[bits], _mm512_load_si512(kFieldMoves.second[bits]), pairs);
+  _mm512_mask_storeu_epi32(p, words, _mm512_or_si512(first, second));
+}
+
 PYDIST_INLINE Wide wide_groups() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
   const Wide low = _mm512_mask_blend_epi32(0xAAAA, v0, _mm512_slli_epi64(v1, 32));

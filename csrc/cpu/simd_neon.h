@@ -21,6 +21,10 @@ PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return vcgeq_f32(a, b); }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return vbslq_f32(m, yes, no); }
 PYDIST_INLINE Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
 PYDIST_INLINE Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
+PYDIST_INLINE Vec max_bits(Vec a, Vec b) {
+  return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+PYDIST_INLINE uint32_t top_bits(Vec x) { return vmaxvq_u32(vreinterpretq_u32_f32(x)); }
 PYDIST_INLINE Vec abs(Vec x) { return vabsq_f32(x); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
 // There is no instruction for either: each lane keeps, or is tested for, the bit of its place.
@@ -96,6 +100,36 @@ PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return veorq_u64(veorq_u6
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
   return vbslq_u64(veorq_u64(a, b), c, a);
 }
+PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(n)); }
+PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(-n)); }
+
+PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
+  const uint8x16_t bytes = vreinterpretq_u8_u64(x);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  v[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)));
+  v[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)));
+  v[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
+  v[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
+}
+PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
+  const auto halves = [](Vec x) { return vmovn_u32(vreinterpretq_u32_f32(x)); };
+  const uint8x8_t low = vmovn_u16(vcombine_u16(halves(v[0]), halves(v[1])));
+  const uint8x8_t high = vmovn_u16(vcombine_u16(halves(v[2]), halves(v[3])));
+  return vreinterpretq_u64_u8(vcombine_u8(low, high));
+}
+
+template <int kFields>
+PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
+  static_assert(kFields == 2, "all lanes");
+  return uint64x2_t{load_field(p, bits), load_field(p + bits, bits)};
+}
+template <int kFields>
+PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
+  static_assert(kFields == 2, "all lanes");
+  store_field(p, vgetq_lane_u64(x, 0), bits);
+  store_field(p + bits, vgetq_lane_u64(x, 1), bits);
+}
+
 PYDIST_INLINE Wide wide_groups() { return uint64x2_t{0, 1}; }
 PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
   const Wide low = vsliq_n_u64(v0, v1, 32);  // the low halves of v1 above those of v0

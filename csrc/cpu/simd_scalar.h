@@ -21,6 +21,8 @@ PYDIST_INLINE Mask greater_equal(Vec a, Vec b) { return a >= b; }
 PYDIST_INLINE Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
 PYDIST_INLINE Vec min(Vec a, Vec b) { return b < a ? b : a; }
 PYDIST_INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+PYDIST_INLINE uint32_t top_bits(Vec x) { return float_bits(x); }
+PYDIST_INLINE Vec max_bits(Vec a, Vec b) { return top_bits(a) < top_bits(b) ? b : a; }
 PYDIST_INLINE Vec abs(Vec x) { return bits_float(float_bits(x) & kAbsMask); }
 PYDIST_INLINE Mask both(Mask a, Mask b) { return a && b; }
 PYDIST_INLINE uint32_t bits_of(Mask m) { return m; }
@@ -69,6 +71,29 @@ PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return a | b; }
 PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return a & ~b; }
 PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a | b)); }
+PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return x << n; }
+PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return x >> n; }
+
+PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
+  for (int k = 0; k < 8; ++k) v[k] = static_cast<float>(x >> (8 * k) & 0xFFu);
+}
+PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
+  Wide x = 0;
+  for (int k = 0; k < 8; ++k) x |= static_cast<Wide>(float_bits(v[k]) & 0xFFu) << (8 * k);
+  return x;
+}
+
+template <int kFields>
+PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
+  static_assert(kFields == 1, "all lanes");
+  return load_field(p, bits);
+}
+template <int kFields>
+PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
+  static_assert(kFields == 1, "all lanes");
+  store_field(p, x, bits);
+}
+
 PYDIST_INLINE Wide wide_groups() { return 0; }
 PYDIST_INLINE void store_groups(uint32_t* p, Wide v0, Wide v1, Wide v2, Wide v3) {
   p[0] = static_cast<uint32_t>(v0);
