@@ -17,13 +17,17 @@ struct BlockPlace {
   int n;          // elements, at most format.block
 };
 
-// Writes codes and scale of x[0, place.n). Returns flags; where they say "not finite", the codes
-// are zeros and the scale is NaN.
-uint32_t encode_block(const float* x, const BlockPlace& place, const EncodeArgs& args,
-                      const WidePhilox& philox);
+// Writes codes and scale of x[0, place.n), whose largest magnitude has the bits `largest`. Returns
+// flags; where they say "not finite", the codes are zeros and the scale is NaN.
+uint32_t encode_block(const float* x, uint32_t largest, const BlockPlace& place,
+                      const EncodeArgs& args, const WidePhilox& philox);
 
-// The values of one rank's block, stored to or (kAdd) added to out[0, n).
-template <bool kAdd>
+// What becomes of a block's values: stored, added to what is there, or stored past the caches
+// (aligned float32 that nobody reads soon).
+enum class Put { kStore, kAdd, kStream };
+
+// The values of one rank's block, put into out[0, n).
+template <Put kPut>
 void decode_block(const BlockFormat& format, const unsigned char* codes, const unsigned char* scale,
                   int n, float* out);
 

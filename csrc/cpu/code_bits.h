@@ -1,9 +1,8 @@
 // Codes of a few bits to the bytes of a payload and back, a Wide of codes at a time.
 //
 // A Wide holds kGroup codes as bytes. Eight of them are a 64-bit lane, and their stream a field of
-// `bits` bytes, which is then in the low end of the lane: eight codes are pushed together, or
-// apart, in three steps, in all lanes at once. load_fields and store_fields (simd.h) move the
-// fields of all lanes, which follow each other in memory without a gap.
+// `bits` bytes: eight codes are pushed together in three steps, in all lanes at once, and
+// store_fields (simd.h) writes the fields without a gap.
 #pragma once
 
 #include <type_traits>
@@ -16,7 +15,7 @@ constexpr int kGroup = 8 * kWideLanes;            // codes of a Wide: 8 to 64
 constexpr int kGroupVecs = kGroup / kLanes;       // Vecs that hold as many numbers
 constexpr int kHalf = kGroup < 32 ? kGroup : 32;  // what may be left of a multiple of 32
 
-// What the steps between a byte a code and `bits` bits a code need, 1 to 8.
+// What the steps from a byte a code to `bits` bits a code need, 1 to 8.
 struct CodeBits {
   int bits;
   Wide low1, low2, low3;     // the lower of each two codes, of two pairs, of two fours
@@ -44,20 +43,6 @@ PYDIST_INLINE Wide squeezed(const CodeBits& form, Wide x) {
   return wide_or(wide_and(x, form.low3), wide_shift_right(wide_and(x, form.high3), 4 * step));
 }
 
-// Fields to a byte a code; what else is in the lanes does not matter.
-PYDIST_INLINE Wide spread(const CodeBits& form, Wide x) {
-  const int step = 8 - form.bits;
-  x = wide_or(wide_and(x, form.low3), wide_and(wide_shift_left(x, 4 * step), form.high3));
-  x = wide_or(wide_and(x, form.low2), wide_and(wide_shift_left(x, 2 * step), form.high2));
-  return wide_or(wide_and(x, form.low1), wide_and(wide_shift_left(x, step), form.high1));
-}
-
-// Reads the stream of kCodes codes, kGroup or kHalf, and nothing more; the others are anything.
-template <int kCodes>
-PYDIST_INLINE Wide load_codes(const CodeBits& form, const unsigned char* stream) {
-  return spread(form, load_fields<kCodes / 8>(stream, form.bits));
-}
-
 // Writes the stream of kCodes codes and nothing more.
 template <int kCodes>
 PYDIST_INLINE void store_codes(const CodeBits& form, Wide codes, unsigned char* stream) {
@@ -82,9 +67,10 @@ PYDIST_INLINE void pack_codes(const uint8_t* codes, int n, int bits, unsigned ch
   });
 }
 PYDIST_INLINE void unpack_codes(const unsigned char* stream, int n, int bits, uint8_t* codes) {
-  const CodeBits form = code_bits(bits);
   for_groups(n, [&](int j, auto count) {
-    wide_store(codes + j, load_codes<decltype(count)::value>(form, stream + j / 8 * bits));
+    Vec v[kGroupVecs] = {};
+    load_codes<decltype(count)::value>(stream + j / 8 * bits, bits, v);
+    wide_store(codes + j, narrow_bytes(v));
   });
 }
 

@@ -1,6 +1,7 @@
 // quantize, quantize_feedback, reduce_quantized, dequantize: block formats over a piece of a row.
 #include "block_codec.h"
 #include "table.h"
+#include "warp_order.h"
 
 namespace pydist::cpu::PYDIST_ISA {
 namespace {
@@ -78,13 +79,30 @@ void keep_rest(const float* p, const float* sent, int n, const R* old, R* residu
 
 }  // namespace
 
+// The largest magnitude of the next block is looked for before this one is coded, so that neither
+// waits for the other.
 template <typename T>
 uint32_t quantize(const Row& row, const EncodeArgs& a, float* scratch) {
+  struct Ready {
+    const float* x;
+    uint32_t largest;
+  };
   const T* x = reinterpret_cast<const T*>(row.x);
+  const int block = a.format.block;
   const WidePhilox philox = draws_of(a, row);
+  const auto ready = [&](int64_t i, float* room) {
+    const int n = static_cast<int>(row.n - i < block ? row.n - i : block);
+    const float* wide = widened(x + i, n, room);
+    return Ready{wide, largest_magnitude(wide, n)};
+  };
+  float* room = scratch;
+  Ready next = ready(0, room);
   uint32_t flags = 0;
-  for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
-    flags |= encode_block(widened(x + i, place.n, scratch), place, a, philox);
+  for_blocks(row, block, [&](const BlockPlace& place, int64_t i) {
+    const Ready now = next;
+    room = room == scratch ? scratch + block : scratch;
+    if (i + block < row.n) next = ready(i + block, room);
+    flags |= encode_block(now.x, now.largest, place, a, philox);
   });
   return flags;
 }
@@ -100,14 +118,14 @@ uint32_t quantize_feedback(const Row& row, const EncodeArgs& a, float* scratch) 
   uint32_t flags = 0;
   for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
     compensate(x + i, old + i, place.n, p, sent);
-    const uint32_t raised = encode_block(p, place, a, philox);
+    const uint32_t raised = encode_block(p, largest_magnitude(p, place.n), place, a, philox);
     flags |= raised;
     if (raised) {  // nothing of the block is sent
       if (residual != old) std::memcpy(residual + i, old + i, place.n * sizeof(R));
       return;
     }
-    decode_block<false>(a.format, a.codes + place.index * block_bytes(a.format),
-                        a.scales + 4 * place.index, place.n, sent);
+    decode_block<Put::kStore>(a.format, a.codes + place.index * block_bytes(a.format),
+                              a.scales + 4 * place.index, place.n, sent);
     keep_rest(p, sent, place.n, old + i, residual + i);
   });
   return flags;
@@ -119,9 +137,23 @@ uint32_t reduce_quantized(const Row& row, const DecodeArgs& from, const EncodeAr
   uint32_t flags = 0;
   for_blocks(row, from.format.block, [&](const BlockPlace& place, int64_t) {
     sum_block(from, place.index, place.n, scratch);
-    flags |= encode_block(scratch, place, to, philox);
+    flags |= encode_block(scratch, largest_magnitude(scratch, place.n), place, to, philox);
   });
   return flags;
+}
+
+// One rank's float32 values need no further step and go where they belong at once.
+PYDIST_INLINE bool put_at_once(const DecodeArgs& a, int64_t index, int n, bool streams,
+                               float* out) {
+  if (a.ranks != 1 || a.divisor != 1.0f) return false;
+  const unsigned char* codes = a.codes + index * block_bytes(a.format);
+  const auto put = streams ? decode_block<Put::kStream> : decode_block<Put::kStore>;
+  put(a.format, codes, a.scales + 4 * index, n, out);
+  return true;
+}
+template <typename T>
+PYDIST_INLINE bool put_at_once(const DecodeArgs&, int64_t, int, bool, T*) {
+  return false;
 }
 
 template <typename T>
@@ -129,6 +161,7 @@ void dequantize(const Row& row, const DecodeArgs& a, float* scratch) {
   T* out = reinterpret_cast<T*>(row.x);
   const bool streams = can_stream(out, row.n);
   for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
+    if (put_at_once(a, place.index, place.n, streams, out + i)) return;
     sum_block(a, place.index, place.n, scratch);
     narrowed(scratch, place.n, streams, out + i);
   });

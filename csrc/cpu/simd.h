@@ -10,8 +10,12 @@
 //                         is an instruction for it; stream_end orders them before later stores
 //   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
 //   store_low_bytes       the lowest byte of each lane's bit pattern
-//   widen_bytes           the bytes of a Wide as floats, kWideLanes * 8 / kLanes Vecs
-//   narrow_bytes          the lowest bytes of as many Vecs' bit patterns as a Wide
+//   load_codes            kCodes codes of 1 to 7 bits that follow each other, 8 * kWideLanes of
+//   them
+//                         (or 32, if those are more), as the bit patterns of Vecs; reads nothing
+//                         else
+//   from_integers         such bit patterns as floats
+//   narrow_bytes          the lowest bytes of 8 * kWideLanes / kLanes Vecs' bit patterns
 //   min, max              of numbers; with NaN, either
 //   max_bits              of bit patterns without sign, as integers: NaN is above all numbers
 //   top_bits              the largest of a Vec's lanes, likewise
@@ -19,9 +23,9 @@
 //   abs_below             |x| below the limit, decided on the bit pattern
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of
 //                         (wide_mul32 reads the low halves; wide_high moves the high ones there)
-//   load_fields, store_fields   lane i and `bits` bytes at p + i * bits, of the first kFields lanes
-//                         alone (four bytes at the least): nothing else is read or written; loaded,
-//                         the rest of a lane is anything, stored, it must be zero
+//   store_fields          the lowest `bits` bytes of the first kFields lanes, without a gap; the
+//   rest
+//                         of a lane must be zero; writes nothing else
 //   wide_groups           which Philox group each lane holds, such that store_groups() can write
 //                         the low halves of the four counters group by group: kWideLanes groups of
 //                         four words

@@ -78,6 +78,7 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(q));
 }
 
+PYDIST_INLINE Vec from_integers(Vec x) { return _mm256_cvtepi32_ps(_mm256_castps_si256(x)); }
 PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -121,14 +122,6 @@ PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm256_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
 
-PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
-  const auto floats = [](__m128i part) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(part)); };
-  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
-  v[0] = floats(low);
-  v[1] = floats(_mm_srli_si128(low, 8));
-  v[2] = floats(high);
-  v[3] = floats(_mm_srli_si128(high, 8));
-}
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   const __m256i low = _mm256_set1_epi32(0xFF);
   const auto bytes = [&](Vec x) { return _mm256_and_si256(_mm256_castps_si256(x), low); };
@@ -138,16 +131,54 @@ PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
+// A code lies in the two bytes from byte i * bits / 8 on. Words bring the bytes of eight codes into
+// both halves, bytes then into the lanes.
+struct CodeMoves {
+  alignas(32) uint8_t part[8][32];  // 128: none
+  alignas(32) uint32_t shift[8][8];
+  alignas(32) uint32_t words[9][8];  // words of the stream of 32 codes; all bits or none
+};
+constexpr CodeMoves code_moves() {
+  CodeMoves moves{};
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int i = 0; i < 8; ++i) {
+      moves.words[bits][i] = i < bits ? ~0u : 0u;
+      if (bits == 8) continue;
+      moves.shift[bits][i] = static_cast<uint32_t>(i * bits % 8);
+      for (int b = 0; b < 4; ++b) {
+        moves.part[bits][4 * i + b] = static_cast<uint8_t>(b < 2 ? i * bits / 8 + b : 128);
+      }
+    }
+  }
+  return moves;
+}
+constexpr CodeMoves kCodeMoves = code_moves();
+
+template <int kCodes>
+PYDIST_INLINE void load_codes(const unsigned char* p, int bits, Vec* v) {
+  static_assert(kCodes == 32, "whole vectors");
+  const __m256i stream =
+      _mm256_maskload_epi32(reinterpret_cast<const int*>(p), wide_load(kCodeMoves.words[bits]));
+  const __m256i part = wide_load(kCodeMoves.part[bits]), shift = wide_load(kCodeMoves.shift[bits]);
+  const __m256i low = _mm256_set1_epi32((1 << bits) - 1);
+  for (int k = 0; k < 4; ++k) {
+    const int word = k * bits / 4, byte = k * bits % 4;
+    const __m256i words =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), _mm256_set1_epi32(word));
+    const __m256i bytes =
+        _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(stream, words),
+                            _mm256_add_epi8(part, _mm256_set1_epi8(static_cast<char>(byte))));
+    v[k] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_srlv_epi32(bytes, shift), low));
+  }
+}
+
 // The stream of four fields is `bits` words. Its upper two fields begin at byte 2 * bits, in word
-// bits / 2: words bring either two into a half, bytes then part them.
+// bits / 2: bytes move together within a half, words then to their places.
 struct FieldMoves {
-  alignas(32) uint32_t from[9][8];    // word of the stream -> word of the halves
-  alignas(32) uint8_t part[9][32];    // byte of a half -> byte of the lanes; 128: none, as below
-  alignas(32) uint8_t join[9][32];    // byte of the lanes -> byte of a half
-  alignas(32) uint32_t second[9][8];  // word of the halves -> word of the stream, the upper two's
+  alignas(32) uint8_t join[9][32];    // byte of the lanes -> of a half; 128: none
+  alignas(32) uint32_t second[9][8];  // word of the halves -> of the stream
   alignas(32) uint32_t has_first[9][8],
-      has_second[9][8];              // which words they have; all bits or none
-  alignas(32) uint32_t words[9][8];  // words of the stream
+      has_second[9][8];  // which words either has: all bits or none
 };
 constexpr FieldMoves field_moves() {
   FieldMoves moves{};
@@ -155,18 +186,15 @@ constexpr FieldMoves field_moves() {
     const int begin = bits / 2, odd = 2 * (bits % 2);  // where the upper half's stream begins
     for (int w = 0; w < 8; ++w) {
       const int upper = w - begin;
-      moves.from[bits][w] = static_cast<uint32_t>(w < 4 ? w : begin + w - 4);
-      moves.second[bits][w] = static_cast<uint32_t>(4 + (upper < 0 ? 0 : upper & 3));
+      moves.second[bits][w] = static_cast<uint32_t>(4 + (upper & 3));
       moves.has_first[bits][w] = w < 4 ? ~0u : 0u;
       moves.has_second[bits][w] = upper >= 0 && upper < 4 ? ~0u : 0u;
-      moves.words[bits][w] = w < bits ? ~0u : 0u;
     }
-    for (int b = 0; b < 32; ++b) moves.part[bits][b] = moves.join[bits][b] = 128;
+    for (int b = 0; b < 32; ++b) moves.join[bits][b] = 128;
     for (int half = 0; half < 2; ++half) {
       for (int b = 0; b < 2 * bits; ++b) {
-        const int lane_byte = b / bits * 8 + b % bits, byte = b + half * odd;
-        moves.part[bits][16 * half + lane_byte] = static_cast<uint8_t>(byte);
-        moves.join[bits][16 * half + byte] = static_cast<uint8_t>(lane_byte);
+        moves.join[bits][16 * half + b + half * odd] =
+            static_cast<uint8_t>(b / bits * 8 + b % bits);
       }
     }
   }
@@ -175,14 +203,6 @@ constexpr FieldMoves field_moves() {
 constexpr FieldMoves kFieldMoves = field_moves();
 
 template <int kFields>
-PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
-  static_assert(kFields == 4, "all lanes");
-  const __m256i stream =
-      _mm256_maskload_epi32(reinterpret_cast<const int*>(p), wide_load(kFieldMoves.words[bits]));
-  return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(stream, wide_load(kFieldMoves.from[bits])),
-                             wide_load(kFieldMoves.part[bits]));
-}
-template <int kFields>
 PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
   static_assert(kFields == 4, "all lanes");
   const __m256i halves = _mm256_shuffle_epi8(x, wide_load(kFieldMoves.join[bits]));
@@ -190,7 +210,7 @@ PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
   const __m256i second =
       _mm256_and_si256(_mm256_permutevar8x32_epi32(halves, wide_load(kFieldMoves.second[bits])),
                        wide_load(kFieldMoves.has_second[bits]));
-  _mm256_maskstore_epi32(reinterpret_cast<int*>(p), wide_load(kFieldMoves.words[bits]),
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(p), wide_load(kCodeMoves.words[bits]),
                          _mm256_or_si256(first, second));
 }
 

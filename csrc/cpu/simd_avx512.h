@@ -62,6 +62,7 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
 }
 
+PYDIST_INLINE Vec from_integers(Vec x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -104,13 +105,6 @@ PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm512_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
 
-PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
-  const auto floats = [](__m128i part) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part)); };
-  v[0] = floats(_mm512_castsi512_si128(x));
-  v[1] = floats(_mm512_extracti32x4_epi32(x, 1));
-  v[2] = floats(_mm512_extracti32x4_epi32(x, 2));
-  v[3] = floats(_mm512_extracti32x4_epi32(x, 3));
-}
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   const __m512i low = _mm512_set1_epi32(0xFF);
   const auto bytes = [&](Vec x) { return _mm512_and_si512(_mm512_castps_si512(x), low); };
@@ -121,10 +115,41 @@ PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   return _mm512_permutexvar_epi32(order, mixed);
 }
 
+// A code lies in the two pairs of bytes from pair i * bits / 16 on.
+struct CodeMoves {
+  alignas(64) uint16_t from[8][32];
+  alignas(64) uint32_t shift[8][16];
+};
+constexpr CodeMoves code_moves() {
+  CodeMoves moves{};
+  for (int bits = 1; bits < 8; ++bits) {
+    for (int i = 0; i < 16; ++i) {
+      moves.from[bits][2 * i] = static_cast<uint16_t>(i * bits / 16);
+      moves.from[bits][2 * i + 1] = static_cast<uint16_t>(i * bits / 16 + 1);
+      moves.shift[bits][i] = static_cast<uint32_t>(i * bits % 16);
+    }
+  }
+  return moves;
+}
+constexpr CodeMoves kCodeMoves = code_moves();
+
+template <int kCodes>
+PYDIST_INLINE void load_codes(const unsigned char* p, int bits, Vec* v) {
+  const auto words = static_cast<__mmask16>((1u << (kCodes * bits / 32)) - 1u);
+  const __m512i stream = _mm512_maskz_loadu_epi32(words, p);
+  const __m512i from = _mm512_load_si512(kCodeMoves.from[bits]);
+  const __m512i shift = _mm512_load_si512(kCodeMoves.shift[bits]);
+  const __m512i low = _mm512_set1_epi32((1 << bits) - 1);
+  for (int k = 0; k < kCodes / kLanes; ++k) {
+    const __m512i here = _mm512_add_epi16(from, _mm512_set1_epi16(static_cast<int16_t>(k * bits)));
+    const __m512i pairs = _mm512_permutexvar_epi16(here, stream);
+    v[k] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srlv_epi32(pairs, shift), low));
+  }
+}
+
 // Bytes move in pairs, since single ones can't cross lanes without more than AVX-512BW: a field
 // that begins at an odd byte is taken from the byte before, and shifted.
 struct FieldMoves {
-  alignas(64) uint16_t from[9][32];    // pair of the stream -> pair of the lanes
   alignas(64) uint16_t first[9][32];   // pair of the lanes -> pair of the stream that holds its
                                        // lower byte
   alignas(64) uint16_t second[9][32];  // and its upper byte, where that is of the next lane
@@ -136,9 +161,6 @@ constexpr FieldMoves field_moves() {
   for (int bits = 1; bits <= 8; ++bits) {
     for (int lane = 0; lane < 8; ++lane) {
       moves.shift[bits][lane] = 8 * (lane * bits % 2);
-      for (int k = 0; k < 4; ++k) {
-        moves.from[bits][4 * lane + k] = static_cast<uint16_t>(lane * bits / 2 + k);
-      }
     }
     for (int pair = 0; pair < 4 * bits; ++pair) {
       const int lane = 2 * pair / bits, next = (2 * pair + 1) / bits;
@@ -151,14 +173,6 @@ constexpr FieldMoves field_moves() {
 }
 constexpr FieldMoves kFieldMoves = field_moves();
 
-template <int kFields>
-PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
-  const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);
-  const __m512i stream = _mm512_maskz_loadu_epi32(words, p);
-  return _mm512_srlv_epi64(
-      _mm512_permutexvar_epi16(_mm512_load_si512(kFieldMoves.from[bits]), stream),
-      _mm512_load_si512(kFieldMoves.shift[bits]));
-}
 template <int kFields>
 PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
   const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);

@@ -66,6 +66,7 @@ PYDIST_INLINE void store(BFloat* p, Vec x) {
   store8(p, vshrn_n_u32(vbslq_u32(is_nan(x), vdupq_n_u32(kNanBits), r), 16));
 }
 
+PYDIST_INLINE Vec from_integers(Vec x) { return vcvtq_f32_u32(vreinterpretq_u32_f32(x)); }
 PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   uint32_t four;
   std::memcpy(&four, p, 4);
@@ -103,14 +104,6 @@ PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(n)); }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(-n)); }
 
-PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
-  const uint8x16_t bytes = vreinterpretq_u8_u64(x);
-  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
-  v[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)));
-  v[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)));
-  v[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
-  v[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
-}
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   const auto halves = [](Vec x) { return vmovn_u32(vreinterpretq_u32_f32(x)); };
   const uint8x8_t low = vmovn_u16(vcombine_u16(halves(v[0]), halves(v[1])));
@@ -118,10 +111,16 @@ PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   return vreinterpretq_u64_u8(vcombine_u8(low, high));
 }
 
-template <int kFields>
-PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
-  static_assert(kFields == 2, "all lanes");
-  return uint64x2_t{load_field(p, bits), load_field(p + bits, bits)};
+template <int kCodes>
+PYDIST_INLINE void load_codes(const unsigned char* p, int bits, Vec* v) {
+  static_assert(kCodes == 16, "whole vectors");
+  const uint32x4_t low = vdupq_n_u32((1u << bits) - 1u);
+  for (int k = 0; k < 4; ++k) {  // eight codes are a field of `bits` bytes, four are half of it
+    const uint64_t field = load_field(p + k / 2 * bits, bits) >> (k % 2 * 4 * bits);
+    const uint64x2_t first = vshlq_u64(vdupq_n_u64(field), int64x2_t{0, -bits});
+    const uint64x2_t second = vshlq_u64(vdupq_n_u64(field), int64x2_t{-2 * bits, -3 * bits});
+    v[k] = vreinterpretq_f32_u32(vandq_u32(vcombine_u32(vmovn_u64(first), vmovn_u64(second)), low));
+  }
 }
 template <int kFields>
 PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {

@@ -44,6 +44,7 @@ PYDIST_INLINE void store(T* p, Vec x) {
 PYDIST_INLINE void stream(float* p, Vec x) { *p = x; }
 PYDIST_INLINE void stream_end() {}
 
+PYDIST_INLINE Vec from_integers(Vec x) { return static_cast<float>(float_bits(x)); }
 PYDIST_INLINE Vec load_bytes(const uint8_t* p) { return *p; }
 PYDIST_INLINE Vec load_halves(const uint16_t* p) {
   uint16_t x;
@@ -74,19 +75,19 @@ PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c &
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return x << n; }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return x >> n; }
 
-PYDIST_INLINE void widen_bytes(Wide x, Vec* v) {
-  for (int k = 0; k < 8; ++k) v[k] = static_cast<float>(x >> (8 * k) & 0xFFu);
-}
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   Wide x = 0;
   for (int k = 0; k < 8; ++k) x |= static_cast<Wide>(float_bits(v[k]) & 0xFFu) << (8 * k);
   return x;
 }
 
-template <int kFields>
-PYDIST_INLINE Wide load_fields(const unsigned char* p, int bits) {
-  static_assert(kFields == 1, "all lanes");
-  return load_field(p, bits);
+template <int kCodes>
+PYDIST_INLINE void load_codes(const unsigned char* p, int bits, Vec* v) {
+  static_assert(kCodes == 8, "whole vectors");
+  const uint64_t field = load_field(p, bits);
+  for (int k = 0; k < 8; ++k) {
+    v[k] = bits_float(static_cast<uint32_t>(field >> (k * bits)) & ((1u << bits) - 1u));
+  }
 }
 template <int kFields>
 PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
