@@ -173,14 +173,33 @@ constexpr FieldMoves field_moves() {
 }
 constexpr FieldMoves kFieldMoves = field_moves();
 
+// The first 8 * bits bytes: a half, a quarter, an eighth. Stores under a mask are slower.
+PYDIST_INLINE void store_eighths(unsigned char* p, __m512i x, int bits) {
+  __m256i half = _mm512_castsi512_si256(x);
+  if (bits & 4) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    half = _mm512_extracti64x4_epi64(x, 1);
+    p += 32;
+  }
+  __m128i quarter = _mm256_castsi256_si128(half);
+  if (bits & 2) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), quarter);
+    quarter = _mm256_extracti128_si256(half, 1);
+    p += 16;
+  }
+  if (bits & 1) _mm_storel_epi64(reinterpret_cast<__m128i*>(p), quarter);
+}
+
 template <int kFields>
 PYDIST_INLINE void store_fields(unsigned char* p, Wide x, int bits) {
-  const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);
   const __m512i pairs = _mm512_sllv_epi64(x, _mm512_load_si512(kFieldMoves.shift[bits]));
   const __m512i first = _mm512_permutexvar_epi16(_mm512_load_si512(kFieldMoves.first[bits]), pairs);
   const __m512i second = _mm512_maskz_permutexvar_epi16(
       kFieldMoves.divided[bits], _mm512_load_si512(kFieldMoves.second[bits]), pairs);
-  _mm512_mask_storeu_epi32(p, words, _mm512_or_si512(first, second));
+  const __m512i stream = _mm512_or_si512(first, second);
+  if (kFields == 8 && bits < 8) return store_eighths(p, stream, bits);
+  const auto words = static_cast<__mmask16>((1u << (kFields * bits / 4)) - 1u);
+  _mm512_mask_storeu_epi32(p, words, stream);
 }
 
 PYDIST_INLINE Wide wide_groups() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
