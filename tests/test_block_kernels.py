@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from doors import DOOR_GROUPS, Codec, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import blocks, wire
+from pydist import _C, BlockFloat, BlockInt, Sign, blocks, ops, wire
 from pydist import reference_blocks as reference
 from pydist.block_kernels import EncodeOptions
 from pydist.blocks import BlockFormat
@@ -21,6 +22,15 @@ from pydist.selfcheck import store
 
 NEAREST4 = BlockFormat("levels", 4, 512, "max")
 LENGTHS = (0, 1, 7, 31, 32, 33, 63, 64, 65, 1001)
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set, in use."""
+    before = _C.current_isa()
+    _C.select_isa(request.param)
+    yield request.param
+    _C.select_isa(before)
 
 
 @pytest.fixture
@@ -247,6 +257,27 @@ def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
         kernels.launch(target, "quantize", part, 0, args, 0, unit=form.block)
         assert_same_bits(got, codes[here], f"codes of blocks {begin} to {end}")
         assert_same_bits(got_scales, scales[4 * begin : 4 * min(end, 9)], "scales")
+
+
+def test_what_goes_past_the_caches_is_the_same(isa: str) -> None:
+    n, cut = (1 << 17) + 96 + 13, 1 << 16  # one piece of half a MiB is stored past them
+    x = torch.randn(n, generator=torch.Generator().manual_seed(2))
+    x[1000] = float("nan")  # its block decodes to NaN, of one bit pattern
+    for codec in (Sign("l1", block=96), BlockInt(3), BlockInt(8), BlockFloat("e5m2")):
+        payload = ops.quantize(x, codec)
+        whole, parts = torch.zeros(n + 16), torch.empty(n)
+        start = -whole.data_ptr() // 4 % 16  # stores of whole vectors are aligned
+        ops.dequantize(payload, codec, n, out=whole[start : start + n])
+        blocks_before, size = -(-cut // codec.block), codec.block_format.block_bytes
+        middle = blocks_before * codec.block
+        codes = codec.block_format.payload_bytes(n) - 4 * -(-n // codec.block)
+        for first, count in ((0, middle), (middle, n - middle)):
+            index, used = first // codec.block, -(-count // codec.block)
+            end = min((index + used) * size, codes)
+            scales = payload[codes + 4 * index :][: 4 * used]
+            part = torch.cat([payload[index * size : end], scales])
+            ops.dequantize(part, codec, count, out=parts[first : first + count])
+        assert_same_bits(whole[start : start + n].numpy(), parts.numpy(), f"{codec} on {isa}")
 
 
 # --------------------------------------------------------------------------- random cases
