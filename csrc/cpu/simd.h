@@ -104,9 +104,9 @@ PYDIST_INLINE void prefetch(const void* p, int ahead = kAhead) {
   __builtin_prefetch(static_cast<const char*>(p) + ahead);
 }
 template <typename T>
-PYDIST_INLINE void prefetch_word(const T* x) {  // the lines of kWordBits elements
+PYDIST_INLINE void prefetch_word(const T* x, int ahead = kAhead) {  // lines of kWordBits elements
   for (size_t b = 0; b < kWordBits * sizeof(T); b += 64) {
-    prefetch(reinterpret_cast<const char*>(x) + b);
+    prefetch(reinterpret_cast<const char*>(x) + b, ahead);
   }
 }
 

@@ -19,7 +19,12 @@ from pydist.bench.timing import Buffers
 from pydist.codecs import QSGD, BlockInt
 
 RANKS = 8
-BLOCK_CODECS = (BlockInt(4, block=512), BlockInt(8, block=512), QSGD(4, block=512))
+BLOCK_CODECS = (
+    BlockInt(4, block=512),
+    BlockInt(8, block=512),
+    BlockInt(3, block=128),  # codes that cross bytes, and many scales
+    QSGD(4, block=512),
+)
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
 COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
 
