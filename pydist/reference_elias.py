@@ -11,32 +11,11 @@ import numpy as np
 
 from pydist import blocks, wire
 from pydist.blocks import BlockFormat
+from pydist.elias import MODE_BITS, MalformedError, longest_bytes, stream_bytes
 from pydist.reference import U8
 from pydist.reference_blocks import pack_codes, unpack_codes
 
 SPARSE, DENSE, PLAIN = range(3)
-MODE_BITS = 2
-
-REASONS = (
-    "",
-    "the stream ends inside a code",
-    "its mode is 3, which nothing writes",
-    "it counts more nonzero levels than it has elements",
-    "a level is above the largest",
-    "a gap leads past its last element",
-    "bits follow its last code",
-    "its place in the table is not behind the previous one, or too long, or outside the payload",
-    "its stream is empty and its scale a number, or its scale is NaN and its stream is not empty",
-)
-"""Why a block is malformed; csrc/wire/elias.h numbers them alike."""
-
-
-class MalformedError(ValueError):
-    """A block whose bytes no encoder wrote."""
-
-    def __init__(self, block: int, reason: int) -> None:
-        super().__init__(f"block {block} is malformed: {REASONS[reason]}")
-        self.block, self.reason = block, reason
 
 
 # --------------------------------------------------------------------------- the code
@@ -199,13 +178,13 @@ def elias_decode(
 
     Raises:
         MalformedError: A block is malformed; names the first.
-        ValueError: The payload is too short for its table and scales, or no multiple of 4.
+        ValueError: The payload has a length that none of these segments can have.
     """
     table = _table(n, segments)
     places = _blocks_of(table, form)
     count = len(places)
-    if payload.size < 8 * count or payload.size % 4 or (payload.size and not count):
-        raise ValueError(f"payload has {payload.size} bytes, at least {8 * count} are needed")
+    if not 8 * count <= payload.size <= longest_bytes(table, form) or payload.size % 4:
+        raise ValueError(f"no payload of {count} blocks has {payload.size} bytes")
     ends = payload[: 4 * count].copy().view("<u4").astype(np.int64)
     scales, streams = payload[4 * count : 8 * count], payload[8 * count :]
     scales_at = blocks.table_code_bytes(table, form)
@@ -228,8 +207,3 @@ def elias_decode(
     if count and (streams.size - begin > 3 or streams[begin:].any()):
         raise MalformedError(count - 1, 6)
     return fixed
-
-
-def stream_bytes(n: int, form: BlockFormat) -> int:
-    """The most bytes that the stream of a block of ``n`` elements takes."""
-    return (MODE_BITS + n * form.bits + 7) // 8
