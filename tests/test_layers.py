@@ -32,6 +32,7 @@ LAYERS = [
     {"selfcheck"},
     {"groups"},
     {"codecs", "communicator"},
+    {"parcels"},
     {"road"},
     {"collectives"},
     {"simulate"},
