@@ -309,8 +309,7 @@ void elias_encode(const Row* rows, int64_t n_rows, const EliasArgs& args, int th
         part.word += from / f.block;
         const int64_t begin = room[&row - rows] + from / f.block * stream_limit(f, f.block);
         Streams piece = {row.words_before + from / f.block, (n + f.block - 1) / f.block, begin, 0};
-        piece.bytes =
-            kernel(part, args, piece.first, args.streams + begin, block_scratch(f.block));
+        piece.bytes = kernel(part, args, piece.first, args.streams + begin, block_scratch(f.block));
         const std::lock_guard<std::mutex> held(lock);
         pieces.push_back(piece);
       },

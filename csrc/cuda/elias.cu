@@ -1,11 +1,10 @@
 // elias_encode and elias_decode: the codes of blocks as Elias-coded streams, and back.
 //
-// Encoding takes three launches: a warp a block counts the bytes of its stream, one block of threads
-// sums them up to where each stream ends, a warp a block writes. Decoding takes one: words of
-// variable length follow from one another, so a thread decodes a block, and the table of ends lets
-// all threads begin at once.
+// Encoding takes three launches: a warp a block counts the bytes of its stream, one block of
+// threads sums them up to where each stream ends, a warp a block writes. Decoding takes one: words
+// of variable length follow from one another, so a thread decodes a block, and the table of ends
+// lets all threads begin at once.
 #include "../wire/elias.h"
-
 #include "blocks.cuh"
 
 namespace pydist::cuda {
@@ -108,7 +107,8 @@ __global__ void __launch_bounds__(kBlockThreads) elias_count_kernel(Rows rows, E
   });
 }
 
-// ends[j] = ends[0] + ... + ends[j], in one block of threads, and the padding behind the last stream.
+// ends[j] = ends[0] + ... + ends[j], in one block of threads, and the padding behind the last
+// stream.
 __global__ void __launch_bounds__(kBlockThreads) elias_scan_kernel(EliasArgs a, int64_t blocks) {
   __shared__ int64_t totals[kBlockWarps];
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
