@@ -91,9 +91,7 @@ def elias_decode(
     return out
 
 
-def coded(
-    payload: Array, codec: BlockCodec, n: int, segments: Any, threads: int | None
-) -> Array:
+def coded(payload: Array, codec: BlockCodec, n: int, segments: Any, threads: int | None) -> Array:
     """A fixed payload as the codec sends it."""
     if entropy_of(codec) is None:
         return payload

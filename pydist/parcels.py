@@ -62,9 +62,7 @@ class Parcels:
         self._theirs = torch.empty_like(mine)
         self._keep = mine
         self._count("sizes", [SIZE_BYTES] * n)
-        self._work = dist.all_to_all_single(
-            self._theirs, mine, group=self._group, async_op=True
-        )
+        self._work = dist.all_to_all_single(self._theirs, mine, group=self._group, async_op=True)
 
     def send(self) -> None:
         """Waits for the lengths, then starts to send the messages.

@@ -111,9 +111,7 @@ def check_malformed(
 ) -> bool:
     """Raises DifferenceError unless any bytes get the reference's answer; whether they are fine."""
     what = f"elias_decode of changed bytes on {run.name} (n={n}, {form})"
-    wanted, objection = verdict(
-        lambda: reference.elias_decode(payload, form, n, segments=segments)
-    )
+    wanted, objection = verdict(lambda: reference.elias_decode(payload, form, n, segments=segments))
     got, answer = verdict(lambda: run.elias_decode(payload, n, form, segments))
     if answer != objection:
         raise DifferenceError(f"{what}: says {answer!r}, the reference {objection!r}")
