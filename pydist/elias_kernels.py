@@ -106,7 +106,8 @@ def encode(
     target: Target, payload: View, out: View, result: View, form: BlockFormat, table: IntArray
 ) -> None:
     """Writes a fixed payload into ``out``, of ``elias.longest_bytes``; its streams' bytes into
-    ``result``, int64[1] that holds 0."""
+    ``result``, int64[1] that holds 0.
+    """
     _check_bytes(payload, blocks.table_bytes(table, form))
     _check_bytes(out, elias.longest_bytes(table, form))
     _launch(target, "elias_encode", payload, out, result, form, table)
@@ -116,7 +117,8 @@ def decode(
     target: Target, payload: View, out: View, result: View, form: BlockFormat, table: IntArray
 ) -> None:
     """Writes the fixed payload into ``out``, where gaps are zero already; a fault into ``result``,
-    int64[1] that holds ``elias.NO_FAULT``."""
+    int64[1] that holds ``elias.NO_FAULT``.
+    """
     check_payload(payload, form, table)
     _check_bytes(out, blocks.table_bytes(table, form))
     _launch(target, "elias_decode", out, payload, result, form, table)

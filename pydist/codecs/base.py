@@ -117,8 +117,8 @@ Span = tuple[int, int]
 class Stage(Protocol):
     """Shortens a coder's rows on the wire, to lengths that depend on the data; loses nothing.
 
-    A coder that wants one has it as its attribute ``stage``. Its own methods see rows of the lengths
-    that ``message_bytes`` and ``reduced_bytes`` say, and sizes alone choose the algorithm.
+    A coder that wants one has it as its attribute ``stage``. Its own methods see rows of the
+    lengths that ``message_bytes`` and ``reduced_bytes`` say, by which the algorithm is chosen too.
     """
 
     def bounds(self, span: Span) -> tuple[int, int]:

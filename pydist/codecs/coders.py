@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -57,7 +58,10 @@ def number_of(codec: Codec) -> int:
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
 
 
-def _staged(coder: BlockCoder, codec: Codec) -> BlockCoder:
+BlockCoders = TypeVar("BlockCoders", bound=BlockCoder)
+
+
+def _staged(coder: BlockCoders, codec: Codec) -> BlockCoders:
     """The coder, with the entropy coding that its codec asks for."""
     if isinstance(codec, QSGD) and codec.entropy == "elias":
         coder.stage = EliasStage(coder)
