@@ -1,4 +1,4 @@
-"""The kernels of Elias-coded payloads behind both doors: checks, then the call, as in ``kernels``."""
+"""The kernels of Elias-coded payloads behind both doors: checks, then the call."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ def _launch(
 def encode(
     target: Target, payload: View, out: View, result: View, form: BlockFormat, table: IntArray
 ) -> None:
-    """Writes a fixed payload into ``out``, of ``elias.longest_bytes``; its streams' bytes into
-    ``result``, int64[1] that holds 0.
+    """Writes a fixed payload into ``out``, of ``elias.longest_bytes``.
+
+    The bytes of its streams go to ``result``, int64[1] that holds 0.
     """
     _check_bytes(payload, blocks.table_bytes(table, form))
     _check_bytes(out, elias.longest_bytes(table, form))
@@ -116,8 +117,9 @@ def encode(
 def decode(
     target: Target, payload: View, out: View, result: View, form: BlockFormat, table: IntArray
 ) -> None:
-    """Writes the fixed payload into ``out``, where gaps are zero already; a fault into ``result``,
-    int64[1] that holds ``elias.NO_FAULT``.
+    """Writes the fixed payload into ``out``, where gaps are zero already.
+
+    A fault goes to ``result``, int64[1] that holds ``elias.NO_FAULT``.
     """
     check_payload(payload, form, table)
     _check_bytes(out, blocks.table_bytes(table, form))

@@ -43,8 +43,9 @@ def elias_encode(
 def elias_decode(
     payload: Tensor, codec: BlockCodec, n: int, *, segments: Tensor | None = None
 ) -> Tensor:
-    """The inverse of :func:`elias_encode`. On CUDA this waits for the device once, to learn
-    whether the payload is well-formed.
+    """The inverse of :func:`elias_encode`.
+
+    On CUDA this waits for the device once, to learn whether the payload is well-formed.
 
     Args:
         payload: uint8, as of :func:`elias_encode`; any bytes.

@@ -23,7 +23,8 @@ from pydist.reference import round_to
 
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
-    QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"), BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
+    QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"),
+    BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
     BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"), Raw(), Raw("float32"), Raw("float16"),
     Raw("bfloat16"),
 ]  # fmt: skip

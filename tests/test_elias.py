@@ -250,7 +250,7 @@ def test_never_much_longer() -> None:
 
 
 WRONG: list[tuple[Any, type[Exception], str]] = [
-    (lambda a: QSGD(4, entropy="huffman"), ValueError, "entropy must be None or 'elias', got 'huff"),
+    (lambda a: QSGD(4, entropy="huffman"), ValueError, "entropy must be None or 'elias'"),
     (lambda a: a.quantize(a.f(5), ELIAS4, out=a.u(99)), ValueError, "out must be None with QSGD"),
     (lambda a: a.quantize_feedback_(a.f(5), a.f(5), ELIAS4, out=a.u(99)), ValueError,
      "out must be None with QSGD"),
@@ -263,7 +263,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda a: a.elias_encode(a.u(16), ELIAS4, 5), ValueError,
      r"payload must have 8 bytes, got shape \[16\]"),
     (lambda a: a.elias_encode(a.u(2, 4), ELIAS4, 5), ValueError, r"got shape \[2, 4\]"),
-    (lambda a: a.elias_encode(a.u(8, dtype="int32"), ELIAS4, 5), TypeError, "payload must be uint8"),
+    (lambda a: a.elias_encode(a.u(8, dtype="int32"), ELIAS4, 5), TypeError, "must be uint8"),
     (lambda a: a.elias_decode(a.u(4), ELIAS4, 5), ValueError, "payload must have at least 8 bytes"),
     (lambda a: a.elias_decode(a.u(14), ELIAS4, 5), ValueError,
      "payload must have 8 to 12 bytes, a multiple of 4, got 14"),

@@ -1,4 +1,4 @@
-"""Elias-coded payloads against their reference: backend, comparisons, inputs of ``pydist check``."""
+"""Elias codes against their reference: backend, comparisons, inputs of ``pydist check``."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class DecodeArgs:
 
 
 class EliasArgs:
-    """Arguments are addresses of one fixed payload and one of variable length, each in one piece."""
+    """Addresses of a fixed payload and of one of variable length, each in one piece."""
 
     def __init__(
         self, form: BlockFormat, codes: int, scales: int, size: int, ends: int, coded_scales: int,
