@@ -168,7 +168,7 @@ def elias_encode(
         scales.append(scale.tobytes())
     streams += bytes(-len(streams) % 4)
     whole = np.array(ends, dtype="<u4").tobytes() + b"".join(scales) + streams
-    return np.frombuffer(whole, dtype=np.uint8)
+    return np.frombuffer(bytearray(whole), dtype=np.uint8)
 
 
 def elias_decode(

@@ -292,14 +292,20 @@ def dequantize_case(maker: Maker, name: str, codec: BlockInt | QSGD) -> Case:
     )  # fmt: skip
 
 
+def _coded_bytes(maker: Maker, codec: QSGD) -> float:
+    """Bytes of the Elias codes of normal numbers, from a sample on the CPU."""
+    numel = min(maker.numel, 2**18)
+    fixed = ops.quantize(torch.randn(numel), codec)
+    return ops.elias_encode(fixed, codec, numel).numel() * maker.numel / numel
+
+
 def elias_cases(maker: Maker, codec: QSGD) -> Iterator[Case]:
     """Codes of normal numbers as Elias streams, and back; what is read and written is codes alone.
 
     Beside each stands what it is added to: quantizing, or dequantizing.
     """
     numel = maker.numel
-    fixed = ops.quantize(maker.normal(torch.float32), codec)
-    size = fixed.numel() + ops.elias_encode(fixed, codec, numel).numel()
+    size = _payload_bytes(maker, codec) + _coded_bytes(maker, codec)
     name = f"{_codec_name(codec)}, {codec.norm} norm"
 
     def make() -> Buffers:
