@@ -1,5 +1,5 @@
 # `make` lists the targets. Each sets up what it needs in .venv; nothing outside the repository is
-# touched (but by neon-tools). Needed beforehand: Python 3.10 or newer with venv and headers, a C++17 compiler, make.
+# touched (but by neon-tools and fuzz-tools). Needed beforehand: Python 3.10 or newer with venv and headers, a C++17 compiler, make.
 #
 #   PYTHON=python3.12         the Python that .venv is made with
 #   PYDIST_CUDA=0|1           without CUDA, or an error where nvcc is missing (default: if found)
@@ -64,6 +64,10 @@ $(ENV_STAMP): pyproject.toml constraints.txt | prerequisites
 neon-tools: ## what soak and neon need: a cross compiler and qemu-user, by apt-get
 	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y g++-aarch64-linux-gnu qemu-user
 
+.PHONY: fuzz-tools
+fuzz-tools: ## what fuzz FUZZER=libfuzzer needs: clang and its runtime, by apt-get
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y clang libclang-rt-dev
+
 # Incremental: CMake and Ninja compile what changed. The stamp's name holds the choice of CUDA.
 $(BUILD_STAMP): $(ENV_STAMP) setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIVE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
@@ -82,7 +86,7 @@ emulation: $(ENV_STAMP)
 
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test emulate test-gpu gpu soak neon test-matrix bench
+.PHONY: demo test emulate test-gpu gpu soak neon fuzz test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
@@ -105,6 +109,14 @@ soak: $(BUILD_STAMP) ## the long tests
 
 neon: $(BUILD_STAMP) ## the NEON kernels, cross-compiled, under qemu-user (part of soak)
 	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/test_neon.py $(ARGS)
+
+# FUZZ_RUNS payloads of the Elias decoder, a fifth of that of each other; with FUZZER=libfuzzer also
+# FUZZ_SECONDS of what coverage chooses.
+FUZZ_RUNS ?= 1500000
+FUZZ_SECONDS ?= 60
+fuzz: $(BUILD_STAMP) ## damaged payloads under AddressSanitizer (part of soak): FUZZ_RUNS, FUZZER=libfuzzer
+	@PYDIST_FUZZ_RUNS=$(FUZZ_RUNS) PYDIST_FUZZ_SECONDS=$(FUZZ_SECONDS) PYDIST_FUZZER=$(FUZZER) \
+	  $(BIN)/python -m pytest -m soak -s --timeout 7200 tests/test_fuzz.py $(ARGS)
 
 bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)

@@ -80,6 +80,20 @@ SumArgs sum_args(uint64_t values, int64_t stride, int64_t ranks, float divisor) 
   return {at<const unsigned char>(values), stride, ranks, divisor};
 }
 
+EliasArgs elias_args(const BlockFormat& format, uint64_t codes, uint64_t fixed_scales,
+                     int64_t code_bytes, uint64_t ends, uint64_t scales, uint64_t streams,
+                     int64_t stream_bytes, uint64_t result) {
+  return {format,
+          at<unsigned char>(codes),
+          at<unsigned char>(fixed_scales),
+          code_bytes,
+          at<unsigned char>(ends),
+          at<unsigned char>(scales),
+          at<unsigned char>(streams),
+          stream_bytes,
+          at<int64_t>(result)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -96,6 +110,7 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
   py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
   py::class_<SumArgs>(m, "SumArgs", py::module_local()).def(py::init(&sum_args));
+  py::class_<EliasArgs>(m, "EliasArgs", py::module_local()).def(py::init(&elias_args));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -180,6 +195,18 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
                         threads);
       },
       nogil);
+  c.def(
+      "elias_encode",
+      [](uint64_t rows, int64_t n, const EliasArgs& args, int threads) {
+        cpu::elias_encode(at<Row>(rows), n, args, threads);
+      },
+      nogil);
+  c.def(
+      "elias_decode",
+      [](uint64_t rows, int64_t n, const EliasArgs& args, int threads) {
+        cpu::elias_decode(at<Row>(rows), n, args, threads);
+      },
+      nogil);
 
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
@@ -262,6 +289,18 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       [](const cuda::Rows& rows, int from, int to, const SumArgs& args, uint64_t flags,
          uint64_t stream) {
         cuda::sum_values(rows, DType(from), DType(to), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "elias_encode",
+      [](const cuda::Rows& rows, const EliasArgs& args, uint64_t stream) {
+        cuda::elias_encode(rows, args, at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "elias_decode",
+      [](const cuda::Rows& rows, const EliasArgs& args, uint64_t stream) {
+        cuda::elias_decode(rows, args, at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

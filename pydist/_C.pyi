@@ -85,6 +85,21 @@ class DecodeArgs:
 class SumArgs:
     def __init__(self, values: int, stride: int, ranks: int, divisor: float, /) -> None: ...
 
+class EliasArgs:
+    def __init__(
+        self,
+        form: BlockFormat,
+        codes: int,
+        fixed_scales: int,
+        code_bytes: int,
+        ends: int,
+        scales: int,
+        streams: int,
+        stream_bytes: int,
+        result: int,
+        /,
+    ) -> None: ...
+
 # The submodules, as classes: a stub file can't hold a module.
 
 class cpu:
@@ -153,6 +168,10 @@ class cpu:
     def sum_values(
         rows: int, n: int, source: int, to: int, args: SumArgs, flags: int, threads: int, /
     ) -> None: ...
+    @staticmethod
+    def elias_encode(rows: int, n: int, args: EliasArgs, threads: int, /) -> None: ...
+    @staticmethod
+    def elias_decode(rows: int, n: int, args: EliasArgs, threads: int, /) -> None: ...
 
 class cuda:
     class Rows:
@@ -205,3 +224,7 @@ class cuda:
     def sum_values(
         rows: Rows, source: int, to: int, args: SumArgs, flags: int, stream: int, /
     ) -> None: ...
+    @staticmethod
+    def elias_encode(rows: Rows, args: EliasArgs, stream: int, /) -> None: ...
+    @staticmethod
+    def elias_decode(rows: Rows, args: EliasArgs, stream: int, /) -> None: ...

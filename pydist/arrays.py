@@ -30,6 +30,7 @@ from pydist.block_arrays import (
     reduce_quantized,
     sum_quantized,
 )
+from pydist.elias_arrays import elias_decode, elias_encode
 from pydist.kernels import LionOptions
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
@@ -37,6 +38,8 @@ _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel
 __all__ = [
     "count_votes",
     "dequantize",
+    "elias_decode",
+    "elias_encode",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pydist import block_kernels, blocks, checks, kernels, wire
+from pydist import block_kernels, blocks, checks, elias_arrays, kernels, wire
 from pydist.array_backends import (
     Array,
     CuPy,
@@ -22,6 +22,7 @@ from pydist.array_backends import (
 from pydist.block_kernels import BlockCodec, EncodeOptions, format_of
 from pydist.blocks import BlockFormat
 from pydist.checks import View
+from pydist.elias_kernels import check_fixed, check_no_out, without_entropy
 
 __all__ = [
     "dequantize",
@@ -81,6 +82,7 @@ def quantize(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_no_out(codec, out)
     step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
     backend = backend_of(("x", x), ("flags", flags), ("out", out), ("step", step_at))
@@ -93,7 +95,7 @@ def quantize(
         flags=flags_view(backend, flags), segments=table,
         step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
-    return out
+    return elias_arrays.coded(out, codec, view.size, segments, threads)
 
 
 def quantize_feedback_(
@@ -134,6 +136,7 @@ def quantize_feedback_(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_no_out(codec, out)
     step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
     backend = backend_of(
@@ -152,7 +155,7 @@ def quantize_feedback_(
         step=None if step_at is None else backend.view("step", step_at),
     )  # fmt: skip
     write_back()
-    return out
+    return elias_arrays.coded(out, codec, view.size, segments, threads)
 
 
 def sum_quantized(
@@ -186,6 +189,7 @@ def sum_quantized(
         ValueError: The payloads or ``out`` do not fit ``n``.
     """
     form = format_of(codec)
+    check_fixed(codec)
     checks.check_n(n)
     backend = backend_of(("payloads", payloads), ("out", out))
     out = values_of(backend, n, dtype, out)
@@ -229,6 +233,8 @@ def dequantize(
     """
     backend_of(("payload", payload), ("out", out))
     checks.check_one_payload(tuple(payload.shape))
+    payload = elias_arrays.fixed(payload, codec, n, segments, threads)
+    codec = without_entropy(codec)
     return sum_quantized(
         payload[None], codec, n, dtype=dtype, segments=segments, out=out, threads=threads
     )
@@ -274,6 +280,7 @@ def reduce_quantized(
         TypeError: An array is of another kind or dtype, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_fixed(codec)
     step, step_at = step_of(step)
     form, options = format_of(codec), EncodeOptions(zero_bit, seed, rank, phase, step)
     checks.check_n(n)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pydist import block_operators as _operators  # noqa: F401  (registers torch.ops.pydist)
-from pydist import checks
+from pydist import checks, elias_ops
 from pydist.block_kernels import BlockCodec, format_of
+from pydist.elias_kernels import check_fixed, check_no_out, without_entropy
 
 __all__ = [
     "dequantize",
@@ -65,18 +66,21 @@ def quantize(
         out: Receives the payload, and is returned.
 
     Returns:
-        uint8 payload: the codes of all blocks, then their scales (float32).
+        uint8 payload: the codes of all blocks, then their scales (float32); with
+        ``entropy="elias"`` of variable length (:func:`elias_encode`), and ``out`` must be ``None``.
 
     Raises:
         TypeError: A dtype is not supported, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_no_out(codec, out)
     options = {
         **_format(codec), "zero_bit": zero_bit, "seed": seed, "rank": rank, "phase": phase,
         **step_options(step), "flags": flags, "segments": segments,
     }  # fmt: skip
     if out is None:
-        return torch.ops.pydist.quantize(x, **options)
+        payload = torch.ops.pydist.quantize(x, **options)
+        return elias_ops.coded(payload, codec, x.numel(), segments)
     torch.ops.pydist.quantize_out(x, **options, out=out)
     return out
 
@@ -121,12 +125,14 @@ def quantize_feedback_(
         TypeError: A dtype is not supported, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_no_out(codec, out)
     options = {
         **_format(codec), "zero_bit": zero_bit, "seed": seed, "rank": rank, "phase": phase,
         **step_options(step), "flags": flags, "segments": segments,
     }  # fmt: skip
     if out is None:
-        return torch.ops.pydist.quantize_feedback_(x, residual, **options)
+        payload = torch.ops.pydist.quantize_feedback_(x, residual, **options)
+        return elias_ops.coded(payload, codec, x.numel(), segments)
     torch.ops.pydist.quantize_feedback_out_(x, residual, **options, out=out)
     return out
 
@@ -159,6 +165,7 @@ def sum_quantized(
         TypeError: A dtype is not supported, ``out`` has another, or the codec has no blocks.
         ValueError: The payloads or ``out`` do not fit ``n``.
     """
+    check_fixed(codec)
     options = {**_format(codec), "mean": mean, "segments": segments}
     if out is None:
         return torch.ops.pydist.sum_quantized(payloads, n, **options, dtype=dtype)
@@ -195,6 +202,7 @@ def dequantize(
         ValueError: The payload or ``out`` does not fit ``n``.
     """
     checks.check_one_payload(tuple(payload.shape))
+    payload, codec = elias_ops.fixed(payload, codec, n, segments), without_entropy(codec)
     return sum_quantized(payload.unsqueeze(0), codec, n, dtype=dtype, segments=segments, out=out)
 
 
@@ -236,6 +244,7 @@ def reduce_quantized(
         TypeError: A dtype is not supported, or the codec has no blocks.
         ValueError: Another argument is out of range; the message names it and its value.
     """
+    check_fixed(codec)
     options = {
         **_format(codec), "mean": mean, "zero_bit": zero_bit, "seed": seed, "rank": rank,
         "phase": phase, **step_options(step), "flags": flags, "segments": segments,

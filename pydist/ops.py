@@ -24,10 +24,13 @@ from pydist.block_ops import (
     step_options,
     sum_quantized,
 )
+from pydist.elias_ops import elias_decode, elias_encode
 
 __all__ = [
     "count_votes",
     "dequantize",
+    "elias_decode",
+    "elias_encode",
     "lion_apply_",
     "lion_pack_",
     "majority_vote",

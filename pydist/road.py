@@ -15,6 +15,7 @@ and an all-gather has no other; both decode what has arrived.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,9 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pydist import wire
-from pydist.codecs.base import Coder, spans
+from pydist.codecs.base import Coder, Span, spans, stage_of
 from pydist.communicator import Call, Communicator
 from pydist.groups import all_gather
+from pydist.parcels import Parcels
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
@@ -96,7 +98,7 @@ class _Exchange:
         self.shard = -(-units // road.comm.world_size) if road.route.second else units
         self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.numel())
         self._sent: Tensor | None = None
-        self._arriving: _Pending | None = None
+        self._arriving: _Pending | Parcels | None = None
 
     def encode(self) -> None:
         """Makes the messages of phase 1."""
@@ -111,8 +113,28 @@ class _Exchange:
             sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
         self._sent = sent
 
+    def announce(self) -> None:
+        """Where messages have lengths of their own, starts to send those of phase 1."""
+        if self.road.stage is None:
+            return
+        assert self._sent is not None
+        n = self.road.comm.world_size
+        everything = (self.begin, self.end)
+        sent = self._shards() if self.road.route.second else [everything] * len(self._sent)
+        mine = sent[self.road.comm.rank] if self.road.route.second else everything
+        parcels = self.road.parcels("phase 1", self.offset, self.shard)
+        parcels.announce(self._sent, sent, [mine] * n)
+        self._arriving, self._sent = parcels, None
+
+    def _shards(self) -> list[Span]:
+        """The units of every rank's shard."""
+        return list(spans(self.road.comm.world_size, self.shard, self.begin, self.end))
+
     def send(self) -> None:
         """Issues phase 1."""
+        if isinstance(self._arriving, Parcels):
+            self._arriving.send()
+            return
         assert self._sent is not None
         send = self.road.scatter if self.road.route.scatters else self.road.gather
         self._arriving, self._sent = send(self._sent), None
@@ -136,9 +158,8 @@ class _Exchange:
         received = self._arrived()
         if self.extra is not None:
             road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
-        rows = road.comm.world_size if road.route.second else 1
-        mine = road.comm.rank if road.route.second else 0
-        begin, end = list(spans(rows, self.shard, self.begin, self.end))[mine]
+        second = road.route.second
+        begin, end = self._shards()[road.comm.rank] if second else (self.begin, self.end)
         size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
         sent = received.new_empty((1, size))
         road.coder.reduce(
@@ -147,8 +168,14 @@ class _Exchange:
         )  # fmt: skip
         sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
         del received
-        second = road.route.second
-        self._arriving = road.gather(sent, second=True) if second else _Pending(None, sent, sent)
+        if not second:
+            self._arriving = _Pending(None, sent, sent)
+        elif road.stage is None:
+            self._arriving = road.gather(sent, second=True)
+        else:
+            self._arriving = road.parcels("phase 2", wire.HEADER_BYTES, self.shard)
+            self._arriving.announce(sent, [(begin, end)], self._shards())
+            self._arriving.send()
 
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
@@ -204,6 +231,7 @@ class Road:
         header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
         self.stream = _SideStream(device)
+        self.stage = stage_of(coder) if comm.world_size > 1 else None
 
     # ----------------------------------------------------------------- Job
 
@@ -220,9 +248,17 @@ class Road:
             # round trip. Otherwise a disagreement must leave everything as it was.
             early = exchanges[:1] if self.coder.repeatable else []
             self.comm.agree(self.call, lambda: early[0].encode() if early else None)
+            # Lengths travel while the next chunk is encoded.
+            ahead, announced = 1 if self.stage else 0, deque[_Exchange]()
             for i, exchange in enumerate(exchanges):
                 if i >= len(early):
                     exchange.encode()
+                exchange.announce()
+                announced.append(exchange)
+                if len(announced) > ahead:
+                    announced[0].send()
+                    yield announced.popleft()
+            for exchange in announced:
                 exchange.send()
                 yield exchange
 
@@ -290,6 +326,11 @@ class Road:
         group = self.comm.second if second else self.comm.first
         work = all_gather(received, sent, group)
         return _Pending(work, received, sent)
+
+    def parcels(self, phase: str, head: int, units: int) -> Parcels:
+        """An exchange of rows that are shortened."""
+        assert self.stage is not None
+        return Parcels(self.comm, self.stage, phase, self.call.name, head, units)
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size

@@ -30,7 +30,8 @@ _HEADER = struct.Struct("<4sBBBBII")
 HEADER_BYTES = _HEADER.size
 
 CODECS = {
-    "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5, "raw": 9,
+    "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
+    "qsgd_elias": 7, "raw": 9,
     "agreement": 255,
 }  # fmt: skip
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import random
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from cases_collectives import bits
-from cases_faults import raised_by
+from cases_faults import raised_by, short_group, still_works
 from torch import Tensor
 
 import pydist
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, reference_raw, road, simulate, wire
 from pydist import reference_blocks as rb
 from pydist.communicator import communicator
+from pydist.parcels import Parcels
 from pydist.reference import round_to
 
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
-    QSGD(8, block=128), BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
+    QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"),
+    BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
     BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"), Raw(), Raw("float32"), Raw("float16"),
     Raw("bfloat16"),
 ]  # fmt: skip
@@ -403,3 +406,55 @@ def traffic(rank: int, ranks: int, n: int) -> dict[str, int]:
     pydist.reduce_scatter(x[:n].clone(), x, QSGD(4))
     pydist.all_gather(x, x[:n].clone(), QSGD(4))
     return dict(comm.traffic.bytes_sent - before)
+
+
+# --------------------------------------------------------------------------- variable lengths
+
+
+def elias_traffic(rank: int, ranks: int, n: int) -> tuple[dict[str, int], int]:
+    """Bytes of one call of each kind, by phase, and those of one payload of zeros."""
+    comm = communicator()
+    before = comm.traffic.bytes_sent.copy()
+    codec = QSGD(4, entropy="elias")
+    x = torch.zeros(n * ranks)
+    pydist.all_reduce(x, codec, algorithm="two_phase")
+    pydist.reduce_scatter(x[:n].clone(), x, codec)
+    pydist.all_gather(x, x[:n].clone(), codec)
+    payload = pydist.ops.quantize(torch.zeros(n), codec)
+    return dict(comm.traffic.bytes_sent - before), payload.numel()
+
+
+def damaged_parcel(
+    rank: int, ranks: int, algorithm: str, phase: str, damage: str
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Rank 1 sends a message whose blocks, or whose length, are wrong in one phase."""
+    group = short_group(ranks)
+    codec = QSGD(4, 64, "l2", entropy="elias")
+    announce = Parcels.announce
+
+    def damaged(self: Parcels, *args: Any) -> None:
+        if self.phase == phase:
+            pack = self.stage.pack
+
+            def wrong(rows: Tensor, units: int, spans: Any) -> list[Tensor]:
+                messages = pack(rows, units, spans)
+                if damage == "length":
+                    return [torch.cat([m, m.new_zeros(4000)]) for m in messages]
+                for message in messages:
+                    message[3] = 0xFF  # the first block's place
+                return messages
+
+            with mock.patch.object(self.stage, "pack", wrong):
+                announce(self, *args)
+        else:
+            announce(self, *args)
+
+    def call() -> None:
+        x = torch.randn(1000, generator=torch.Generator().manual_seed(rank))
+        pydist.all_reduce(x, codec, group=group, algorithm=algorithm)
+
+    with mock.patch.object(Parcels, "announce", damaged if rank == 1 else announce):
+        first = raised_by(call)
+    second = raised_by(call)
+    still_works(rank, ranks)
+    return first, second

@@ -268,6 +268,22 @@ class Door:
         placed.unchanged()
         return values
 
+    # ----------------------------------------------------------------- selfcheck.EliasRunner
+
+    def elias_encode(self, payload: Any, n: int, form: Any, segments: Any) -> Any:
+        return self._coded("elias_encode", payload, n, form, segments)
+
+    def elias_decode(self, payload: Any, n: int, form: Any, segments: Any) -> Any:
+        return self._coded("elias_decode", payload, n, form, segments)
+
+    def _coded(self, function: str, payload: Any, n: int, form: Any, segments: Any) -> Any:
+        placed, native = self._place("payload", payload)
+        segments = self.native(segments)
+        try:
+            return self.call(function, native, Codec(form), n, segments=segments)
+        finally:
+            placed.unchanged()
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec:

@@ -63,6 +63,7 @@ def test_all_kinds_in_flight(worlds: Worlds, ranks: int) -> None:
 
 
 DIFFERENCES = {
+    "entropy": (QSGD(4), QSGD(4, entropy="elias"), None),
     "codec": (QSGD(4), BlockInt(4), None),
     "bits": (QSGD(4), QSGD(5), None),
     "block": (BlockInt(4), BlockInt(4, block=64), None),
@@ -102,6 +103,40 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     # Two phases of an all-reduce; the one phase of a scatter and of a gather.
     expected = {"agreement": 3 * (ranks - 1) * 16, "phase 1": 3 * share, "phase 2": share}
     assert worlds(ranks).run(cases.traffic, 512 * blocks) == [expected] * ranks
+
+
+# --------------------------------------------------------------------------- variable lengths
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_traffic_of_variable_lengths(worlds: Worlds, ranks: int) -> None:
+    """What was sent is what the payloads take: here of zeros, far less than 4 bits an element."""
+    blocks = 10
+    message = blocks * (4 + 4) + -(-blocks // 4) * 4 + 16  # place, scale, a byte of zeros; header
+    for sent, payload in worlds(ranks).run(cases.elias_traffic, 512 * blocks):
+        assert payload + 16 == message
+        share = (ranks - 1) * message
+        assert sent == {
+            "agreement": 3 * (ranks - 1) * 16, "phase 1": 3 * share, "phase 2": share,
+            "sizes": 4 * (ranks - 1) * 8,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["block", "length"])
+@pytest.mark.parametrize(
+    ("algorithm", "phase"),
+    [("two_phase", "phase 1"), ("two_phase", "phase 2"), ("all_gather", "phase 1")],
+)
+def test_damaged_parcel(worlds: Worlds, algorithm: str, phase: str, damage: str) -> None:
+    what = (
+        "block 0 is malformed: its place in the table" if damage == "block" else "bytes, expected"
+    )
+    results = worlds(3).run(cases.damaged_parcel, algorithm, phase, damage)
+    for rank, (first, second) in enumerate(results):
+        assert first[0] == "PydistError" and second[0] == "PydistError", (first, second)
+        # Whoever sees it first says so; the others may see their connections end before.
+        if rank == 0 or "malformed" in first[1]:
+            assert "malformed message from rank 1: " in first[1] and what in first[1], first
 
 
 # --------------------------------------------------------------------------- messages

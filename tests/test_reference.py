@@ -19,6 +19,7 @@ from pydist import (
     Sign,
     reference,
     reference_blocks,
+    reference_elias,
     reference_raw,
     wire,
 )
@@ -212,8 +213,25 @@ def computed() -> dict[str, bytes]:
         "raw-bfloat16": reference_raw.to_bytes(plain, "bfloat16")[0].tobytes(),
         "raw-float32": reference_raw.to_bytes(plain, "float32")[0].tobytes(),
         "raw-float16": reference_raw.to_bytes(plain[:3], "float16")[0].tobytes(),
+        "elias-4": elias_example(),
         **computed_blocks(),
     }
+
+
+def elias_example() -> bytes:
+    """Four parameters: a sparse block, a dense one, a plain one, one without a stream."""
+    form = QSGD(4, 32).block_format
+    sparse = np.zeros(20, dtype=np.int64)
+    sparse[[2, 10]] = 3, -1
+    levels = [sparse, np.array([1, -1, 2, 0, -1, 1]), np.array([7, -7, 6, 5])]
+    codes = [reference_blocks.pack_codes((x + 7).astype(np.uint8), 4) for x in levels]
+    scales = np.array([1, 1, 1, np.nan], dtype="<f4").view(np.uint8)
+    rows = [np.pad(part, (0, 16 - part.size)) for part in codes]
+    fixed = np.concatenate([*rows, np.zeros(4, dtype=np.uint8), scales])
+    table = wire.segments([20, 6, 4, 2], block=32)
+    coded = reference_elias.elias_encode(fixed, form, 32, segments=table)
+    assert np.array_equal(reference_elias.elias_decode(coded, form, 32, segments=table), fixed)
+    return coded.tobytes()
 
 
 def computed_blocks() -> dict[str, bytes]:

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 
 #include "float_mode.h"
@@ -260,6 +262,81 @@ void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const Sum
     const int64_t at = (row.word * kWordBits + begin) * width_of(from);
     raise_flags(flags, kernel(out, n, args.values + at, args));
   });
+}
+
+namespace {
+
+struct Streams {  // of a piece: where they lie in the room for the longest
+  int64_t first, blocks, begin, bytes;
+};
+
+// Moves the streams of pieces together; their ends, counted from their own beginnings, become those
+// in the payload. Returns where the last one ends.
+int64_t move_together(std::vector<Streams>& pieces, const EliasArgs& args) {
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Streams& a, const Streams& b) { return a.first < b.first; });
+  int64_t at = 0;
+  for (const Streams& piece : pieces) {
+    if (piece.begin != at) std::memmove(args.streams + at, args.streams + piece.begin, piece.bytes);
+    for (int64_t j = piece.first; at && j < piece.first + piece.blocks; ++j) {
+      uint32_t end;
+      std::memcpy(&end, args.ends + 4 * j, 4);
+      end += static_cast<uint32_t>(at);
+      std::memcpy(args.ends + 4 * j, &end, 4);
+    }
+    at += piece.bytes;
+  }
+  return at;
+}
+
+}  // namespace
+
+void elias_encode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads) {
+  const auto kernel = kernels().elias_encode;
+  const BlockFormat& f = args.format;
+  std::vector<int64_t> room(n_rows + 1, 0);  // before each row
+  for (int64_t r = 0; r < n_rows; ++r) {
+    room[r + 1] = room[r] + rows[r].n / f.block * stream_limit(f, f.block) +
+                  (rows[r].n % f.block ? stream_limit(f, rows[r].n % f.block) : 0);
+  }
+  std::mutex lock;
+  std::vector<Streams> pieces;
+  for_pieces(
+      rows, n_rows, threads,
+      [&](const Row& row, int64_t from, int64_t n) {
+        Row part = row;
+        part.n = n;
+        part.word += from / f.block;
+        const int64_t begin = room[&row - rows] + from / f.block * stream_limit(f, f.block);
+        Streams piece = {row.words_before + from / f.block, (n + f.block - 1) / f.block, begin, 0};
+        piece.bytes = kernel(part, args, piece.first, args.streams + begin, block_scratch(f.block));
+        const std::lock_guard<std::mutex> held(lock);
+        pieces.push_back(piece);
+      },
+      f.block);
+  const int64_t bytes = move_together(pieces, args);
+  std::memset(args.streams + bytes, 0, (4 - bytes % 4) % 4);
+  *args.result = bytes;
+}
+
+void elias_decode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads) {
+  const auto kernel = kernels().elias_decode;
+  const BlockFormat& f = args.format;
+  std::mutex lock;
+  int64_t fault = kNoFault, blocks = 0;
+  for (int64_t r = 0; r < n_rows; ++r) blocks += (rows[r].n + f.block - 1) / f.block;
+  for_block_pieces(rows, n_rows, f.block, threads, [&](Row& part, int64_t from, float* scratch) {
+    const int64_t found = kernel(part, args, part.words_before + from / f.block, scratch);
+    if (found == kNoFault) return;
+    const std::lock_guard<std::mutex> held(lock);
+    fault = std::min(fault, found);
+  });
+  if (blocks && fault == kNoFault) {
+    uint32_t end;
+    std::memcpy(&end, args.ends + 4 * (blocks - 1), 4);
+    if (!padded_to_word(args, end)) fault = fault_at(blocks - 1, kLeftOver);
+  }
+  *args.result = fault;
 }
 
 }  // namespace pydist::cpu

@@ -39,4 +39,9 @@ void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& 
 void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const SumArgs& args,
                 uint32_t* flags, int threads);
 
+// Elias-coded blocks; `words_before` of a row counts blocks too. Encoding needs the room of the
+// longest streams there can be, and writes the end of them to *args.result.
+void elias_encode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads);
+void elias_decode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads);
+
 }  // namespace pydist::cpu

@@ -4,7 +4,7 @@
 // word. Splitting rows into pieces and pieces over threads is the driver's work (driver.h).
 #pragma once
 
-#include "../wire/blocks.h"
+#include "../wire/elias.h"
 #include "../wire/lion.h"
 #include "../wire/raw.h"
 #include "../wire/votes.h"
@@ -39,6 +39,12 @@ struct Kernels {
   // Sums of plain values into out[0, n). Returns flags. Indexed by DType of values, then of `out`.
   uint32_t (*sum_values[3][3])(void* out, int64_t n, const unsigned char* values,
                                const SumArgs& args);
+  // Elias-coded blocks; `first` is the piece's first block in the table. The encoder writes streams
+  // one behind the other, their ends counted from `streams`, and returns their bytes; the decoder
+  // returns the first fault, or kNoFault.
+  int64_t (*elias_encode)(const Row& row, const EliasArgs& args, int64_t first,
+                          unsigned char* streams, float* scratch);
+  int64_t (*elias_decode)(const Row& row, const EliasArgs& args, int64_t first, float* scratch);
 };
 
 extern const Kernels kScalar;

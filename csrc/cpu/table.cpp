@@ -28,6 +28,8 @@ extern const Kernels PYDIST_TABLE = {
      {isa::sum_values<Half, float>, isa::sum_values<Half, Half>, isa::sum_values<Half, BFloat>},
      {isa::sum_values<BFloat, float>, isa::sum_values<BFloat, Half>,
       isa::sum_values<BFloat, BFloat>}},
+    isa::elias_encode,
+    isa::elias_decode,
 };
 
 }  // namespace pydist::cpu

@@ -25,5 +25,8 @@ template <typename T>
 void dequantize(const Row& row, const DecodeArgs& args, float* scratch);
 template <typename From, typename To>
 uint32_t sum_values(void* out, int64_t n, const unsigned char* values, const SumArgs& args);
+int64_t elias_encode(const Row& row, const EliasArgs& args, int64_t first, unsigned char* streams,
+                     float* scratch);
+int64_t elias_decode(const Row& row, const EliasArgs& args, int64_t first, float* scratch);
 
 }  // namespace pydist::cpu::PYDIST_ISA

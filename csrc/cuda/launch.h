@@ -51,6 +51,11 @@ void dequantize(const Rows& rows, DType dtype, const DecodeArgs& args, void* str
 void sum_values(const Rows& rows, DType from, DType to, const SumArgs& args, uint32_t* flags,
                 void* stream);
 
+// Elias-coded blocks, counted likewise. What is written to args.result is known to the host when
+// the stream has come so far; before decoding the host puts kNoFault there.
+void elias_encode(const Rows& rows, const EliasArgs& args, void* stream);
+void elias_decode(const Rows& rows, const EliasArgs& args, void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -25,6 +25,7 @@ BLOCK_CODECS = (
     BlockInt(3, block=128),  # codes that cross bytes, and many scales
     QSGD(4, block=512),
 )
+ELIAS_CODECS = (QSGD(2, 512, "l2"), QSGD(4, 512, "l2"), QSGD(4, 512), QSGD(8, 512, "l2"))
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
 COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
 
@@ -99,6 +100,8 @@ class Maker:
             for codec in BLOCK_CODECS:
                 for name in self.dtypes:
                     yield make(self, name, codec)
+        for codec in ELIAS_CODECS:
+            yield from elias_cases(self, codec)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -291,4 +294,46 @@ def dequantize_case(maker: Maker, name: str, codec: BlockInt | QSGD) -> Case:
         "dequantize", _codec_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
         make=make,
         run=lambda s: ops.dequantize(s.payload, codec, maker.numel, out=s.out),
+    )  # fmt: skip
+
+
+def _coded_bytes(maker: Maker, codec: QSGD) -> float:
+    """Bytes of the Elias codes of normal numbers, from a sample on the CPU."""
+    numel = min(maker.numel, 2**18)
+    fixed = ops.quantize(torch.randn(numel), codec)
+    return ops.elias_encode(fixed, codec, numel).numel() * maker.numel / numel
+
+
+def elias_cases(maker: Maker, codec: QSGD) -> Iterator[Case]:
+    """Codes of normal numbers as Elias streams, and back; what is read and written is codes alone.
+
+    Beside each stands what it is added to: quantizing, or dequantizing.
+    """
+    numel = maker.numel
+    size = _payload_bytes(maker, codec) + _coded_bytes(maker, codec)
+    name = f"{_codec_name(codec)}, {codec.norm} norm"
+
+    def make() -> Buffers:
+        x = maker.normal(torch.float32)
+        payload = ops.quantize(x, codec)
+        return Buffers(
+            x=x, out=torch.zeros_like(x), payload=payload, room=torch.zeros_like(payload),
+            coded=ops.elias_encode(payload, codec, numel),
+        )  # fmt: skip
+
+    def quantize(s: Buffers) -> None:
+        ops.quantize(s.x, codec, out=s.room)
+
+    def dequantize(s: Buffers) -> None:
+        ops.dequantize(s.payload, codec, numel, out=s.out)
+
+    yield Case(
+        "elias_encode", name, BITS, numel, size, make=make,
+        run=lambda s: ops.elias_encode(s.payload, codec, numel),
+        rivals=[Rival("pydist, quantize float32", quantize)],
+    )  # fmt: skip
+    yield Case(
+        "elias_decode", name, BITS, numel, size, make=make,
+        run=lambda s: ops.elias_decode(s.coded, codec, numel),
+        rivals=[Rival("pydist, dequantize to float32", dequantize)],
     )  # fmt: skip

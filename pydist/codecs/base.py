@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,7 +110,38 @@ class Coder(Protocol):
         ...
 
 
-def spans(rows: int, units: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+Span = tuple[int, int]
+"""First unit, and one past the last; equal where there are none."""
+
+
+class Stage(Protocol):
+    """Shortens a coder's rows on the wire, to lengths that depend on the data; loses nothing.
+
+    A coder that wants one has it as its attribute ``stage``. Its own methods see rows of the
+    lengths that ``message_bytes`` and ``reduced_bytes`` say, by which the algorithm is chosen too.
+    """
+
+    def bounds(self, span: Span) -> tuple[int, int]:
+        """Fewest and most bytes of the message of these units."""
+        ...
+
+    def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:
+        """The messages of rows of ``units`` units that hold these; each a multiple of 4 bytes."""
+        ...
+
+    def unpack(
+        self, messages: Sequence[Tensor], rows: Tensor, units: int, spans: Sequence[Span]
+    ) -> tuple[int, str] | None:
+        """Writes the rows that messages were made of; or which is malformed, and why."""
+        ...
+
+
+def stage_of(coder: Coder) -> Stage | None:
+    """What shortens a coder's rows, if anything does."""
+    return getattr(coder, "stage", None)
+
+
+def spans(rows: int, units: int, begin: int, end: int) -> Iterator[Span]:
     """First and last unit of each of the rows that share ``begin`` … ``end``; empty ones too."""
     for row in range(rows):
         yield min(begin + row * units, end), min(begin + (row + 1) * units, end)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pydist import _C, block_kernels, checks, kernels, wire
 from pydist.block_kernels import EncodeOptions
 from pydist.blocks import SCALE_BYTES, BlockFormat
-from pydist.codecs.base import Worker, spans, spoil
+from pydist.codecs.base import Stage, Worker, spans, spoil
 from pydist.operators import target_of
 
 
@@ -30,6 +30,7 @@ class BlockCoder:
     """
 
     repeatable = True
+    stage: Stage | None = None
 
     def __init__(
         self,
@@ -83,8 +84,16 @@ class BlockCoder:
 
     # ----------------------------------------------------------------- kernels
 
-    def _target(self, x: Tensor) -> kernels.Target:
+    def target(self, x: Tensor) -> kernels.Target:
+        """Where kernels on ``x`` run."""
         return target_of(x) if x.is_cuda else self._cpu
+
+    def clear(self, row: Tensor, units: int, used: int) -> None:
+        """Zeros what a row of ``units`` blocks has beyond its first ``used``."""
+        if used < units:
+            codes = self.code_bytes(units)
+            row[used * self.form.block_bytes : codes] = 0
+            row[codes + SCALE_BYTES * used :] = 0
 
     def _part(self, x: Tensor, begin: int, end: int) -> Tensor:
         """The elements of blocks ``begin`` … ``end`` of a flat segment."""
@@ -93,9 +102,7 @@ class BlockCoder:
     def _room(self, out: Tensor, units: int, used: int, options: EncodeOptions) -> _C.EncodeArgs:
         """Where an encoder writes ``used`` of a row's ``units`` blocks; the others become zeros."""
         codes = self.code_bytes(units)
-        if used < units:
-            out[used * self.form.block_bytes : codes] = 0
-            out[codes + SCALE_BYTES * used :] = 0
+        self.clear(out, units, used)
         return options.native(self.form, out.data_ptr(), out.data_ptr() + codes, codes)
 
     def _source(self, messages: Tensor, units: int, divisor: int) -> _C.DecodeArgs:
@@ -107,7 +114,7 @@ class BlockCoder:
         )  # fmt: skip
 
     def _launch(self, kernel: str, x: Tensor, rows: wire.IntArray, *args: object) -> None:
-        kernels.launch(self._target(x), kernel, rows, *args, unit=self.form.block)
+        kernels.launch(self.target(x), kernel, rows, *args, unit=self.form.block)
 
     def quantize(
         self, x: Tensor, row: Tensor, units: int, span: tuple[int, int], ordinal: int = 0

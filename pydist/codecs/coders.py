@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -10,7 +11,13 @@ from pydist import checks, wire
 from pydist.blocks import BlockFormat, check_choice
 from pydist.codecs.base import Coder, Worker
 from pydist.codecs.block import BlockFloat, BlockInt
-from pydist.codecs.block_coder import GatherBlockCoder, ScatterBlockCoder, TensorBlockCoder
+from pydist.codecs.block_coder import (
+    BlockCoder,
+    GatherBlockCoder,
+    ScatterBlockCoder,
+    TensorBlockCoder,
+)
+from pydist.codecs.elias import EliasStage
 from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder, TensorRawCoder
@@ -45,8 +52,20 @@ def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
 
 def number_of(codec: Codec) -> int:
     """The codec's number in a header."""
+    if isinstance(codec, QSGD) and codec.entropy == "elias":
+        return wire.CODECS["qsgd_elias"]
     scaled = "sign" if codec.block_format is None else "scaled_sign"
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
+
+
+BlockCoders = TypeVar("BlockCoders", bound=BlockCoder)
+
+
+def _staged(coder: BlockCoders, codec: Codec) -> BlockCoders:
+    """The coder, with the entropy coding that its codec asks for."""
+    if isinstance(codec, QSGD) and codec.entropy == "elias":
+        coder.stage = EliasStage(coder)
+    return coder
 
 
 def _wire_dtype(codec: Raw, x: Tensor) -> str:
@@ -71,7 +90,8 @@ def all_reduce_coder(
         return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
-    return TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
+    coder = TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
+    return _staged(coder, codec)
 
 
 def reduce_scatter_coder(
@@ -84,7 +104,8 @@ def reduce_scatter_coder(
         return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
-    return ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
+    coder = ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
+    return _staged(coder, codec)
 
 
 def all_gather_coder(
@@ -97,4 +118,6 @@ def all_gather_coder(
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
-    return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)
+    form = codec.block_format
+    coder = GatherBlockCoder(output, data, form, number_of(codec), worker, seed=seed)
+    return _staged(coder, codec)

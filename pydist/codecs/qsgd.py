@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pydist.blocks import BlockFormat, check_bits, check_block, check_choice
+from pydist.elias import ENTROPIES
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class QSGD:
         block: Elements that share a norm, a multiple of 32 from 32 to 65,536.
         norm: ``"max"``: the largest magnitude, as in the paper's experiments; ``"l2"``: the
             Euclidean norm, as in its theorems: sparser, and of larger variance.
+        entropy: ``"elias"``: blocks are sent as the paper's Elias codes, of variable length and
+            never longer than ``None`` by more than a byte and 4 bytes of table. Values are the
+            same to the bit.
 
     Raises:
         TypeError: A number is not an integer.
@@ -28,11 +32,14 @@ class QSGD:
     bits: int
     block: int = 512
     norm: str = "max"
+    entropy: str | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_block(self.block)
         check_choice("norm", self.norm, ("max", "l2"))
+        if self.entropy not in ENTROPIES:
+            raise ValueError(f"entropy must be None or 'elias', got {self.entropy!r}")
 
     @property
     def block_format(self) -> BlockFormat:

@@ -21,6 +21,7 @@ from pydist.selfcheck.bits import (
     store,
     widen,
 )
+from pydist.selfcheck.tables import some_block_segments as some_segments
 
 FORMATS = [
     *(BlockFormat("sign", 1, 64, norm) for norm in ("l1", "l2")),
@@ -146,20 +147,6 @@ def some_bits(
 ) -> Bits:
     """:func:`some_values` as they are stored (and infinite where that overflows)."""
     return store(some_values(rng, n, form.block, finite=finite), storage)
-
-
-def some_segments(rng: np.random.Generator, n: int, form: BlockFormat) -> wire.IntArray:
-    """A random table that covers ``n`` elements: short and empty rows, gaps, later pieces."""
-    cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, 4)))
-    lengths = np.diff([0, *cuts.tolist(), n]).tolist()
-    table = wire.segments(
-        lengths,
-        ordinals=rng.integers(0, 1000, len(lengths)).tolist(),
-        firsts=(rng.integers(0, 2**30, len(lengths)) * form.block).tolist(),
-        block=form.block,
-    )
-    table[:, 0] += np.cumsum(rng.integers(0, 2, len(lengths))) * form.block
-    return table
 
 
 def some_options(rng: np.random.Generator) -> EncodeOptions:

@@ -31,7 +31,8 @@ PACKAGES = "g++-aarch64-linux-gnu qemu-user"
 PUT, GET, CALL, END = range(4)
 KERNELS = (
     "pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote",
-    "quantize", "quantize_feedback", "reduce_quantized", "dequantize",
+    "quantize", "quantize_feedback", "reduce_quantized", "dequantize", "elias_encode",
+    "elias_decode",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
@@ -227,6 +228,28 @@ class DecodeArgs:
         return [*self.form.words, codes, *rest]
 
 
+class EliasArgs:
+    """Addresses of a fixed payload and of one of variable length, each in one piece."""
+
+    def __init__(
+        self, form: BlockFormat, codes: int, scales: int, size: int, ends: int, coded_scales: int,
+        streams: int, stream_bytes: int, result: int,
+    ) -> None:  # fmt: skip
+        self.form, self.codes, self.scales, self.size = form, codes, scales - codes, size
+        self.ends, self.coded_scales, self.streams = ends, coded_scales - ends, streams - ends
+        self.stream_bytes, self.result = stream_bytes, result
+
+    def words(self, arrays: Stage, rows: np.ndarray, *, encodes: bool) -> list[int]:
+        fixed_bytes = self.scales + 4 * self.form.blocks(rows)
+        fixed = arrays.array(self.codes, fixed_bytes, written=not encodes)
+        coded = arrays.array(self.ends, self.streams + self.stream_bytes, written=encodes)
+        result = arrays.array(self.result, 8, written=True)
+        return [
+            *self.form.words, fixed, fixed + self.scales, self.size, coded,
+            coded + self.coded_scales, coded + self.streams, self.stream_bytes, result,
+        ]  # fmt: skip
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -240,6 +263,7 @@ class RemoteModule(ModuleType):
 
     LionPackArgs, LionApplyArgs, VoteArgs, Unpack = LionPackArgs, LionApplyArgs, VoteArgs, Unpack
     BlockFormat, EncodeArgs, DecodeArgs = BlockFormat, EncodeArgs, DecodeArgs
+    EliasArgs = EliasArgs
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -339,6 +363,18 @@ class RemoteModule(ModuleType):
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             self._call(arrays, "dequantize", rows, threads, dtype, *args.words(arrays))
+
+    def _elias_encode(self, table, n, args, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays, rows, encodes=True)
+            self._call(arrays, "elias_encode", rows, threads, *words)
+
+    def _elias_decode(self, table, n, args, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays, rows, encodes=False)
+            self._call(arrays, "elias_decode", rows, threads, *words)
 
 
 def install() -> None:

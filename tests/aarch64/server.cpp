@@ -169,6 +169,13 @@ DecodeArgs decode_args(const int64_t* a) {
           rounded(a[9])};
 }
 
+EliasArgs elias_args(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {block_format(a),         at<unsigned char>(a[5]), at<unsigned char>(a[6]),  a[7],
+          at<unsigned char>(a[8]), at<unsigned char>(a[9]), at<unsigned char>(a[10]), a[11],
+          at<int64_t>(a[12])};
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -196,6 +203,10 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
                           at<uint32_t>(a[kDecodeWords + kEncodeWords]), threads);
   } else if (kernel == "dequantize") {
     cpu::dequantize(rows, n, DType(a[0]), decode_args(a + 1), threads);
+  } else if (kernel == "elias_encode") {
+    cpu::elias_encode(rows, n, elias_args(a), threads);
+  } else if (kernel == "elias_decode") {
+    cpu::elias_decode(rows, n, elias_args(a), threads);
   } else {
     fail("no kernel '" + kernel + "'");
   }
@@ -208,9 +219,10 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {
-      "pack_signs",    "lion_pack", "lion_apply",        "unpack_votes",     "count_votes",
-      "majority_vote", "quantize",  "quantize_feedback", "reduce_quantized", "dequantize"};
+  static const char* const kernels[] = {"pack_signs",   "lion_pack",         "lion_apply",
+                                        "unpack_votes", "count_votes",       "majority_vote",
+                                        "quantize",     "quantize_feedback", "reduce_quantized",
+                                        "dequantize",   "elias_encode",      "elias_decode"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);

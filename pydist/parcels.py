@@ -1,0 +1,110 @@
+"""Messages whose length depends on the data: first their lengths travel, then their bytes.
+
+The road makes rows of a fixed length; a coder's :class:`pydist.codecs.base.Stage` shortens them
+just before they are sent, and restores them when they have arrived. So nothing else on the road
+knows of it. ``all_to_all_single`` with split sizes carries them, in both phases: a message for
+everyone is sent to each rank, which takes no more bytes than a gather does.
+
+The lengths must be known on the host: with NCCL that waits for the device, twice a chunk and phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydist.codecs.base import Span, Stage
+from pydist.communicator import Communicator
+
+SIZE_BYTES = 8
+
+
+class Parcels:
+    """One exchange of rows: ``announce``, ``send``, ``wait``, each once and in this order.
+
+    Args:
+        comm: The group's communicator.
+        stage: What shortens the rows.
+        phase: ``"phase 1"`` or ``"phase 2"``, to count the bytes and to choose the group.
+        name: What the user called, for messages.
+        head: Bytes at the beginning of each row that stay as they are.
+        units: Units of a row.
+    """
+
+    def __init__(
+        self, comm: Communicator, stage: Stage, phase: str, name: str, head: int, units: int
+    ) -> None:
+        self.comm, self.stage, self.phase, self.name = comm, stage, phase, name
+        self.head, self.units = head, units
+        self._group = comm.first if phase == "phase 1" else comm.second
+        self._sizes: list[int] = []
+
+    def announce(self, rows: Tensor, sent: Sequence[Span], received: Sequence[Span]) -> None:
+        """Shortens the rows and starts to tell each rank how long its message is.
+
+        Args:
+            rows: uint8 [n or 1, bytes]: a row for each rank, or one for all.
+            sent: Which units each of them holds.
+            received: Which units each rank sends here.
+        """
+        n = self.comm.world_size
+        self._spans, self._row_bytes = received, rows.shape[1]
+        bodies = self.stage.pack(rows[:, self.head :], self.units, sent)
+        parcels = [
+            torch.cat([row[: self.head], body]) for row, body in zip(rows, bodies, strict=True)
+        ]
+        self._parcels = parcels * (n // len(parcels))
+        self._lengths = [parcel.numel() for parcel in self._parcels]
+        mine = torch.tensor(self._lengths, dtype=torch.int64, device=rows.device)
+        self._theirs = torch.empty_like(mine)
+        self._keep = mine
+        self._count("sizes", [SIZE_BYTES] * n)
+        self._work = dist.all_to_all_single(self._theirs, mine, group=self._group, async_op=True)
+
+    def send(self) -> None:
+        """Waits for the lengths, then starts to send the messages.
+
+        Raises:
+            ValueError: A length is none that such a message can have.
+        """
+        self._work.wait()
+        self._sizes = self._theirs.tolist()
+        for rank, size, span in zip(self.comm.ranks, self._sizes, self._spans, strict=True):
+            least, most = (self.head + bound for bound in self.stage.bounds(span))
+            if not least <= size <= most or size % 4:
+                raise ValueError(
+                    f"{self.name}: malformed message from rank {rank}: {size} bytes, "
+                    f"expected {least} to {most} and a multiple of 4"
+                )
+        sent = torch.cat(self._parcels)
+        self._parcels = []
+        self._received = sent.new_empty(sum(self._sizes))
+        self._keep = sent
+        self._count(self.phase, self._lengths)
+        self._work = dist.all_to_all_single(
+            self._received, sent, self._sizes, self._lengths, group=self._group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """All ranks' rows as they were, uint8 [n, bytes].
+
+        Raises:
+            ValueError: A message is malformed; names the rank and the reason.
+        """
+        self._work.wait()
+        messages = self._received.split(self._sizes)
+        rows = self._received.new_empty((len(messages), self._row_bytes))
+        for row, message in zip(rows, messages, strict=True):
+            row[: self.head] = message[: self.head]
+        bodies = [message[self.head :] for message in messages]
+        wrong = self.stage.unpack(bodies, rows[:, self.head :], self.units, self._spans)
+        if wrong is not None:
+            rank = self.comm.ranks[wrong[0]]
+            raise ValueError(f"{self.name}: malformed message from rank {rank}: {wrong[1]}")
+        return rows
+
+    def _count(self, what: str, lengths: Sequence[int]) -> None:
+        self.comm.traffic.bytes_sent[what] += sum(lengths) - lengths[self.comm.rank]
