@@ -85,6 +85,19 @@ class DecodeArgs:
 class SumArgs:
     def __init__(self, values: int, stride: int, ranks: int, divisor: float, /) -> None: ...
 
+class TernaryScaleArgs:
+    def __init__(self, clip: float, scratch: int, /) -> None: ...
+
+class TernaryPackArgs:
+    def __init__(
+        self, payload: int, size: int, seed: int, key1: int, step: int, step_at: int, /
+    ) -> None: ...
+
+class TernarySource:
+    def __init__(
+        self, data: int, size: int, stride: int, ranks: int, divisor: float, /
+    ) -> None: ...
+
 # The submodules, as classes: a stub file can't hold a module.
 
 class cpu:
@@ -153,6 +166,26 @@ class cpu:
     def sum_values(
         rows: int, n: int, source: int, to: int, args: SumArgs, flags: int, threads: int, /
     ) -> None: ...
+    @staticmethod
+    def ternary_scale(
+        rows: int, n: int, dtype: int, args: TernaryScaleArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_pack(
+        rows: int, n: int, dtype: int, args: TernaryPackArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_sum(
+        rows: int, n: int, source: TernarySource, out: int, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack(
+        rows: int, n: int, dtype: int, source: TernarySource, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack_sums(
+        rows: int, n: int, dtype: int, source: TernarySource, flags: int, threads: int, /
+    ) -> None: ...
 
 class cuda:
     class Rows:
@@ -204,4 +237,24 @@ class cuda:
     @staticmethod
     def sum_values(
         rows: Rows, source: int, to: int, args: SumArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_scale(
+        rows: Rows, dtype: int, args: TernaryScaleArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_pack(
+        rows: Rows, dtype: int, args: TernaryPackArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_sum(
+        rows: Rows, source: TernarySource, out: int, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack(
+        rows: Rows, dtype: int, source: TernarySource, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack_sums(
+        rows: Rows, dtype: int, source: TernarySource, flags: int, stream: int, /
     ) -> None: ...

@@ -31,6 +31,13 @@ from pydist.block_arrays import (
     sum_quantized,
 )
 from pydist.kernels import LionOptions
+from pydist.ternary_arrays import (
+    ternary_pack,
+    ternary_scale,
+    ternary_sum,
+    ternary_unpack,
+    ternary_unpack_sums,
+)
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -45,6 +52,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "ternary_pack",
+    "ternary_scale",
+    "ternary_sum",
+    "ternary_unpack",
+    "ternary_unpack_sums",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -24,6 +24,13 @@ from pydist.block_ops import (
     step_options,
     sum_quantized,
 )
+from pydist.ternary_ops import (
+    ternary_pack,
+    ternary_scale,
+    ternary_sum,
+    ternary_unpack,
+    ternary_unpack_sums,
+)
 
 __all__ = [
     "count_votes",
@@ -36,6 +43,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "ternary_pack",
+    "ternary_scale",
+    "ternary_sum",
+    "ternary_unpack",
+    "ternary_unpack_sums",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -39,4 +39,16 @@ void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& 
 void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const SumArgs& args,
                 uint32_t* flags, int threads);
 
+// Ternary (wire/ternary.h); `word` of a row counts units, of ternary_scale segments.
+void ternary_scale(const Row* rows, int64_t n_rows, DType dtype, const TernaryScaleArgs& args,
+                   uint32_t* flags, int threads);
+void ternary_pack(const Row* rows, int64_t n_rows, DType dtype, const TernaryPackArgs& args,
+                  uint32_t* flags, int threads);
+void ternary_sum(const Row* rows, int64_t n_rows, const TernarySource& from, unsigned char* out,
+                 uint32_t* flags, int threads);
+void ternary_unpack(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                    uint32_t* flags, int threads);
+void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                         uint32_t* flags, int threads);
+
 }  // namespace pydist::cpu

@@ -25,5 +25,15 @@ template <typename T>
 void dequantize(const Row& row, const DecodeArgs& args, float* scratch);
 template <typename From, typename To>
 uint32_t sum_values(void* out, int64_t n, const unsigned char* values, const SumArgs& args);
+template <typename T>
+void ternary_segments(const void* x, int64_t n, SegmentSum* sums);
+uint32_t ternary_scale(const Row& row, const TernaryScaleArgs& args);
+template <typename T>
+uint32_t ternary_pack(const Row& row, const TernaryPackArgs& args);
+uint32_t ternary_sum(const Row& row, const TernarySource& from, unsigned char* out);
+template <typename T>
+uint32_t ternary_unpack(const Row& row, const TernarySource& from);
+template <typename T>
+uint32_t ternary_unpack_sums(const Row& row, const TernarySource& from);
 
 }  // namespace pydist::cpu::PYDIST_ISA

@@ -51,6 +51,19 @@ void dequantize(const Rows& rows, DType dtype, const DecodeArgs& args, void* str
 void sum_values(const Rows& rows, DType from, DType to, const SumArgs& args, uint32_t* flags,
                 void* stream);
 
+// Ternary; `word` counts units, of ternary_scale segments. `words_before` and `words` count what a
+// warp takes: a segment (ternary_scale), eight units (ternary_pack), a unit.
+void ternary_scale(const Rows& rows, DType dtype, const TernaryScaleArgs& args, uint32_t* flags,
+                   void* stream);
+void ternary_pack(const Rows& rows, DType dtype, const TernaryPackArgs& args, uint32_t* flags,
+                  void* stream);
+void ternary_sum(const Rows& rows, const TernarySource& from, unsigned char* out, uint32_t* flags,
+                 void* stream);
+void ternary_unpack(const Rows& rows, DType dtype, const TernarySource& from, uint32_t* flags,
+                    void* stream);
+void ternary_unpack_sums(const Rows& rows, DType dtype, const TernarySource& from, uint32_t* flags,
+                         void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -15,6 +15,12 @@ from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder, TensorRawCoder
 from pydist.codecs.sign import Sign
+from pydist.codecs.ternary import Ternary
+from pydist.codecs.ternary_coder import (
+    GatherTernaryCoder,
+    ScatterTernaryCoder,
+    TensorTernaryCoder,
+)
 from pydist.codecs.votes import (
     OPS,
     GatherVoteCoder,
@@ -23,10 +29,11 @@ from pydist.codecs.votes import (
     VoteRule,
 )
 
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary
 
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
+    Ternary: "ternary",
 }  # fmt: skip
 
 
@@ -69,6 +76,8 @@ def all_reduce_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
+    if isinstance(codec, Ternary):
+        return TensorTernaryCoder(tensor, codec.clip, worker, mean=mean, seed=seed)
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
     return TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -82,6 +91,8 @@ def reduce_scatter_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
+    if isinstance(codec, Ternary):
+        return ScatterTernaryCoder(output, data, codec.clip, worker, mean=mean, seed=seed)
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
     return ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -95,6 +106,8 @@ def all_gather_coder(
     checks.check_seed(seed)
     if isinstance(codec, Raw):
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
+    if isinstance(codec, Ternary):
+        return GatherTernaryCoder(output, data, codec.clip, worker, seed=seed)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)
