@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,33 @@ def _room(
     if out is None:
         out = backend.module.empty(size, dtype=np.uint8)
     return out, result_view(backend, out, ternary.has_gaps(table), *inputs)
+
+
+def _decode(
+    kernel: Callable[..., None],
+    name: str,
+    data: Array,
+    scalers: Array,
+    n: int,
+    dtype: Any,
+    flags: Array | None,
+    segments: Any,
+    out: Array | None,
+    threads: int | None,
+    **options: Any,
+) -> Array:
+    """What both decoders do with payloads, or sums."""
+    checks.check_n(n)
+    backend = backend_of((name, data), ("scalers", scalers), ("flags", flags), ("out", out))
+    out = values_of(backend, n, dtype, out)
+    data, scalers = contiguous(backend, data), contiguous(backend, scalers)
+    view = result_view(backend, out)
+    checks.check_size(view, n, "n")
+    kernel(
+        backend.target(threads), backend.view(name, data), backend.view("scalers", scalers), view,
+        flags=flags_view(backend, flags), segments=kernels.as_table(segments), **options,
+    )  # fmt: skip
+    return out
 
 
 def ternary_scale(
@@ -212,21 +240,12 @@ def ternary_unpack(
         TypeError: An array is of another kind or dtype.
         ValueError: The payloads or ``out`` do not fit ``n``, or, on the CPU, a byte is above 242.
     """
-    checks.check_n(n)
-    backend = backend_of(
-        ("payloads", payloads), ("scalers", scalers), ("flags", flags), ("out", out)
-    )
-    out = values_of(backend, n, dtype, out)
-    payloads, scalers = contiguous(backend, payloads), contiguous(backend, scalers)
+    backend_of(("payloads", payloads))
     payloads = payloads[None] if payloads.ndim == 1 else payloads
-    view = result_view(backend, out)
-    checks.check_size(view, n, "n")
-    ternary_kernels.unpack(
-        backend.target(threads), backend.view("payloads", payloads),
-        backend.view("scalers", scalers), view,
-        mean=mean, flags=flags_view(backend, flags), segments=kernels.as_table(segments),
-    )  # fmt: skip
-    return out
+    kernel = ternary_kernels.unpack
+    return _decode(
+        kernel, "payloads", payloads, scalers, n, dtype, flags, segments, out, threads, mean=mean
+    )
 
 
 def ternary_unpack_sums(
@@ -264,15 +283,7 @@ def ternary_unpack_sums(
         TypeError: An array is of another kind or dtype.
         ValueError: The sums or ``out`` do not fit ``n``, or, on the CPU, one is beyond ± ``ranks``.
     """
-    checks.check_n(n)
-    backend = backend_of(("sums", sums), ("scalers", scalers), ("flags", flags), ("out", out))
-    out = values_of(backend, n, dtype, out)
-    sums, scalers = contiguous(backend, sums), contiguous(backend, scalers)
-    view = result_view(backend, out)
-    checks.check_size(view, n, "n")
-    ternary_kernels.unpack_sums(
-        backend.target(threads), backend.view("sums", sums), backend.view("scalers", scalers), view,
-        ranks=ranks, mean=mean, flags=flags_view(backend, flags),
-        segments=kernels.as_table(segments),
-    )  # fmt: skip
-    return out
+    kernel, options = ternary_kernels.unpack_sums, {"ranks": ranks, "mean": mean}
+    return _decode(
+        kernel, "sums", sums, scalers, n, dtype, flags, segments, out, threads, **options
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,26 +142,36 @@ def _unpack(
     return out
 
 
-def _unpack_out(
-    payloads: Tensor,
+def _decode_out(
+    kernel: Callable[..., None],
+    name: str,
+    data: Tensor,
     scalers: Tensor,
     n: int,
     *,
-    mean: bool = False,
     flags: Tensor | None = None,
     segments: Tensor | None = None,
     out: Tensor,
+    **options: Any,
 ) -> None:
+    """What both decoders do with payloads, or sums."""
     checks.check_n(n)
-    payloads, scalers = payloads.contiguous(), scalers.contiguous()
+    data, scalers = data.contiguous(), scalers.contiguous()
     view = result_view(out)
     checks.check_size(view, n, "n")
-    with on_device_of(payloads):
-        ternary_kernels.unpack(
-            target_of(payloads), view_of("payloads", payloads), view_of("scalers", scalers), view,
-            mean=mean, flags=optional_view("flags", flags), segments=table_of(segments),
+    with on_device_of(data):
+        kernel(
+            target_of(data), view_of(name, data), view_of("scalers", scalers), view,
+            flags=optional_view("flags", flags), segments=table_of(segments), **options,
         )  # fmt: skip
     written(out, out)
+
+
+def _unpack_out(
+    payloads: Tensor, scalers: Tensor, n: int, *, mean: bool = False, **options: Any
+) -> None:
+    kernel = ternary_kernels.unpack
+    _decode_out(kernel, "payloads", payloads, scalers, n, mean=mean, **options)
 
 
 def _unpack_sums(
@@ -172,27 +183,10 @@ def _unpack_sums(
 
 
 def _unpack_sums_out(
-    sums: Tensor,
-    scalers: Tensor,
-    n: int,
-    *,
-    ranks: int,
-    mean: bool = False,
-    flags: Tensor | None = None,
-    segments: Tensor | None = None,
-    out: Tensor,
+    sums: Tensor, scalers: Tensor, n: int, *, ranks: int, mean: bool = False, **options: Any
 ) -> None:
-    checks.check_n(n)
-    sums, scalers = sums.contiguous(), scalers.contiguous()
-    view = result_view(out)
-    checks.check_size(view, n, "n")
-    with on_device_of(sums):
-        ternary_kernels.unpack_sums(
-            target_of(sums), view_of("sums", sums), view_of("scalers", scalers), view,
-            ranks=ranks, mean=mean, flags=optional_view("flags", flags),
-            segments=table_of(segments),
-        )  # fmt: skip
-    written(out, out)
+    kernel = ternary_kernels.unpack_sums
+    _decode_out(kernel, "sums", sums, scalers, n, ranks=ranks, mean=mean, **options)
 
 
 # --------------------------------------------------------------------------- fake kernels

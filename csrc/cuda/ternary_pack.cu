@@ -93,9 +93,8 @@ void launch_scale(const Rows& rows, const TernaryScaleArgs& a, uint32_t* flags, 
   launch_blocks("ternary_scale", ternary_segments_kernel<T>, rows, stream, a.scratch);
   if (rows.count == 0) return;
   const int64_t blocks = (rows.count + kBlockWarps - 1) / kBlockWarps;
-  const unsigned grid = static_cast<unsigned>(blocks < PYDIST_CUDA_MAX_BLOCKS
-                                                  ? blocks
-                                                  : PYDIST_CUDA_MAX_BLOCKS);
+  const unsigned grid =
+      static_cast<unsigned>(blocks < PYDIST_CUDA_MAX_BLOCKS ? blocks : PYDIST_CUDA_MAX_BLOCKS);
   launch("ternary_scale", ternary_scale_kernel, grid, kBlockThreads, stream, rows, a, flags);
 }
 

@@ -11,9 +11,9 @@
 
 namespace pydist {
 
-constexpr int kUnit = 160;     // elements
+constexpr int kUnit = 160;  // elements
 constexpr int kUnitBytes = 32;
-constexpr int kDigits = 5;     // of a byte: 3^5 = 243
+constexpr int kDigits = 5;  // of a byte: 3^5 = 243
 constexpr int kLargestByte = 242;
 constexpr int kPlaneWords = kUnit / kWordBits;  // of a bit plane of a unit's sums
 
@@ -30,7 +30,7 @@ struct SegmentSum {
 };
 
 struct TernaryScaleArgs {
-  float clip;  // standard deviations; 0: no clipping
+  float clip;           // standard deviations; 0: no clipping
   SegmentSum* scratch;  // one for each segment of every row, which `word` counts
 };
 

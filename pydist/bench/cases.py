@@ -94,9 +94,9 @@ class Maker:
             for codec in BLOCK_CODECS:
                 for name in self.dtypes:
                     yield make(self, name, codec)
-        for make in (ternary_scale_case, ternary_pack_case, ternary_unpack_case):
+        for ternary_make in (ternary_scale_case, ternary_pack_case, ternary_unpack_case):
             for name in self.dtypes:
-                yield make(self, name)
+                yield ternary_make(self, name)
         yield ternary_sum_case(self)
         for name in self.dtypes:
             yield ternary_values_case(self, name)

@@ -138,6 +138,12 @@ class TernaryCoder(NoPrologue):
             flags=self.seen.data_ptr(), what=what,
         )  # fmt: skip
 
+    def reduce(
+        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
+    ) -> None:
+        """Of an all-reduce alone."""
+        raise NotImplementedError
+
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where any rank's input was not finite."""
         spoil(self.result, flags.to(self.seen.device) | self.seen & wire.FLAG_MALFORMED)

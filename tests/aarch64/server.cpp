@@ -175,12 +175,9 @@ TernaryScaleArgs ternary_scale_args(const int64_t* a) {
 }
 
 TernaryPackArgs ternary_pack_args(const int64_t* a) {
-  return {at<unsigned char>(a[0]),
-          a[1],
-          static_cast<uint32_t>(a[2]),
-          static_cast<uint32_t>(a[3]),
-          static_cast<uint32_t>(a[4]),
-          at<const int64_t>(a[5])};
+  return {at<unsigned char>(a[0]),     a[1],
+          static_cast<uint32_t>(a[2]), static_cast<uint32_t>(a[3]),
+          static_cast<uint32_t>(a[4]), at<const int64_t>(a[5])};
 }
 
 constexpr int kSourceWords = 5;
@@ -250,10 +247,11 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {
-      "pack_signs",    "lion_pack", "lion_apply",        "unpack_votes",     "count_votes",
-      "majority_vote", "quantize",  "quantize_feedback", "reduce_quantized", "dequantize",
-      "ternary_scale", "ternary_pack", "ternary_sum", "ternary_unpack", "ternary_unpack_sums"};
+  static const char* const kernels[] = {"pack_signs",   "lion_pack",         "lion_apply",
+                                        "unpack_votes", "count_votes",       "majority_vote",
+                                        "quantize",     "quantize_feedback", "reduce_quantized",
+                                        "dequantize",   "ternary_scale",     "ternary_pack",
+                                        "ternary_sum",  "ternary_unpack",    "ternary_unpack_sums"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);
