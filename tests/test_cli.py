@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pydist
-from pydist import _C, cli, environment, reference, reference_blocks, selfcheck
+from pydist import _C, cli, environment, reference, reference_blocks, reference_ternary, selfcheck
 from pydist.selfcheck import cases
 
 
@@ -136,7 +136,11 @@ def test_check_compares_every_kernel(
 ) -> None:
     """A reference that is wrong in one bit of one element is noticed, whichever kernel it is."""
     module = reference if hasattr(reference, kernel) else reference_blocks
-    right = getattr(module, kernel)
+    name = kernel
+    if kernel.startswith("ternary_"):
+        module, name = reference_ternary, kernel.removeprefix("ternary_")
+        name = "sum_payloads" if name == "sum" else name
+    right = getattr(module, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
         result = right(*args, **kwargs)
@@ -144,7 +148,7 @@ def test_check_compares_every_kernel(
         bits.ravel().view(np.uint8)[-1:] ^= 1
         return result
 
-    monkeypatch.setattr(module, kernel, wrong)
+    monkeypatch.setattr(module, name, wrong)
     run = selfcheck.KernelRunner(selfcheck.HostMemory("scalar"))
     _, difference = cases.check_kernel(run, kernel)
     assert difference is not None

@@ -89,7 +89,7 @@ def check_unpack(
     expected, raised = reference.unpack(payloads, scalers, n, mean=mean, segments=segments)
     sums = reference.sum_payloads(payloads, n, segments=segments)
     same, _ = reference.values_of_sums(sums, scalers, n, ranks=ranks, mean=mean, segments=segments)
-    assert_same_bits(same, expected, "the reference of sums")
+    assert_same_bits(same, expected, "ternary_unpack: the reference of sums")
     values, flags = run.ternary_unpack(
         payloads, scalers, n, mean=mean, storage=storage, segments=segments
     )
