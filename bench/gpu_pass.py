@@ -17,7 +17,15 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 from pydist import _C, environment, selfcheck, wire
 from pydist.kernels import LionOptions
-from pydist.selfcheck import HostMemory, KernelRunner, backends, block_cases, cases, elias_cases
+from pydist.selfcheck import (
+    HostMemory,
+    KernelRunner,
+    backends,
+    block_cases,
+    cases,
+    elias_cases,
+    ternary_cases,
+)
 
 LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
 STORAGES = ("float32", "float16", "bfloat16")
@@ -112,6 +120,28 @@ def launch_elias(run: KernelRunner) -> int:
     return calls
 
 
+def launch_ternary(run: KernelRunner) -> int:
+    """Ternary kernels. Raises DifferenceError likewise; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for n in LENGTHS:
+        table = ternary_cases.some_segments(rng, n)
+        for storage in STORAGES:
+            x = ternary_cases.some_bits(rng, n, storage)
+            for clip in (2.5, None):
+                ternary_cases.check_scale(run, x, clip, table)
+            own, shared = (ternary_cases.some_scalers(rng, len(table)) for _ in range(2))
+            options = block_cases.some_options(rng)
+            ternary_cases.check_pack(run, x, own, shared, options, table)
+            payloads = ternary_cases.some_payloads(rng, 3, n, table)
+            ternary_cases.check_sum(run, payloads, n, table)
+            ternary_cases.check_unpack(
+                run, payloads, shared, n, mean=True, storage=storage, segments=table
+            )
+            calls += 6
+    return calls
+
+
 def main() -> int:
     """Returns the exit status."""
     run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
@@ -120,7 +150,8 @@ def main() -> int:
         print(f"gpu_pass: {lacks} ({driver()})", file=sys.stderr)
         return 2
     try:
-        calls = launch_votes(run) + launch_blocks(run) + launch_elias(run)
+        calls = launch_votes(run) + launch_blocks(run)
+        calls += launch_elias(run) + launch_ternary(run)
     except selfcheck.DifferenceError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return 1

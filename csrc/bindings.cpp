@@ -94,6 +94,21 @@ EliasArgs elias_args(const BlockFormat& format, uint64_t codes, uint64_t fixed_s
           at<int64_t>(result)};
 }
 
+TernaryScaleArgs ternary_scale_args(double clip, uint64_t scratch) {
+  const cpu::DefaultFloatMode mode;
+  return {cpu::round_scalar(clip), at<SegmentSum>(scratch)};
+}
+
+TernaryPackArgs ternary_pack_args(uint64_t payload, int64_t bytes, uint32_t seed, uint32_t key1,
+                                  uint32_t step, uint64_t step_at) {
+  return {at<unsigned char>(payload), bytes, seed, key1, step, at<const int64_t>(step_at)};
+}
+
+TernarySource ternary_source(uint64_t data, int64_t bytes, int64_t stride, int64_t ranks,
+                             float divisor) {
+  return {at<const unsigned char>(data), bytes, stride, ranks, divisor};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -111,6 +126,12 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
   py::class_<SumArgs>(m, "SumArgs", py::module_local()).def(py::init(&sum_args));
   py::class_<EliasArgs>(m, "EliasArgs", py::module_local()).def(py::init(&elias_args));
+
+  py::class_<TernaryScaleArgs>(m, "TernaryScaleArgs", py::module_local())
+      .def(py::init(&ternary_scale_args));
+  py::class_<TernaryPackArgs>(m, "TernaryPackArgs", py::module_local())
+      .def(py::init(&ternary_pack_args));
+  py::class_<TernarySource>(m, "TernarySource", py::module_local()).def(py::init(&ternary_source));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -208,6 +229,44 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       },
       nogil);
 
+  c.def(
+      "ternary_scale",
+      [](uint64_t rows, int64_t n, int dtype, const TernaryScaleArgs& args, uint64_t flags,
+         int threads) {
+        cpu::ternary_scale(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "ternary_pack",
+      [](uint64_t rows, int64_t n, int dtype, const TernaryPackArgs& args, uint64_t flags,
+         int threads) {
+        cpu::ternary_pack(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "ternary_sum",
+      [](uint64_t rows, int64_t n, const TernarySource& from, uint64_t out, uint64_t flags,
+         int threads) {
+        cpu::ternary_sum(at<Row>(rows), n, from, at<unsigned char>(out), at<uint32_t>(flags),
+                         threads);
+      },
+      nogil);
+  c.def(
+      "ternary_unpack",
+      [](uint64_t rows, int64_t n, int dtype, const TernarySource& from, uint64_t flags,
+         int threads) {
+        cpu::ternary_unpack(at<Row>(rows), n, DType(dtype), from, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "ternary_unpack_sums",
+      [](uint64_t rows, int64_t n, int dtype, const TernarySource& from, uint64_t flags,
+         int threads) {
+        cpu::ternary_unpack_sums(at<Row>(rows), n, DType(dtype), from, at<uint32_t>(flags),
+                                 threads);
+      },
+      nogil);
+
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
   m.attr("CUDA_BUILD") = cuda::build_description();
@@ -301,6 +360,42 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       "elias_decode",
       [](const cuda::Rows& rows, const EliasArgs& args, uint64_t stream) {
         cuda::elias_decode(rows, args, at<void>(stream));
+      },
+      nogil);
+  py::class_<cuda::Rows>(g, "Rows", py::module_local()) g.def(
+      "ternary_scale",
+      [](const cuda::Rows& rows, int dtype, const TernaryScaleArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::ternary_scale(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "ternary_pack",
+      [](const cuda::Rows& rows, int dtype, const TernaryPackArgs& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::ternary_pack(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "ternary_sum",
+      [](const cuda::Rows& rows, const TernarySource& from, uint64_t out, uint64_t flags,
+         uint64_t stream) {
+        cuda::ternary_sum(rows, from, at<unsigned char>(out), at<uint32_t>(flags),
+                          at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "ternary_unpack",
+      [](const cuda::Rows& rows, int dtype, const TernarySource& from, uint64_t flags,
+         uint64_t stream) {
+        cuda::ternary_unpack(rows, DType(dtype), from, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "ternary_unpack_sums",
+      [](const cuda::Rows& rows, int dtype, const TernarySource& from, uint64_t flags,
+         uint64_t stream) {
+        cuda::ternary_unpack_sums(rows, DType(dtype), from, at<uint32_t>(flags), at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

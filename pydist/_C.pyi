@@ -100,6 +100,19 @@ class EliasArgs:
         /,
     ) -> None: ...
 
+class TernaryScaleArgs:
+    def __init__(self, clip: float, scratch: int, /) -> None: ...
+
+class TernaryPackArgs:
+    def __init__(
+        self, payload: int, size: int, seed: int, key1: int, step: int, step_at: int, /
+    ) -> None: ...
+
+class TernarySource:
+    def __init__(
+        self, data: int, size: int, stride: int, ranks: int, divisor: float, /
+    ) -> None: ...
+
 # The submodules, as classes: a stub file can't hold a module.
 
 class cpu:
@@ -172,6 +185,26 @@ class cpu:
     def elias_encode(rows: int, n: int, args: EliasArgs, threads: int, /) -> None: ...
     @staticmethod
     def elias_decode(rows: int, n: int, args: EliasArgs, threads: int, /) -> None: ...
+    @staticmethod
+    def ternary_scale(
+        rows: int, n: int, dtype: int, args: TernaryScaleArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_pack(
+        rows: int, n: int, dtype: int, args: TernaryPackArgs, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_sum(
+        rows: int, n: int, source: TernarySource, out: int, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack(
+        rows: int, n: int, dtype: int, source: TernarySource, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack_sums(
+        rows: int, n: int, dtype: int, source: TernarySource, flags: int, threads: int, /
+    ) -> None: ...
 
 class cuda:
     class Rows:
@@ -228,3 +261,23 @@ class cuda:
     def elias_encode(rows: Rows, args: EliasArgs, stream: int, /) -> None: ...
     @staticmethod
     def elias_decode(rows: Rows, args: EliasArgs, stream: int, /) -> None: ...
+    @staticmethod
+    def ternary_scale(
+        rows: Rows, dtype: int, args: TernaryScaleArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_pack(
+        rows: Rows, dtype: int, args: TernaryPackArgs, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_sum(
+        rows: Rows, source: TernarySource, out: int, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack(
+        rows: Rows, dtype: int, source: TernarySource, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def ternary_unpack_sums(
+        rows: Rows, dtype: int, source: TernarySource, flags: int, stream: int, /
+    ) -> None: ...

@@ -32,6 +32,13 @@ from pydist.block_arrays import (
 )
 from pydist.elias_arrays import elias_decode, elias_encode
 from pydist.kernels import LionOptions
+from pydist.ternary_arrays import (
+    ternary_pack,
+    ternary_scale,
+    ternary_sum,
+    ternary_unpack,
+    ternary_unpack_sums,
+)
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -48,6 +55,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "ternary_pack",
+    "ternary_scale",
+    "ternary_sum",
+    "ternary_unpack",
+    "ternary_unpack_sums",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -20,6 +20,7 @@ from pydist.checks import (
     check_n,
     check_out,
     check_payloads,
+    check_rank,
     check_seed,
     check_state,
 )
@@ -77,8 +78,7 @@ class EncodeOptions:
         """The checked options, and where codes and scales go, as the compiled module takes them."""
         check_bit("zero_bit", self.zero_bit)
         check_seed(self.seed)
-        if not 0 <= wire.as_int("rank", self.rank) < wire.MAX_RANKS:
-            raise ValueError(f"rank must be in [0, {wire.MAX_RANKS}), got {self.rank}")
+        check_rank(self.rank)
         if not 0 <= wire.as_int("phase", self.phase) < 4:
             raise ValueError(f"phase must be in [0, 4), got {self.phase}")
         return _C.EncodeArgs(

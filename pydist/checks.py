@@ -66,6 +66,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
 
 
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless ``rank`` can draw random numbers of its own."""
+    if not 0 <= wire.as_int("rank", rank) < wire.MAX_RANKS:
+        raise ValueError(f"rank must be in [0, {wire.MAX_RANKS}), got {rank}")
+
+
 def check_step(step: int) -> None:
     """Raises ValueError unless ``step`` fits 63 bits."""
     if not 0 <= wire.as_int("step", step) < 2**63:

@@ -155,7 +155,7 @@ def all_reduce(
     1. Each rank encodes its tensor; all ranks agree on what they are about to do.
     2. Shard i of every rank's bytes goes to rank i (``all_to_all_single``).
     3. Rank i decodes them, sums in float32 in rank order, divides once for a mean, and encodes the
-       result again (votes: counts or the majority).
+       result again (votes: counts or the majority; ``Ternary``: integer sums, without loss).
     4. The reduced shards go to everyone (``all_gather_into_tensor``) and are decoded; all ranks
        decode the same bytes, so all hold the same bits.
 

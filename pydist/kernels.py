@@ -29,6 +29,7 @@ from pydist.checks import (
     check_payloads,
     check_planes,
     check_range,
+    check_rank,
     check_rates,
     check_seed,
     check_state,
@@ -97,8 +98,7 @@ class LionOptions:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         check_bit("zero_bit", self.zero_bit)
         check_seed(self.seed)
-        if not 0 <= wire.as_int("rank", self.rank) < wire.MAX_RANKS:
-            raise ValueError(f"rank must be in [0, {wire.MAX_RANKS}), got {self.rank}")
+        check_rank(self.rank)
         check_step(self.step)
         check_range(self.binarization_range)
         r = self.binarization_range

@@ -25,6 +25,13 @@ from pydist.block_ops import (
     sum_quantized,
 )
 from pydist.elias_ops import elias_decode, elias_encode
+from pydist.ternary_ops import (
+    ternary_pack,
+    ternary_scale,
+    ternary_sum,
+    ternary_unpack,
+    ternary_unpack_sums,
+)
 
 __all__ = [
     "count_votes",
@@ -39,6 +46,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "ternary_pack",
+    "ternary_scale",
+    "ternary_sum",
+    "ternary_unpack",
+    "ternary_unpack_sums",
     "unpack_signs",
     "unpack_votes",
 ]

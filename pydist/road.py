@@ -244,14 +244,11 @@ class Road:
             for begin in range(0, units, size)
         ]
         with self.stream():
-            # Where encoding changes nothing but buffers of its own, it hides the agreement's
-            # round trip. Otherwise a disagreement must leave everything as it was.
-            early = exchanges[:1] if self.coder.repeatable else []
-            self.comm.agree(self.call, lambda: early[0].encode() if early else None)
+            encoded = self._agree(exchanges[:1])
             # Lengths travel while the next chunk is encoded.
             ahead, announced = 1 if self.stage else 0, deque[_Exchange]()
             for i, exchange in enumerate(exchanges):
-                if i >= len(early):
+                if i >= encoded:
                     exchange.encode()
                 exchange.announce()
                 announced.append(exchange)
@@ -261,6 +258,27 @@ class Road:
             for exchange in announced:
                 exchange.send()
                 yield exchange
+
+    def _agree(self, first: list[_Exchange]) -> int:
+        """Agrees, and exchanges prologues; returns how many chunks have been encoded meanwhile."""
+        prologues: list[Tensor] = []
+        # Where encoding changes nothing but buffers of its own, it hides the agreement's round
+        # trip. Otherwise a disagreement must leave everything as it was.
+        early = first if self.coder.repeatable else []
+
+        def meanwhile() -> None:
+            prologue = self.coder.prologue()
+            if prologue is not None:
+                prologues.append(prologue)
+            for exchange in [] if prologues else early:
+                exchange.encode()
+
+        self.comm.agree(self.call, meanwhile)
+        if not prologues:
+            return len(early)
+        # Right behind the agreement, by the same thread: so it keeps its place among the calls.
+        self.coder.merge_prologue(self.share(prologues.pop()))
+        return 0
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until all is decoded (on CUDA: makes the current stream wait)."""
@@ -316,10 +334,16 @@ class Road:
             received = sent
         return _Pending(work, received, sent)
 
-    def gather(self, sent: Tensor, *, second: bool = False) -> _Pending:
+    def share(self, prologue: Tensor) -> Tensor:
+        """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
+        sent = prologue.to(self.device).view(1, -1)
+        return self.gather(sent, phase="prologue").wait()
+
+    def gather(self, sent: Tensor, *, second: bool = False, phase: str | None = None) -> _Pending:
         """Everyone's message to everyone."""
         n = self.comm.world_size
-        self._count("phase 2" if second else "phase 1", (n - 1) * sent.numel())
+        phase = phase or ("phase 2" if second else "phase 1")
+        self._count(phase, (n - 1) * sent.numel())
         if n == 1:
             return _Pending(None, sent, sent)
         received = sent.new_empty((n, sent.numel()))

@@ -69,6 +69,7 @@ def all_reduce(
     receiver = all_reduce_coder(result, codec, workers[0], op=op, ties=ties, seed=seed)
     with on_device_of(result):
         flags = torch.zeros(1, dtype=torch.int32, device=result.device)
+        _share_prologues(senders, receiver)
         for begin, end, messages in _encoded(senders, rows=1):
             units = end - begin
             reduced = messages.new_empty((1, receiver.reduced_bytes(units)))
@@ -111,6 +112,7 @@ def reduce_scatter(
         for out, x, worker in zip(outputs, dense, workers, strict=True)
     ]
     with on_device_of(dense[0]):
+        _share_prologues(coders)
         for begin, end, messages in _encoded(coders, rows=len(coders)):
             for rank, coder in enumerate(coders):
                 coder.decode(messages[:, rank], end - begin, begin, end)
@@ -166,6 +168,16 @@ def _dense(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
             if value != first:
                 raise ValueError(f"{name}[{i}] has {what} {value}, {name}[0] has {first}")
     return [x.detach().contiguous() for x in tensors]
+
+
+def _share_prologues(senders: Sequence[Coder], *receivers: Coder) -> None:
+    """Gives all coders what the senders must know of each other before they encode."""
+    own = [coder.prologue() for coder in senders]
+    known = [prologue for prologue in own if prologue is not None]
+    if known:
+        everyone = torch.stack(known)
+        for coder in (*senders, *receivers):
+            coder.merge_prologue(everyone)
 
 
 def _encoded(coders: Sequence[Coder], rows: int) -> Iterator[tuple[int, int, Tensor]]:

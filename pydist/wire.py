@@ -22,6 +22,8 @@ MAX_RANKS = 65535
 
 FLAG_NON_FINITE = 1
 """A NaN or an infinity was seen in this rank's contribution."""
+FLAG_MALFORMED = 4
+"""What a CUDA kernel read was written by no encoder; CPU kernels raise ValueError instead."""
 FLAG_PROBLEM = 2
 """The rank cannot take part (its reason follows in an exchange of descriptions)."""
 
@@ -31,7 +33,7 @@ HEADER_BYTES = _HEADER.size
 
 CODECS = {
     "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
-    "qsgd_elias": 7, "raw": 9,
+    "ternary": 6, "qsgd_elias": 7, "raw": 9,
     "agreement": 255,
 }  # fmt: skip
 

@@ -9,13 +9,25 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import ternary_oracle
 import torch
 from cases_collectives import bits
 from cases_faults import raised_by, short_group, still_works
 from torch import Tensor
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, reference_raw, road, simulate, wire
+from pydist import (
+    QSGD,
+    BlockFloat,
+    BlockInt,
+    Raw,
+    Sign,
+    Ternary,
+    reference_raw,
+    road,
+    simulate,
+    wire,
+)
 from pydist import reference_blocks as rb
 from pydist.communicator import communicator
 from pydist.parcels import Parcels
@@ -26,7 +38,7 @@ CODECS = [
     QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"),
     BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
     BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"), Raw(), Raw("float32"), Raw("float16"),
-    Raw("bfloat16"),
+    Raw("bfloat16"), Ternary(), Ternary(None),
 ]  # fmt: skip
 Codec = Any
 
@@ -86,6 +98,11 @@ def expected_all_reduce(
     """The result by the specification."""
     if isinstance(codec, Raw):
         return _raw_sum(tensors, codec, op)
+    if isinstance(codec, Ternary):
+        total = ternary_oracle.all_reduce(
+            tensors, codec.clip, mean=op == "mean", seed=seed, step=step
+        )
+        return _stored(total, tensors[0].dtype)
     form, n = codec.block_format, tensors[0].numel()
     reduced, _ = rb.reduce_quantized(
         _payloads(tensors, codec, seed, step), form, n, mean=op == "mean", zero_bit=step % 2,
@@ -100,6 +117,11 @@ def expected_reduce_scatter(
     """All ranks' shares by the specification, one behind the other."""
     if isinstance(codec, Raw):
         return _raw_sum(tensors, codec, op, str(tensors[0].dtype)[6:])
+    if isinstance(codec, Ternary):
+        shares = ternary_oracle.reduce_scatter(
+            tensors, codec.clip, mean=op == "mean", seed=seed, step=step
+        )
+        return _stored(shares, tensors[0].dtype)
     form, n, ranks = codec.block_format, tensors[0].numel(), len(tensors)
     table = wire.segments([n // ranks] * ranks, block=form.block)
     payloads = _payloads(tensors, codec, seed, step, table)
@@ -111,6 +133,9 @@ def expected_all_gather(tensors: list[Tensor], codec: Codec, *, seed: int, step:
     """All ranks' tensors by the specification, one behind the other."""
     if isinstance(codec, Raw):
         return torch.cat([_raw_sum([x], codec, "sum") for x in tensors])
+    if isinstance(codec, Ternary):
+        values = ternary_oracle.all_gather(tensors, codec.clip, seed=seed, step=step)
+        return _stored(values, tensors[0].dtype)
     payloads = _payloads(tensors, codec, seed, step)
     values = [rb.dequantize(p, codec.block_format, tensors[0].numel()) for p in payloads]
     return _stored(np.concatenate(values), tensors[0].dtype)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from guarded import guarded_bytes
+from ternary_doors import TernaryDoor
 
 from pydist import _C, arrays, ops
 from pydist.kernels import LionOptions
@@ -37,7 +38,7 @@ DOOR_GROUPS = [
     pytest.param(EMULATED_DOORS, id="emulated", marks=emulated.MARKS),
 ]
 GUARD = 0x5A
-PRESET_FLAG = 4  # some other bit, which kernels must leave alone
+PRESET_FLAG = 1 << 20  # some other bit, which kernels must leave alone
 
 
 class Placed:
@@ -71,7 +72,7 @@ class Placed:
 
 
 @dataclasses.dataclass
-class Door:
+class Door(TernaryDoor):
     """One door, instruction set (emulated: order of threads), layout of arrays, CPU threads."""
 
     kind: str

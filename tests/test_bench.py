@@ -83,7 +83,7 @@ def test_a_budget_leaves_rows_out_and_says_so(capsys: pytest.CaptureFixture[str]
     assert cli.main([*SMALL, "--budget", "0", "--no-rivals", *plot]) == 0
     said = capsys.readouterr().out
     assert "not measured: pack_signs float32 64: no time left" in said
-    assert "92 of 92 rows not measured" in said
+    assert "106 of 106 rows not measured" in said
     assert "nowhere/out.png was not drawn" in said
 
 

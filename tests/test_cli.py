@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 import pydist
-from pydist import _C, cli, environment, reference, reference_blocks, reference_elias, selfcheck
+from pydist import (
+    _C,
+    cli,
+    environment,
+    reference,
+    reference_blocks,
+    reference_elias,
+    reference_ternary,
+    selfcheck,
+)
 from pydist.selfcheck import cases
 
 
@@ -136,8 +145,12 @@ def test_check_compares_every_kernel(
 ) -> None:
     """A reference that is wrong in one bit of one element is noticed, whichever kernel it is."""
     modules = (reference, reference_blocks, reference_elias)
-    module = next(module for module in modules if hasattr(module, kernel))
-    right = getattr(module, kernel)
+    module, name = reference_ternary, kernel.removeprefix("ternary_")
+    if name == kernel:
+        module = next(module for module in modules if hasattr(module, kernel))
+    elif name == "sum":
+        name = "sum_payloads"
+    right = getattr(module, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
         result = right(*args, **kwargs)
@@ -145,7 +158,7 @@ def test_check_compares_every_kernel(
         bits.ravel().view(np.uint8)[-1:] ^= 1
         return result
 
-    monkeypatch.setattr(module, kernel, wrong)
+    monkeypatch.setattr(module, name, wrong)
     run = selfcheck.KernelRunner(selfcheck.HostMemory("scalar"))
     _, difference = cases.check_kernel(run, kernel)
     assert difference is not None

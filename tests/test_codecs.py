@@ -11,7 +11,7 @@ from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, reference_raw, road, simulate
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, reference_raw, road, simulate
 from pydist import reference_blocks as rb
 from pydist.codecs.base import Worker
 from pydist.codecs.coders import all_reduce_coder
@@ -70,6 +70,7 @@ DIFFERENCES = {
     "norm": (QSGD(4), QSGD(4, norm="l2"), None),
     "format": (BlockFloat("e4m3"), BlockFloat("e5m2"), None),
     "dtype": (Raw(), Raw("float32"), None),
+    "clip": (Ternary(), Ternary(2), None),
     "op": (QSGD(4), QSGD(4), "sum"),
 }
 
@@ -199,7 +200,7 @@ def test_a_small_tensor_travels_small() -> None:
 # --------------------------------------------------------------------------- simulation alone
 
 
-@pytest.mark.parametrize("codec", [QSGD(4, block=32), Sign(None), Raw()], ids=str)
+@pytest.mark.parametrize("codec", [QSGD(4, block=32), Sign(None), Raw(), Ternary()], ids=str)
 def test_simulated_nan(codec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(road, "CHUNK_BYTES", 100)
     tensors = [torch.ones(3000) for _ in range(3)]

@@ -82,7 +82,14 @@ def test_the_self_check_on_aarch64() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_kernels.py", "test_values.py", "test_block_kernels.py", "test_elias.py"]
+    "name",
+    [
+        "test_kernels.py",
+        "test_values.py",
+        "test_block_kernels.py",
+        "test_elias.py",
+        "test_ternary.py",
+    ],
 )
 def test_the_kernels_tests_on_aarch64(name: str) -> None:
     report = run(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import QSGD, BlockInt, wire
+from pydist import QSGD, BlockInt, Ternary, ternary, wire
 
 RUBBISH = 0xA5
 N = 1001
 GAPS = np.array([[32, 5, 0, 0], [128, N - 5, 1, 7]])  # words 0, 2 and 3 belong to no segment
+GAPS_OF_UNITS = np.array([[160, 5, 0, 0], [640, N - 5, 1, 7]])
 GAPS_OF_BLOCKS = np.array([[32, 5, 0, 0], [128, N - 5, 1, 32]])
 DENSE = wire.segments([5, N - 5])
 
@@ -25,6 +26,11 @@ def values(a: Arrays, dtype: str = "float32", n: int = N) -> Any:
 def votes(a: Arrays, ranks: int, size: int = wire.payload_bytes(N)) -> Any:
     rng = np.random.default_rng(ranks)
     return a.door.native(rng.integers(0, 256, (ranks, size), dtype=np.uint8))
+
+
+def trits(a: Arrays, ranks: int) -> Any:
+    rng, size = np.random.default_rng(ranks), ternary.payload_bytes(N)
+    return a.door.native(rng.integers(0, 243, (ranks, size), dtype=np.uint8))
 
 
 def rows(a: Arrays, table: Any) -> dict[str, Any]:
@@ -61,6 +67,16 @@ CALLS: dict[str, Any] = {
     ),
     "reduce_quantized": lambda a, **out: a.reduce_quantized(
         a.quantize(values(a), BlockInt(7, 64))[None], BlockInt(7, 64), N, **out
+    ),
+    "ternary_scale": lambda a, **out: a.ternary_scale(values(a), Ternary(), **out),
+    "ternary_pack": lambda a, **out: a.ternary_pack(values(a), a.f(1), step=7, **out),
+    "ternary_pack gaps": lambda a, **out: a.ternary_pack(
+        values(a), a.f(2), **rows(a, GAPS_OF_UNITS), **out
+    ),
+    "ternary_sum": lambda a, **out: a.ternary_sum(trits(a, 3), N, **out),
+    "ternary_unpack": lambda a, **out: a.ternary_unpack(trits(a, 3), a.f(1), N, **out),
+    "ternary_unpack_sums": lambda a, **out: a.ternary_unpack_sums(
+        a.ternary_sum(trits(a, 3), N), a.f(1), N, ranks=3, mean=True, **out
     ),
     "lion_pack_": lambda a, **out: a.lion_pack_(values(a), values(a, n=N), **BETAS, **out),
     "lion_pack_ gaps": lambda a, **out: a.lion_pack_(

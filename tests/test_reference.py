@@ -21,6 +21,7 @@ from pydist import (
     reference_blocks,
     reference_elias,
     reference_raw,
+    reference_ternary,
     wire,
 )
 
@@ -215,6 +216,7 @@ def computed() -> dict[str, bytes]:
         "raw-float16": reference_raw.to_bytes(plain[:3], "float16")[0].tobytes(),
         "elias-4": elias_example(),
         **computed_blocks(),
+        **computed_trits(),
     }
 
 
@@ -254,6 +256,28 @@ def computed_blocks() -> dict[str, bytes]:
     return {
         name: reference_blocks.quantize(values, codec.block_format, **options)[0].tobytes()
         for name, (values, codec, options) in cases.items()
+    }
+
+
+def computed_trits() -> dict[str, bytes]:
+    """The same for trits."""
+    rt, draws = reference_ternary, reference_blocks.Draws
+    x = np.array([1, -2, 0, 3, 0.25, -0.0], dtype=np.float32)
+    scalers = [rt.scale(x, clip)[0] for clip in (1.0, None)]
+    unit = np.zeros(160, dtype=np.float32)
+    unit[[0, 32, 64, 96, 128, 1, 33]] = 1, -1, 0, 1, -1, 1, 1
+    payloads = np.stack(
+        [rt.pack(x, scalers[1], draws=draws(seed=1, rank=r, step=3))[0] for r in (0, 1)]
+    )
+    sums = rt.sum_payloads(payloads, x.size)
+    return {
+        "ternary-scale": np.concatenate(scalers).tobytes(),
+        "ternary-digits": rt.pack(unit, np.ones(1, np.float32))[0].tobytes(),
+        "ternary-payloads": payloads.tobytes(),
+        "ternary-sums": sums.tobytes(),
+        "ternary-mean": rt.values_of_sums(sums, scalers[1], x.size, ranks=2, mean=True)[
+            0
+        ].tobytes(),
     }
 
 

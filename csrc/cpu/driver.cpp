@@ -133,6 +133,23 @@ void for_block_pieces(const Row* rows, int64_t n_rows, int block, int threads, c
       block);
 }
 
+// Calls piece(part) for pieces of whole units; the parts' x has moved by `width` bytes an element.
+template <typename Piece>
+void for_unit_pieces(const Row* rows, int64_t n_rows, int64_t width, int threads,
+                     const Piece& piece) {
+  for_pieces(
+      rows, n_rows, threads,
+      [&](const Row& row, int64_t from, int64_t n) {
+        Row part = row;
+        part.x += from * width;
+        part.n = n;
+        part.word += from / kUnit;
+        part.first += from;
+        piece(part);
+      },
+      kUnit);
+}
+
 }  // namespace
 
 std::vector<std::string> supported_isas() {
@@ -337,6 +354,48 @@ void elias_decode(const Row* rows, int64_t n_rows, const EliasArgs& args, int th
     if (!padded_to_word(args, end)) fault = fault_at(blocks - 1, kLeftOver);
   }
   *args.result = fault;
+}
+
+void ternary_scale(const Row* rows, int64_t n_rows, DType dtype, const TernaryScaleArgs& args,
+                   uint32_t* flags, int threads) {
+  const auto kernel = kernels().ternary_segments[static_cast<int>(dtype)];
+  for_pieces(
+      rows, n_rows, threads,
+      [&](const Row& row, int64_t from, int64_t n) {
+        const void* x = reinterpret_cast<const void*>(row.x + from * width_of(dtype));
+        kernel(x, n, args.scratch + row.word + from / kSumSegment);
+      },
+      kSumSegment);
+  const DefaultFloatMode mode;
+  for (int64_t r = 0; r < n_rows; ++r) raise_flags(flags, kernels().ternary_scale(rows[r], args));
+}
+
+void ternary_pack(const Row* rows, int64_t n_rows, DType dtype, const TernaryPackArgs& args,
+                  uint32_t* flags, int threads) {
+  const auto kernel = kernels().ternary_pack[static_cast<int>(dtype)];
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
+                  [&](const Row& part) { raise_flags(flags, kernel(part, args)); });
+}
+
+void ternary_sum(const Row* rows, int64_t n_rows, const TernarySource& from, unsigned char* out,
+                 uint32_t* flags, int threads) {
+  const auto kernel = kernels().ternary_sum;
+  for_unit_pieces(rows, n_rows, 0, threads,
+                  [&](const Row& part) { raise_flags(flags, kernel(part, from, out)); });
+}
+
+void ternary_unpack(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                    uint32_t* flags, int threads) {
+  const auto kernel = kernels().ternary_unpack[static_cast<int>(dtype)];
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
+                  [&](const Row& part) { raise_flags(flags, kernel(part, from)); });
+}
+
+void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                         uint32_t* flags, int threads) {
+  const auto kernel = kernels().ternary_unpack_sums[static_cast<int>(dtype)];
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
+                  [&](const Row& part) { raise_flags(flags, kernel(part, from)); });
 }
 
 }  // namespace pydist::cpu

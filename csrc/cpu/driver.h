@@ -43,5 +43,16 @@ void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const Sum
 // longest streams there can be, and writes the end of them to *args.result.
 void elias_encode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads);
 void elias_decode(const Row* rows, int64_t n_rows, const EliasArgs& args, int threads);
+// Ternary (wire/ternary.h); `word` of a row counts units, of ternary_scale segments.
+void ternary_scale(const Row* rows, int64_t n_rows, DType dtype, const TernaryScaleArgs& args,
+                   uint32_t* flags, int threads);
+void ternary_pack(const Row* rows, int64_t n_rows, DType dtype, const TernaryPackArgs& args,
+                  uint32_t* flags, int threads);
+void ternary_sum(const Row* rows, int64_t n_rows, const TernarySource& from, unsigned char* out,
+                 uint32_t* flags, int threads);
+void ternary_unpack(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                    uint32_t* flags, int threads);
+void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
+                         uint32_t* flags, int threads);
 
 }  // namespace pydist::cpu

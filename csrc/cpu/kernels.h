@@ -7,6 +7,7 @@
 #include "../wire/elias.h"
 #include "../wire/lion.h"
 #include "../wire/raw.h"
+#include "../wire/ternary.h"
 #include "../wire/votes.h"
 
 namespace pydist::cpu {
@@ -45,6 +46,15 @@ struct Kernels {
   int64_t (*elias_encode)(const Row& row, const EliasArgs& args, int64_t first,
                           unsigned char* streams, float* scratch);
   int64_t (*elias_decode)(const Row& row, const EliasArgs& args, int64_t first, float* scratch);
+
+  // Ternary: `word` counts units, and a piece starts on one; scalers are behind `momentum` and
+  // `momentum_out`. All but the first return flags.
+  void (*ternary_segments[3])(const void* x, int64_t n, SegmentSum* sums);
+  uint32_t (*ternary_scale)(const Row& row, const TernaryScaleArgs& args);
+  uint32_t (*ternary_pack[3])(const Row& row, const TernaryPackArgs& args);
+  uint32_t (*ternary_sum)(const Row& row, const TernarySource& from, unsigned char* out);
+  uint32_t (*ternary_unpack[3])(const Row& row, const TernarySource& from);
+  uint32_t (*ternary_unpack_sums[3])(const Row& row, const TernarySource& from);
 };
 
 extern const Kernels kScalar;

@@ -30,6 +30,13 @@ extern const Kernels PYDIST_TABLE = {
       isa::sum_values<BFloat, BFloat>}},
     isa::elias_encode,
     isa::elias_decode,
+    {isa::ternary_segments<float>, isa::ternary_segments<Half>, isa::ternary_segments<BFloat>},
+    isa::ternary_scale,
+    {isa::ternary_pack<float>, isa::ternary_pack<Half>, isa::ternary_pack<BFloat>},
+    isa::ternary_sum,
+    {isa::ternary_unpack<float>, isa::ternary_unpack<Half>, isa::ternary_unpack<BFloat>},
+    {isa::ternary_unpack_sums<float>, isa::ternary_unpack_sums<Half>,
+     isa::ternary_unpack_sums<BFloat>},
 };
 
 }  // namespace pydist::cpu

@@ -28,5 +28,15 @@ uint32_t sum_values(void* out, int64_t n, const unsigned char* values, const Sum
 int64_t elias_encode(const Row& row, const EliasArgs& args, int64_t first, unsigned char* streams,
                      float* scratch);
 int64_t elias_decode(const Row& row, const EliasArgs& args, int64_t first, float* scratch);
+template <typename T>
+void ternary_segments(const void* x, int64_t n, SegmentSum* sums);
+uint32_t ternary_scale(const Row& row, const TernaryScaleArgs& args);
+template <typename T>
+uint32_t ternary_pack(const Row& row, const TernaryPackArgs& args);
+uint32_t ternary_sum(const Row& row, const TernarySource& from, unsigned char* out);
+template <typename T>
+uint32_t ternary_unpack(const Row& row, const TernarySource& from);
+template <typename T>
+uint32_t ternary_unpack_sums(const Row& row, const TernarySource& from);
 
 }  // namespace pydist::cpu::PYDIST_ISA

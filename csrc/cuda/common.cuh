@@ -204,9 +204,9 @@ PYDIST_DEVICE uint32_t transpose_bits(uint32_t bits, int lane) {
 }
 
 // ORs into `flags` once a warp, and only if a lane saw something.
-PYDIST_DEVICE void raise_flags(uint32_t* flags, bool non_finite) {
-  const bool any = __ballot_sync(kAllLanes, non_finite) != 0;
-  if (flags && any && lane_id() == 0) atomicOr(flags, kFlagNonFinite);
+PYDIST_DEVICE void raise_flags(uint32_t* flags, bool raised, uint32_t value = kFlagNonFinite) {
+  const bool any = __ballot_sync(kAllLanes, raised) != 0;
+  if (flags && any && lane_id() == 0) atomicOr(flags, value);
 }
 
 // ------------------------------------------------------------ random bits

@@ -23,8 +23,9 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // What the reducer answers where exactly half of the ranks voted +1.
 enum class Ties : int { kHash = 0, kZero = 1, kPositive = 2 };
 
-// Bits of the `flags` word that encoders OR into.
+// Bits of the `flags` word that kernels OR into.
 constexpr uint32_t kFlagNonFinite = 1;
+constexpr uint32_t kFlagMalformed = 4;  // what was read no encoder has written
 
 // Largest number of ranks a vote may have: counts then fit 16 bit planes.
 constexpr int64_t kMaxRanks = 65535;

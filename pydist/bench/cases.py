@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pydist import blocks, ops, wire
+from pydist import blocks, ops, ternary, wire
 from pydist.bench import rivals
 from pydist.bench.rivals import APPLY, LION, Rival
 from pydist.bench.timing import Buffers
-from pydist.codecs import QSGD, BlockInt
+from pydist.codecs import QSGD, BlockInt, Ternary
 
 RANKS = 8
 BLOCK_CODECS = (
@@ -102,6 +102,12 @@ class Maker:
                     yield make(self, name, codec)
         for codec in ELIAS_CODECS:
             yield from elias_cases(self, codec)
+        for ternary_make in (ternary_scale_case, ternary_pack_case, ternary_unpack_case):
+            for name in self.dtypes:
+                yield ternary_make(self, name)
+        yield ternary_sum_case(self)
+        for name in self.dtypes:
+            yield ternary_values_case(self, name)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -336,4 +342,97 @@ def elias_cases(maker: Maker, codec: QSGD) -> Iterator[Case]:
         "elias_decode", name, BITS, numel, size, make=make,
         run=lambda s: ops.elias_decode(s.coded, codec, numel),
         rivals=[Rival("pydist, dequantize to float32", dequantize)],
+    )  # fmt: skip
+
+
+def ternary_scale_case(maker: Maker, name: str) -> Case:
+    """``ternary_scale`` beside torch's deviation and maximum."""
+    dtype = getattr(torch, name)
+    return Case(
+        "ternary_scale", "", name, maker.numel, maker.numel * dtype.itemsize,
+        make=lambda: Buffers(x=maker.normal(dtype)),
+        run=lambda s: ops.ternary_scale(s.x, Ternary()),
+        rivals=[Rival("torch std and amax", lambda s: rivals.torch_scaler(s.x))],
+    )  # fmt: skip
+
+
+def ternary_pack_case(maker: Maker, name: str) -> Case:
+    """``ternary_pack`` beside torch, which leaves a byte an element."""
+    dtype, size = getattr(torch, name), ternary.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        x = maker.normal(dtype)
+        out = torch.zeros(size, dtype=torch.uint8, device=maker.device)
+        return Buffers(x=x, scalers=ops.ternary_scale(x, Ternary()), out=out)
+
+    return Case(
+        "ternary_pack", "", name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.ternary_pack(s.x, s.scalers, out=s.out),
+        rivals=[
+            Rival("torch, not packed", lambda s: rivals.torch_ternary(s.x, float(s.scalers)))
+        ],
+    )  # fmt: skip
+
+
+def _trits(maker: Maker, ranks: int) -> Tensor:
+    """Random payloads, uint8 [ranks, bytes]."""
+    shape = (ranks, ternary.payload_bytes(maker.numel))
+    return torch.randint(0, 243, shape, dtype=torch.uint8, device=maker.device)
+
+
+def ternary_unpack_case(maker: Maker, name: str) -> Case:
+    """``ternary_unpack`` of one payload into memory that is there."""
+    dtype, size = getattr(torch, name), ternary.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        scalers = torch.ones(1, device=maker.device)
+        return Buffers(payload=_trits(maker, 1)[0], scalers=scalers, out=out)
+
+    return Case(
+        "ternary_unpack", "", name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.ternary_unpack(s.payload, s.scalers, maker.numel, out=s.out),
+    )  # fmt: skip
+
+
+def _sums(maker: Maker) -> int:
+    return ternary.units_for(maker.numel) * ternary.sum_unit_bytes(RANKS)
+
+
+def ternary_sum_case(maker: Maker) -> Case:
+    """``ternary_sum`` of eight ranks."""
+    size = RANKS * ternary.payload_bytes(maker.numel) + _sums(maker)
+
+    def make() -> Buffers:
+        out = torch.zeros(_sums(maker), dtype=torch.uint8, device=maker.device)
+        return Buffers(payloads=_trits(maker, RANKS), out=out)
+
+    return Case(
+        "ternary_sum", f"{RANKS} payloads", BITS, maker.numel, size,
+        make=make,
+        run=lambda s: ops.ternary_sum(s.payloads, maker.numel, out=s.out),
+    )  # fmt: skip
+
+
+def ternary_values_case(maker: Maker, name: str) -> Case:
+    """``ternary_unpack_sums`` of eight ranks, to means."""
+    dtype = getattr(torch, name)
+
+    def make() -> Buffers:
+        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        sums = ops.ternary_sum(_trits(maker, RANKS), maker.numel)
+        return Buffers(sums=sums, scalers=torch.ones(1, device=maker.device), out=out)
+
+    def run(s: Buffers) -> Tensor:
+        return ops.ternary_unpack_sums(
+            s.sums, s.scalers, maker.numel, ranks=RANKS, mean=True, out=s.out
+        )
+
+    return Case(
+        "ternary_unpack_sums", f"{RANKS} ranks", name, maker.numel,
+        maker.numel * dtype.itemsize + _sums(maker),
+        make=make,
+        run=run,
     )  # fmt: skip

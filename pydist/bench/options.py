@@ -14,6 +14,11 @@ KERNELS = (
     "lion_apply_",
     "quantize",
     "dequantize",
+    "ternary_scale",
+    "ternary_pack",
+    "ternary_unpack",
+    "ternary_sum",
+    "ternary_unpack_sums",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

@@ -99,6 +99,18 @@ def torch_quantize(x: Tensor, bits: int, block: int) -> None:
     (rows * scale).round_().to(torch.int8)
 
 
+def torch_scaler(x: Tensor) -> None:
+    """What a scaler is made of."""
+    x.std()
+    x.abs().amax()
+
+
+def torch_ternary(x: Tensor, scaler: float) -> None:
+    """Signs of the elements that a draw keeps; a byte an element."""
+    kept = torch.rand_like(x).mul_(scaler) < x.abs()
+    (x.sign() * kept).to(torch.int8)
+
+
 def torch_lion_pack(grad: Tensor, momentum: Tensor, out: Tensor) -> None:
     """Vote, packed, and new momentum; lerp rounds otherwise than the kernel."""
     grad = grad.to(momentum.dtype)

@@ -67,6 +67,17 @@ class Coder(Protocol):
         """Takes the extra bytes of all ranks, uint8 [ranks, bytes]."""
         ...
 
+    def prologue(self) -> Tensor | None:
+        """Bytes (uint8) that every rank must have of every rank before it can encode.
+
+        Called once, while the agreement travels; ``None`` on all ranks or on none.
+        """
+        ...
+
+    def merge_prologue(self, prologues: Tensor) -> None:
+        """Takes those of all ranks, uint8 [ranks, bytes]."""
+        ...
+
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Writes this rank's bytes of units ``begin`` … ``end`` and raises ``flags``.
 
@@ -141,6 +152,17 @@ def stage_of(coder: Coder) -> Stage | None:
     return getattr(coder, "stage", None)
 
 
+class NoPrologue:
+    """A coder that can encode at once."""
+
+    def prologue(self) -> Tensor | None:
+        """No bytes."""
+        return None
+
+    def merge_prologue(self, prologues: Tensor) -> None:
+        """Nothing to merge."""
+
+
 def spans(rows: int, units: int, begin: int, end: int) -> Iterator[Span]:
     """First and last unit of each of the rows that share ``begin`` … ``end``; empty ones too."""
     for row in range(rows):
@@ -149,7 +171,7 @@ def spans(rows: int, units: int, begin: int, end: int) -> Iterator[Span]:
 
 def spoil(out: Tensor, flags: Tensor) -> None:
     """Overwrites a result with NaN where any rank's input was not finite."""
-    bad = flags & wire.FLAG_NON_FINITE
+    bad = flags & (wire.FLAG_NON_FINITE | wire.FLAG_MALFORMED)
     if bad.is_cuda:  # no host synchronisation
         out.masked_fill_(bad.to(out.device).bool(), float("nan"))
     elif bad.item():

@@ -12,11 +12,11 @@ from torch import Tensor
 from pydist import _C, block_kernels, checks, kernels, wire
 from pydist.block_kernels import EncodeOptions
 from pydist.blocks import SCALE_BYTES, BlockFormat
-from pydist.codecs.base import Stage, Worker, spans, spoil
+from pydist.codecs.base import NoPrologue, Stage, Worker, spans, spoil
 from pydist.operators import target_of
 
 
-class BlockCoder:
+class BlockCoder(NoPrologue):
     """A tensor as blocks; which blocks go where is up to the subclass. A unit is a block.
 
     Args:

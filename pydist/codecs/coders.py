@@ -22,6 +22,12 @@ from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder, TensorRawCoder
 from pydist.codecs.sign import Sign
+from pydist.codecs.ternary import Ternary
+from pydist.codecs.ternary_coder import (
+    GatherTernaryCoder,
+    ScatterTernaryCoder,
+    TensorTernaryCoder,
+)
 from pydist.codecs.votes import (
     OPS,
     GatherVoteCoder,
@@ -30,10 +36,11 @@ from pydist.codecs.votes import (
     VoteRule,
 )
 
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary
 
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
+    Ternary: "ternary",
 }  # fmt: skip
 
 
@@ -88,6 +95,8 @@ def all_reduce_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
+    if isinstance(codec, Ternary):
+        return TensorTernaryCoder(tensor, codec.clip, worker, mean=mean, seed=seed)
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
     coder = TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -102,6 +111,8 @@ def reduce_scatter_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
+    if isinstance(codec, Ternary):
+        return ScatterTernaryCoder(output, data, codec.clip, worker, mean=mean, seed=seed)
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
     coder = ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -116,6 +127,8 @@ def all_gather_coder(
     checks.check_seed(seed)
     if isinstance(codec, Raw):
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
+    if isinstance(codec, Ternary):
+        return GatherTernaryCoder(output, data, codec.clip, worker, seed=seed)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     form = codec.block_format

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from pydist import _C, checks, kernels, wire
-from pydist.codecs.base import Worker, spans, spoil
+from pydist.codecs.base import NoPrologue, Worker, spans, spoil
 from pydist.operators import target_of
 
 UNIT = wire.WORD_BITS
 """Elements that stay together; the rows of a message then start on 4 bytes."""
 
 
-class RawCoder:
+class RawCoder(NoPrologue):
     """A tensor as floats of one dtype; which of them go where is up to the subclass.
 
     Args:

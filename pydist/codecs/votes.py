@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydist import _C, checks, kernels, wire
-from pydist.codecs.base import Worker, spans, spoil
+from pydist.codecs.base import NoPrologue, Worker, spans, spoil
 from pydist.operators import target_of
 from pydist.wire import IntArray
 
@@ -41,7 +41,7 @@ class VoteRule:
         return 2 if self.ties == "zero" else 1
 
 
-class VoteCoder:
+class VoteCoder(NoPrologue):
     """Votes on their way through the road; what is voted on is up to the subclass.
 
     Unless a subclass decodes them, the result is kept as bit planes, uint8 [planes, bytes], in

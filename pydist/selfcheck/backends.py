@@ -19,6 +19,7 @@ from pydist.kernels import LionOptions, Target
 from pydist.reference import U8, Storage
 from pydist.selfcheck.bits import Bits, storage_of, store
 from pydist.selfcheck.elias_cases import EliasKernels
+from pydist.selfcheck.ternary_backend import TernaryKernels
 
 
 class Memory(Protocol):
@@ -229,7 +230,7 @@ class BlockRunner(Protocol):
         """The sum, or the mean, of what payloads hold."""
 
 
-class KernelRunner(EliasKernels):
+class KernelRunner(EliasKernels, TernaryKernels):
     """Calls :mod:`pydist.kernels`, below both doors, on arrays in some memory."""
 
     def __init__(self, memory: Memory) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare, elias_cases
+from pydist.selfcheck import block_cases, compare, elias_cases, ternary_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -212,6 +212,10 @@ KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "reduce_quantized": block_cases.reduce_cases,
     "elias_encode": elias_cases.elias_cases,
     "elias_decode": elias_cases.malformed_cases,
+    "ternary_scale": ternary_cases.scale_cases,
+    "ternary_pack": ternary_cases.pack_cases,
+    "ternary_sum": ternary_cases.sum_cases,
+    "ternary_unpack": ternary_cases.unpack_cases,
 }
 
 

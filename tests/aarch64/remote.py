@@ -33,10 +33,13 @@ KERNELS = (
     "pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote",
     "quantize", "quantize_feedback", "reduce_quantized", "dequantize", "elias_encode",
     "elias_decode",
+    "quantize", "quantize_feedback", "reduce_quantized", "dequantize",
+    "ternary_scale", "ternary_pack", "ternary_sum", "ternary_unpack", "ternary_unpack_sums",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
 TIES_ZERO = 1
+TERNARY_UNIT, TERNARY_SEGMENT = 160, 4096  # see csrc/wire/ternary.h
 
 
 class GuestError(RuntimeError):
@@ -250,6 +253,41 @@ class EliasArgs:
         ]  # fmt: skip
 
 
+class TernaryScaleArgs:
+    def __init__(self, clip: float, scratch: int) -> None:
+        self.clip, self.scratch = bits_of(clip), scratch
+
+    def words(self, arrays: Stage, rows: np.ndarray) -> list[int]:
+        segments = int(-(-rows[:, N] // TERNARY_SEGMENT).sum())
+        return [self.clip, arrays.array(self.scratch, 8 * segments, written=True)]
+
+
+class TernaryPackArgs:
+    def __init__(self, payload: int, size: int, *rest: int) -> None:
+        self.payload, self.size, self.rest = payload, size, rest
+
+    def words(self, arrays: Stage) -> list[int]:
+        return [arrays.array(self.payload, self.size, written=True), self.size, *self.rest]
+
+
+class TernarySource:
+    def __init__(self, data: int, size: int, stride: int, ranks: int, divisor: float) -> None:
+        self.data, self.size, self.stride, self.ranks = data, size, stride, ranks
+        self.divisor = bits_of(divisor)
+        self.sum_bytes = (ranks.bit_length() + 1) * TERNARY_UNIT // 8  # of a unit
+
+    def words(self, arrays: Stage, *, payloads: bool = True) -> list[int]:
+        size = (self.ranks - 1) * self.stride + self.size if payloads else self.size
+        there = arrays.array(self.data, size)
+        return [there, self.size, self.stride, self.ranks, self.divisor]
+
+
+def scalers(arrays: Stage, rows: np.ndarray, column: int, *, written: bool = False) -> None:
+    """Replaces the addresses of one float a row."""
+    for row in rows:
+        row[column] = arrays.array(int(row[column]), 4, written=written)
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -264,6 +302,8 @@ class RemoteModule(ModuleType):
     LionPackArgs, LionApplyArgs, VoteArgs, Unpack = LionPackArgs, LionApplyArgs, VoteArgs, Unpack
     BlockFormat, EncodeArgs, DecodeArgs = BlockFormat, EncodeArgs, DecodeArgs
     EliasArgs = EliasArgs
+    TernaryScaleArgs, TernaryPackArgs = TernaryScaleArgs, TernaryPackArgs
+    TernarySource = TernarySource
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -375,6 +415,47 @@ class RemoteModule(ModuleType):
         with stage(self.guest) as arrays:
             words = args.words(arrays, rows, encodes=False)
             self._call(arrays, "elias_decode", rows, threads, *words)
+
+    def _ternary_scale(self, table, n, dtype, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            arrays.column(rows, X, WIDTH[dtype])
+            scalers(arrays, rows, MOMENTUM, written=True)
+            words = args.words(arrays, rows)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "ternary_scale", rows, threads, dtype, *words, flag)
+
+    def _ternary_pack(self, table, n, dtype, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            arrays.column(rows, X, WIDTH[dtype])
+            scalers(arrays, rows, MOMENTUM)
+            scalers(arrays, rows, MOMENTUM_OUT)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "ternary_pack", rows, threads, dtype, *args.words(arrays), flag)
+
+    def _ternary_sum(self, table, n, source, out, flags, threads) -> None:
+        rows = rows_at(table, n)
+        units = int((rows[:, WORD] - -rows[:, N] // TERNARY_UNIT).max())
+        with stage(self.guest) as arrays:
+            there = arrays.array(out, units * source.sum_bytes, written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "ternary_sum", rows, threads, *source.words(arrays), there, flag)
+
+    def _ternary_values(self, kernel, table, n, dtype, source, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            arrays.column(rows, X, WIDTH[dtype], written=True)
+            scalers(arrays, rows, MOMENTUM_OUT)
+            words = source.words(arrays, payloads=kernel == "ternary_unpack")
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, kernel, rows, threads, dtype, *words, flag)
+
+    def _ternary_unpack(self, *args) -> None:
+        self._ternary_values("ternary_unpack", *args)
+
+    def _ternary_unpack_sums(self, *args) -> None:
+        self._ternary_values("ternary_unpack_sums", *args)
 
 
 def install() -> None:

@@ -176,6 +176,45 @@ EliasArgs elias_args(const int64_t* a) {
           at<int64_t>(a[12])};
 }
 
+TernaryScaleArgs ternary_scale_args(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {rounded(a[0]), at<SegmentSum>(a[1])};
+}
+
+TernaryPackArgs ternary_pack_args(const int64_t* a) {
+  return {at<unsigned char>(a[0]),     a[1],
+          static_cast<uint32_t>(a[2]), static_cast<uint32_t>(a[3]),
+          static_cast<uint32_t>(a[4]), at<const int64_t>(a[5])};
+}
+
+constexpr int kSourceWords = 5;
+TernarySource ternary_source(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {at<const unsigned char>(a[0]), a[1], a[2], a[3], rounded(a[4])};
+}
+
+void call_ternary(const std::string& kernel, const Row* rows, int64_t n, int threads,
+                  const int64_t* a) {
+  const auto* values = a + 1 + kSourceWords;
+  if (kernel == "ternary_scale") {
+    cpu::ternary_scale(rows, n, DType(a[0]), ternary_scale_args(a + 1), at<uint32_t>(a[3]),
+                       threads);
+  } else if (kernel == "ternary_pack") {
+    cpu::ternary_pack(rows, n, DType(a[0]), ternary_pack_args(a + 1), at<uint32_t>(a[7]), threads);
+  } else if (kernel == "ternary_sum") {
+    cpu::ternary_sum(rows, n, ternary_source(a), at<unsigned char>(a[kSourceWords]),
+                     at<uint32_t>(a[kSourceWords + 1]), threads);
+  } else if (kernel == "ternary_unpack") {
+    cpu::ternary_unpack(rows, n, DType(a[0]), ternary_source(a + 1), at<uint32_t>(*values),
+                        threads);
+  } else if (kernel == "ternary_unpack_sums") {
+    cpu::ternary_unpack_sums(rows, n, DType(a[0]), ternary_source(a + 1), at<uint32_t>(*values),
+                             threads);
+  } else {
+    fail("no kernel '" + kernel + "'");
+  }
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -208,7 +247,7 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
   } else if (kernel == "elias_decode") {
     cpu::elias_decode(rows, n, elias_args(a), threads);
   } else {
-    fail("no kernel '" + kernel + "'");
+    call_ternary(kernel, rows, n, threads, a);
   }
 }
 
@@ -219,10 +258,12 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {"pack_signs",   "lion_pack",         "lion_apply",
-                                        "unpack_votes", "count_votes",       "majority_vote",
-                                        "quantize",     "quantize_feedback", "reduce_quantized",
-                                        "dequantize",   "elias_encode",      "elias_decode"};
+  static const char* const kernels[] = {"pack_signs",     "lion_pack",          "lion_apply",
+                                        "unpack_votes",   "count_votes",        "majority_vote",
+                                        "quantize",       "quantize_feedback",  "reduce_quantized",
+                                        "dequantize",     "elias_encode",       "elias_decode",
+                                        "ternary_scale",  "ternary_pack",       "ternary_sum",
+                                        "ternary_unpack", "ternary_unpack_sums"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);
