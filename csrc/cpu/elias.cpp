@@ -2,7 +2,7 @@
 #define PYDIST_LITTLE_ENDIAN_WORDS  // every processor that this is compiled for
 #include "../wire/elias.h"
 
-#include "code_bytes.h"
+#include "block_codec.h"
 
 namespace pydist::cpu::PYDIST_ISA {
 namespace {
@@ -153,6 +153,16 @@ unsigned char* write_dense(const Words& words, const uint8_t* codes, int n, unsi
   return end_of(w);
 }
 
+// A tile of codes to a byte each and back; 8 bits are bytes already. Both arrays hold kTile.
+PYDIST_INLINE void unpack_tile(const unsigned char* stream, int n, int bits, uint8_t* codes) {
+  if (bits < 8) return unpack_codes(stream, n, bits, codes);
+  std::memcpy(codes, stream, static_cast<size_t>(n));
+}
+PYDIST_INLINE void pack_tile(const uint8_t* codes, int n, int bits, unsigned char* stream) {
+  if (bits < 8) return pack_codes(codes, n, bits, stream);
+  std::memcpy(stream, codes, static_cast<size_t>(n));
+}
+
 // The codes behind two bits of mode: every byte moves up by two bits.
 unsigned char* write_plain(const BlockFormat& f, const uint8_t* codes, int n, unsigned char* out) {
   unsigned char* const end = out + stream_limit(f, n);
@@ -162,7 +172,7 @@ unsigned char* write_plain(const BlockFormat& f, const uint8_t* codes, int n, un
     alignas(64) uint8_t padded[kTile] = {};
     std::memcpy(padded, codes + i, static_cast<size_t>(count));
     alignas(64) unsigned char stream[kTile + 8];
-    pack_codes(padded, (count + 31) / 32 * 32, f.bits, stream);
+    pack_tile(padded, (count + 31) / 32 * 32, f.bits, stream);
     const int bytes = (count * f.bits + 7) / 8;
     out[0] = static_cast<unsigned char>(stream[0] << kModeBits | carried);
     for (int b = 1; b < bytes; ++b) {
@@ -181,11 +191,13 @@ void unpack_block(const BlockFormat& f, const unsigned char* from, int n, uint8_
   const auto most = static_cast<uint8_t>(2 * top_of(f));
   for (int i = 0; i < n; i += kTile) {
     const int count = n - i < kTile ? n - i : kTile;
-    alignas(64) unsigned char stream[kTile + 8];
-    alignas(64) uint8_t unpacked[kTile];
-    const uint8_t* tile =
-        tile_codes(f, from + static_cast<int64_t>(i) * f.bits / 8, count, stream, unpacked);
-    for (int j = 0; j < (count + 31) / 32 * 32; ++j) {
+    const int padded = (count + 31) / 32 * 32;
+    alignas(64) unsigned char stream[kTile + 8] = {};
+    copy_words(from + static_cast<int64_t>(i) * f.bits / 8,
+               static_cast<size_t>(code_bytes(f, count)), stream);
+    alignas(64) uint8_t tile[kTile];
+    unpack_tile(stream, padded, f.bits, tile);
+    for (int j = 0; j < padded; ++j) {
       codes[i + j] = tile[j] < most ? tile[j] : most;
     }
   }
@@ -342,11 +354,7 @@ bool copy_plain(const BlockFormat& f, const unsigned char* from, const unsigned 
     }
     if (both < bytes) stream[both] = static_cast<unsigned char>(from[both] >> kModeBits);
     alignas(64) uint8_t tile[kTile];
-    if (f.bits < 8) {
-      unpack_codes(stream, padded, f.bits, tile);
-    } else {
-      std::memcpy(tile, stream, static_cast<size_t>(padded));
-    }
+    unpack_tile(stream, padded, f.bits, tile);
     for (int j = 0; j < count; ++j) highest = tile[j] > highest ? tile[j] : highest;
     std::memcpy(codes + i, tile, static_cast<size_t>(count));
     from += bytes;
@@ -389,7 +397,7 @@ void pack_block(const BlockFormat& f, const uint8_t* codes, int n, int64_t room,
     std::memcpy(tile, codes + i, static_cast<size_t>(count));
     std::memset(tile + count, 0, static_cast<size_t>(padded - count));
     alignas(64) unsigned char stream[kTile + 8];
-    pack_codes(tile, padded, f.bits, stream);
+    pack_tile(tile, padded, f.bits, stream);
     const int64_t bytes = code_bytes(f, count);
     copy_words(stream, static_cast<size_t>(bytes), out + at);
     at += bytes;
