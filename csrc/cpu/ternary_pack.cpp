@@ -52,7 +52,8 @@ uint32_t ternary_pack(const Row& row, const TernaryPackArgs& a) {
     }
     DrawBuffer<kUnitsTile> draws;
     alignas(64) uint8_t digits[kUnitsTile];
-    digits_of(from, units * kUnit, scale, draws.fill(philox, row.first + i), digits, &finite);
+    digits_of(from, units * kUnit, scale, draws.fill(philox, row.first + i, units * kUnit), digits,
+              &finite);
     alignas(64) unsigned char bytes[kUnitsTile / kDigits];
     for (int u = 0; u < units; ++u) pack_unit(digits + u * kUnit, bytes + u * kUnitBytes);
     const int64_t begin = (row.word + i / kUnit) * kUnitBytes;
