@@ -142,4 +142,5 @@ CODECS: tuple[CodecMethod, ...] = (
     *(CodecMethod(pydist.QSGD(bits, norm="l2"), "QSGD, l2") for bits in (2, 4, 8)),
     *(CodecMethod(pydist.BlockInt(bits)) for bits in range(2, 9)),
     *(CodecMethod(pydist.BlockFloat(form)) for form in ("e4m3", "e5m2")),
+    *(CodecMethod(pydist.Raw(dtype)) for dtype in ("bfloat16", "float16")),
 )
