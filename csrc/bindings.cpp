@@ -362,7 +362,7 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
         cuda::elias_decode(rows, args, at<void>(stream));
       },
       nogil);
-  py::class_<cuda::Rows>(g, "Rows", py::module_local()) g.def(
+  g.def(
       "ternary_scale",
       [](const cuda::Rows& rows, int dtype, const TernaryScaleArgs& args, uint64_t flags,
          uint64_t stream) {
