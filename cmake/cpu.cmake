@@ -23,7 +23,8 @@ endif()
 # pydist_isa(<namespace> <table> [flag...]): the kernels once more, for one instruction set.
 function(pydist_isa isa table)
   set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp block_encode.cpp
-              block_decode.cpp quantize.cpp sum_values.cpp table.cpp)
+              block_decode.cpp quantize.cpp sum_values.cpp topk.cpp topk_select.cpp
+              table.cpp)
   list(TRANSFORM sources PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/)
   add_library(pydist_${isa} OBJECT ${sources})
   string(TOUPPER ${isa} vectors)

@@ -80,6 +80,20 @@ SumArgs sum_args(uint64_t values, int64_t stride, int64_t ranks, float divisor) 
   return {at<const unsigned char>(values), stride, ranks, divisor};
 }
 
+TopKFormat topk_format(int block, int low_bits, int values, uint64_t density) {
+  return {block, low_bits, DType(values), density};
+}
+
+TopKEncode topk_encode(const TopKFormat& format, uint64_t payload, int64_t bytes, uint32_t seed,
+                       uint32_t step, uint64_t step_at) {
+  return {format, at<unsigned char>(payload), bytes, seed, step, at<const int64_t>(step_at)};
+}
+
+TopKDecode topk_decode(const TopKFormat& format, uint64_t payload, int64_t stride, int64_t ranks,
+                       float divisor, bool clear) {
+  return {format, at<const unsigned char>(payload), stride, ranks, divisor, clear};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -96,6 +110,9 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
   py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
   py::class_<SumArgs>(m, "SumArgs", py::module_local()).def(py::init(&sum_args));
+  py::class_<TopKFormat>(m, "TopKFormat", py::module_local()).def(py::init(&topk_format));
+  py::class_<TopKEncode>(m, "TopKEncode", py::module_local()).def(py::init(&topk_encode));
+  py::class_<TopKDecode>(m, "TopKDecode", py::module_local()).def(py::init(&topk_decode));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -180,6 +197,33 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
                         threads);
       },
       nogil);
+  c.def(
+      "topk_select",
+      [](uint64_t rows, int64_t n, int dtype, const TopKEncode& args, uint64_t flags, int threads) {
+        cpu::topk_select(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_feedback",
+      [](uint64_t rows, int64_t n, int dtype, int residual, const TopKEncode& args, uint64_t flags,
+         int threads) {
+        cpu::topk_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
+                           at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_reduce",
+      [](uint64_t rows, int64_t n, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
+         int threads) {
+        cpu::topk_reduce(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_scatter",
+      [](uint64_t rows, int64_t n, int dtype, const TopKDecode& args, uint64_t flags, int threads) {
+        cpu::topk_scatter(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
 
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
@@ -262,6 +306,37 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       [](const cuda::Rows& rows, int from, int to, const SumArgs& args, uint64_t flags,
          uint64_t stream) {
         cuda::sum_values(rows, DType(from), DType(to), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_select",
+      [](const cuda::Rows& rows, int dtype, const TopKEncode& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::topk_select(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_feedback",
+      [](const cuda::Rows& rows, int dtype, int residual, const TopKEncode& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::topk_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
+                            at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_reduce",
+      [](const cuda::Rows& rows, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
+         uint64_t room, int64_t slots, uint64_t stream) {
+        cuda::topk_reduce(rows, from, to, at<uint32_t>(flags), {at<float>(room), slots},
+                          at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_scatter",
+      [](const cuda::Rows& rows, int dtype, const TopKDecode& args, uint64_t flags, uint64_t room,
+         int64_t slots, uint64_t stream) {
+        cuda::topk_scatter(rows, DType(dtype), args, at<uint32_t>(flags), {at<float>(room), slots},
+                           at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

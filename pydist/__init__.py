@@ -20,9 +20,10 @@ if TYPE_CHECKING:
         reference,
         reference_blocks,
         reference_raw,
+        reference_topk,
         simulate,
     )
-    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign
+    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign, TopK
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
 
 try:
@@ -32,7 +33,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _MODULES = {
     "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
-    "reference_raw", "simulate",
+    "reference_raw", "reference_topk", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
@@ -40,6 +41,7 @@ _HOMES = {
     "QSGD": "codecs",
     "Raw": "codecs",
     "Sign": "codecs",
+    "TopK": "codecs",
     "all_gather": "collectives",
     "all_reduce": "collectives",
     "reduce_scatter": "collectives",
@@ -56,6 +58,7 @@ __all__ = [
     "PydistError",
     "Raw",
     "Sign",
+    "TopK",
     "all_gather",
     "all_reduce",
     "arrays",
@@ -67,6 +70,7 @@ __all__ = [
     "reference",
     "reference_blocks",
     "reference_raw",
+    "reference_topk",
     "segments",
     "simulate",
 ]

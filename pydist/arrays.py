@@ -31,6 +31,13 @@ from pydist.block_arrays import (
     sum_quantized,
 )
 from pydist.kernels import LionOptions
+from pydist.topk_arrays import (
+    topk_clear_,
+    topk_feedback_,
+    topk_reduce,
+    topk_scatter,
+    topk_select,
+)
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -45,6 +52,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "topk_clear_",
+    "topk_feedback_",
+    "topk_reduce",
+    "topk_scatter",
+    "topk_select",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -24,6 +24,13 @@ from pydist.block_ops import (
     step_options,
     sum_quantized,
 )
+from pydist.topk_ops import (
+    topk_clear_,
+    topk_feedback_,
+    topk_reduce,
+    topk_scatter,
+    topk_select,
+)
 
 __all__ = [
     "count_votes",
@@ -36,6 +43,11 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "topk_clear_",
+    "topk_feedback_",
+    "topk_reduce",
+    "topk_scatter",
+    "topk_select",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -24,13 +24,16 @@ FLAG_NON_FINITE = 1
 """A NaN or an infinity was seen in this rank's contribution."""
 FLAG_PROBLEM = 2
 """The rank cannot take part (its reason follows in an exchange of descriptions)."""
+FLAG_MALFORMED = 4
+"""A payload was malformed; raised by CUDA kernels (on the CPU that is an exception)."""
 
 MAGIC = b"PDst"
 _HEADER = struct.Struct("<4sBBBBII")
 HEADER_BYTES = _HEADER.size
 
 CODECS = {
-    "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5, "raw": 9,
+    "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5, "topk": 8,
+    "raw": 9,
     "agreement": 255,
 }  # fmt: skip
 

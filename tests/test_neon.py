@@ -81,7 +81,9 @@ def test_the_self_check_on_aarch64() -> None:
             assert any(kernel in line and line.endswith("ok") for line in lines), (isa, kernel)
 
 
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_values.py", "test_block_kernels.py"])
+@pytest.mark.parametrize(
+    "name", ["test_kernels.py", "test_values.py", "test_block_kernels.py", "test_topk_kernels.py"]
+)
 def test_the_kernels_tests_on_aarch64(name: str) -> None:
     report = run(
         "-m", "pytest", "-p", "aarch64.plugin", "--hypothesis-profile=soak", "-v",

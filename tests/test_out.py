@@ -9,7 +9,7 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import QSGD, BlockInt, wire
+from pydist import QSGD, BlockInt, TopK, wire
 
 RUBBISH = 0xA5
 N = 1001
@@ -61,6 +61,19 @@ CALLS: dict[str, Any] = {
     ),
     "reduce_quantized": lambda a, **out: a.reduce_quantized(
         a.quantize(values(a), BlockInt(7, 64))[None], BlockInt(7, 64), N, **out
+    ),
+    "topk_select": lambda a, **out: a.topk_select(values(a), TopK(0.1, 64), step=7, **out),
+    "topk_select gaps": lambda a, **out: a.topk_select(
+        values(a), TopK(0.2, 32), **rows(a, GAPS_OF_BLOCKS), **out
+    ),
+    "topk_feedback_": lambda a, **out: a.topk_feedback_(
+        values(a), values(a, n=N), TopK(0.1, 64), **out
+    ),
+    "topk_scatter": lambda a, **out: a.topk_scatter(
+        a.topk_select(values(a), TopK(0.1, 64))[None], TopK(0.1, 64), N, **out
+    ),
+    "topk_reduce": lambda a, **out: a.topk_reduce(
+        a.topk_select(values(a), TopK(0.1, 64))[None], TopK(0.1, 64), N, **out
     ),
     "lion_pack_": lambda a, **out: a.lion_pack_(values(a), values(a, n=N), **BETAS, **out),
     "lion_pack_ gaps": lambda a, **out: a.lion_pack_(

@@ -17,9 +17,11 @@ from pydist import (
     BlockFloat,
     BlockInt,
     Sign,
+    TopK,
     reference,
     reference_blocks,
     reference_raw,
+    reference_topk,
     wire,
 )
 
@@ -213,6 +215,7 @@ def computed() -> dict[str, bytes]:
         "raw-float32": reference_raw.to_bytes(plain, "float32")[0].tobytes(),
         "raw-float16": reference_raw.to_bytes(plain[:3], "float16")[0].tobytes(),
         **computed_blocks(),
+        **computed_topk(),
     }
 
 
@@ -236,6 +239,26 @@ def computed_blocks() -> dict[str, bytes]:
     return {
         name: reference_blocks.quantize(values, codec.block_format, **options)[0].tobytes()
         for name, (values, codec, options) in cases.items()
+    }
+
+
+def computed_topk() -> dict[str, bytes]:
+    """The same for top-k blocks."""
+    form, half = TopK(0.05, 64).topk_format, TopK(0.5, 32).topk_format
+    x = np.zeros(64, dtype=np.float32)
+    x[[5, 40, 41, 63]] = 1, -2, 0.5, 0.1
+    other, ramp, ones = x.copy(), np.arange(6, dtype=np.float32), np.ones(64, dtype=np.float32)
+    other[40] = 4
+    nan = np.where(ramp == 1, np.float32(np.nan), ramp)
+    payloads = np.stack([reference_topk.select(y, form)[0] for y in (x, other)])
+    narrow = TopK(0.05, 64, "bfloat16").topk_format
+    return {
+        "topk": payloads[0].tobytes(),
+        "topk-bfloat16": reference_topk.select(x, narrow)[0].tobytes(),
+        "topk-ties": reference_topk.select(ones, form, seed=1, step=2)[0].tobytes(),
+        "topk-bitmap": reference_topk.select(ramp, half)[0].tobytes(),
+        "topk-nan": reference_topk.select(nan, half)[0].tobytes(),
+        "topk-reduced": reference_topk.reduce(payloads, form, 64, mean=True)[0].tobytes(),
     }
 
 

@@ -39,4 +39,14 @@ void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& 
 void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const SumArgs& args,
                 uint32_t* flags, int threads);
 
+// Top-k blocks; `word` of a row counts blocks.
+void topk_select(const Row* rows, int64_t n_rows, DType dtype, const TopKEncode& args,
+                 uint32_t* flags, int threads);
+void topk_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
+                   const TopKEncode& args, uint32_t* flags, int threads);
+void topk_reduce(const Row* rows, int64_t n_rows, const TopKDecode& from, const TopKEncode& to,
+                 uint32_t* flags, int threads);
+void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode& args,
+                  uint32_t* flags, int threads);
+
 }  // namespace pydist::cpu

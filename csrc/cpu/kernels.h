@@ -7,9 +7,17 @@
 #include "../wire/blocks.h"
 #include "../wire/lion.h"
 #include "../wire/raw.h"
+#include "../wire/topk.h"
 #include "../wire/votes.h"
 
 namespace pydist::cpu {
+
+// Scratch of a thread for blocks of top-k.
+struct TopKRoom {
+  float *dense, *other;         // a block each
+  uint32_t* positions;          // a block and a vector
+  uint32_t *magnitudes, *work;  // a block each
+};
 
 struct Kernels {
   const char* name;
@@ -39,6 +47,13 @@ struct Kernels {
   // Sums of plain values into out[0, n). Returns flags. Indexed by DType of values, then of `out`.
   uint32_t (*sum_values[3][3])(void* out, int64_t n, const unsigned char* values,
                                const SumArgs& args);
+
+  // Top-k blocks: pieces as above. All return flags.
+  uint32_t (*topk_select[3])(const Row& row, const TopKEncode& args, const TopKRoom& room);
+  uint32_t (*topk_feedback[3][2])(const Row& row, const TopKEncode& args, const TopKRoom& room);
+  uint32_t (*topk_reduce)(const Row& row, const TopKDecode& from, const TopKEncode& to,
+                          const TopKRoom& room);
+  uint32_t (*topk_scatter[3])(const Row& row, const TopKDecode& args, const TopKRoom& room);
 };
 
 extern const Kernels kScalar;

@@ -28,6 +28,12 @@ extern const Kernels PYDIST_TABLE = {
      {isa::sum_values<Half, float>, isa::sum_values<Half, Half>, isa::sum_values<Half, BFloat>},
      {isa::sum_values<BFloat, float>, isa::sum_values<BFloat, Half>,
       isa::sum_values<BFloat, BFloat>}},
+    {isa::topk_select<float>, isa::topk_select<Half>, isa::topk_select<BFloat>},
+    {{isa::topk_feedback<float, float>, isa::topk_feedback<float, BFloat>},
+     {isa::topk_feedback<Half, float>, isa::topk_feedback<Half, BFloat>},
+     {isa::topk_feedback<BFloat, float>, isa::topk_feedback<BFloat, BFloat>}},
+    isa::topk_reduce,
+    {isa::topk_scatter<float>, isa::topk_scatter<Half>, isa::topk_scatter<BFloat>},
 };
 
 }  // namespace pydist::cpu

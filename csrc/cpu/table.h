@@ -25,5 +25,13 @@ template <typename T>
 void dequantize(const Row& row, const DecodeArgs& args, float* scratch);
 template <typename From, typename To>
 uint32_t sum_values(void* out, int64_t n, const unsigned char* values, const SumArgs& args);
+template <typename T>
+uint32_t topk_select(const Row& row, const TopKEncode& args, const TopKRoom& room);
+template <typename T, typename R>
+uint32_t topk_feedback(const Row& row, const TopKEncode& args, const TopKRoom& room);
+uint32_t topk_reduce(const Row& row, const TopKDecode& from, const TopKEncode& to,
+                     const TopKRoom& room);
+template <typename T>
+uint32_t topk_scatter(const Row& row, const TopKDecode& args, const TopKRoom& room);
 
 }  // namespace pydist::cpu::PYDIST_ISA

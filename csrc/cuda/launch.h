@@ -51,6 +51,22 @@ void dequantize(const Rows& rows, DType dtype, const DecodeArgs& args, void* str
 void sum_values(const Rows& rows, DType from, DType to, const SumArgs& args, uint32_t* flags,
                 void* stream);
 
+// Where sums of top-k blocks are made: `slots` blocks of floats in device memory.
+struct TopKSlots {
+  float* room;
+  int64_t count;
+};
+
+// Top-k blocks; `word`, `words_before` and `words` count blocks.
+void topk_select(const Rows& rows, DType dtype, const TopKEncode& args, uint32_t* flags,
+                 void* stream);
+void topk_feedback(const Rows& rows, DType dtype, DType residual, const TopKEncode& args,
+                   uint32_t* flags, void* stream);
+void topk_reduce(const Rows& rows, const TopKDecode& from, const TopKEncode& to, uint32_t* flags,
+                 const TopKSlots& slots, void* stream);
+void topk_scatter(const Rows& rows, DType dtype, const TopKDecode& args, uint32_t* flags,
+                  const TopKSlots& slots, void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -16,10 +16,11 @@ from pydist import blocks, ops, wire
 from pydist.bench import rivals
 from pydist.bench.rivals import APPLY, LION, Rival
 from pydist.bench.timing import Buffers
-from pydist.codecs import QSGD, BlockInt
+from pydist.codecs import QSGD, BlockInt, TopK
 
 RANKS = 8
 BLOCK_CODECS = (BlockInt(4, block=512), BlockInt(8, block=512), QSGD(4, block=512))
+TOPK_CODECS = (TopK(0.001), TopK(0.01))
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
 COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
 
@@ -94,6 +95,10 @@ class Maker:
             for codec in BLOCK_CODECS:
                 for name in self.dtypes:
                     yield make(self, name, codec)
+        for topk in TOPK_CODECS:
+            for name in self.dtypes:
+                yield topk_select_case(self, name, topk)
+                yield topk_scatter_case(self, name, topk)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -286,4 +291,42 @@ def dequantize_case(maker: Maker, name: str, codec: BlockInt | QSGD) -> Case:
         "dequantize", _codec_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
         make=make,
         run=lambda s: ops.dequantize(s.payload, codec, maker.numel, out=s.out),
+    )  # fmt: skip
+
+
+def _topk_name(codec: TopK) -> str:
+    return f"TopK({codec.density}), blocks of {codec.block}"
+
+
+def topk_select_case(maker: Maker, name: str, codec: TopK) -> Case:
+    """``topk_select`` beside torch, which selects from the whole tensor and codes nothing."""
+    dtype = getattr(torch, name)
+    size = codec.topk_format.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        out = torch.zeros(size, dtype=torch.uint8, device=maker.device)
+        return Buffers(x=maker.normal(dtype), out=out)
+
+    k = max(1, round(maker.numel * codec.density))
+    return Case(
+        "topk_select", _topk_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.topk_select(s.x, codec, out=s.out),
+        rivals=[Rival("torch.topk, not packed", lambda s: rivals.torch_topk(s.x, k))],
+    )  # fmt: skip
+
+
+def topk_scatter_case(maker: Maker, name: str, codec: TopK) -> Case:
+    """``topk_scatter`` of one payload into memory that is there."""
+    dtype = getattr(torch, name)
+    size = codec.topk_format.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        return Buffers(payloads=ops.topk_select(maker.normal(dtype), codec)[None], out=out)
+
+    return Case(
+        "topk_scatter", _topk_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.topk_scatter(s.payloads, codec, maker.numel, out=s.out),
     )  # fmt: skip

@@ -14,6 +14,8 @@ KERNELS = (
     "lion_apply_",
     "quantize",
     "dequantize",
+    "topk_select",
+    "topk_scatter",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

@@ -6,5 +6,6 @@ from pydist.codecs.block import BlockFloat, BlockInt
 from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.sign import Sign
+from pydist.codecs.topk import TopK
 
-__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign"]
+__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign", "TopK"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder, TensorRawCoder
 from pydist.codecs.sign import Sign
+from pydist.codecs.topk import TopK
+from pydist.codecs.topk_coder import GatherTopKCoder, ScatterTopKCoder, TensorTopKCoder
 from pydist.codecs.votes import (
     OPS,
     GatherVoteCoder,
@@ -23,10 +26,11 @@ from pydist.codecs.votes import (
     VoteRule,
 )
 
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | TopK
 
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
+    TopK: "topk",
 }  # fmt: skip
 
 
@@ -54,6 +58,11 @@ def _wire_dtype(codec: Raw, x: Tensor) -> str:
     return codec.dtype or str(x.dtype)[6:]
 
 
+def _topk_format(codec: TopK) -> Any:
+    """The format, which coders of top-k take in the place of a format with a scale."""
+    return codec.topk_format
+
+
 def _rule(codec: Codec, op: str, ties: str, seed: int) -> tuple[VoteRule, BlockFormat | None]:
     """The rule of a vote, and the format of the codec; the arguments are checked in any case."""
     check_codec(codec)
@@ -69,6 +78,10 @@ def all_reduce_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
+    if isinstance(codec, TopK):
+        return TensorTopKCoder(
+            tensor, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
+        )
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
     return TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -82,6 +95,10 @@ def reduce_scatter_coder(
     mean = op == "mean"
     if isinstance(codec, Raw):
         return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
+    if isinstance(codec, TopK):
+        return ScatterTopKCoder(
+            output, data, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
+        )
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
     return ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -95,6 +112,8 @@ def all_gather_coder(
     checks.check_seed(seed)
     if isinstance(codec, Raw):
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
+    if isinstance(codec, TopK):
+        return GatherTopKCoder(output, data, _topk_format(codec), number_of(codec), worker, seed=seed)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)

@@ -18,6 +18,7 @@ from pydist.checks import View
 from pydist.kernels import LionOptions, Target
 from pydist.reference import U8, Storage
 from pydist.selfcheck.bits import Bits, storage_of, store
+from pydist.selfcheck.topk_backend import TopKKernels
 
 
 class Memory(Protocol):
@@ -228,7 +229,7 @@ class BlockRunner(Protocol):
         """The sum, or the mean, of what payloads hold."""
 
 
-class KernelRunner:
+class KernelRunner(TopKKernels):
     """Calls :mod:`pydist.kernels`, below both doors, on arrays in some memory."""
 
     def __init__(self, memory: Memory) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from pydist import blocks, wire
 from pydist import reference_blocks as reference
 from pydist.block_kernels import EncodeOptions
-from pydist.blocks import BlockFormat
+from pydist.blocks import Blocked, BlockFormat
 from pydist.reference import F32, U8, Storage
 from pydist.selfcheck.backends import BlockRunner
 from pydist.selfcheck.bits import (
@@ -148,7 +148,7 @@ def some_bits(
     return store(some_values(rng, n, form.block, finite=finite), storage)
 
 
-def some_segments(rng: np.random.Generator, n: int, form: BlockFormat) -> wire.IntArray:
+def some_segments(rng: np.random.Generator, n: int, form: Blocked) -> wire.IntArray:
     """A random table that covers ``n`` elements: short and empty rows, gaps, later pieces."""
     cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, 4)))
     lengths = np.diff([0, *cuts.tolist(), n]).tolist()

@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare
+from pydist.selfcheck import block_cases, compare, topk_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -210,6 +210,10 @@ KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "quantize_feedback": block_cases.feedback_cases,
     "sum_quantized": block_cases.sum_cases,
     "reduce_quantized": block_cases.reduce_cases,
+    "topk_select": topk_cases.select_cases,
+    "topk_feedback": topk_cases.feedback_cases,
+    "topk_scatter": topk_cases.scatter_cases,
+    "topk_reduce": topk_cases.reduce_cases,
 }
 
 
