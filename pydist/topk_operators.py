@@ -44,8 +44,8 @@ class _Call:
     def __init__(self, options: dict[str, Any]) -> None:
         self.form = TopKFormat(*(options[name] for name in self.FORMAT))
         step = optional_view("step", options.get("step_tensor"))
-        known = options.get("step", 0)
-        self.ties: dict[str, Any] = {"seed": options.get("seed", 0), "step": known if step is None else step}
+        known = options.get("step", 0) if step is None else step
+        self.ties: dict[str, Any] = {"seed": options.get("seed", 0), "step": known}
         self.segments = table_of(options.get("segments"))
         self.common: dict[str, Any] = {
             "flags": optional_view("flags", options.get("flags")), "segments": self.segments,

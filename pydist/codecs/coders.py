@@ -113,7 +113,8 @@ def all_gather_coder(
     if isinstance(codec, Raw):
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
     if isinstance(codec, TopK):
-        return GatherTopKCoder(output, data, _topk_format(codec), number_of(codec), worker, seed=seed)
+        form = _topk_format(codec)
+        return GatherTopKCoder(output, data, form, number_of(codec), worker, seed=seed)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     return GatherBlockCoder(output, data, codec.block_format, number_of(codec), worker, seed=seed)
