@@ -24,7 +24,8 @@ endif()
 function(pydist_isa isa table)
   set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp block_encode.cpp
               block_decode.cpp quantize.cpp sum_values.cpp elias.cpp
-              ternary_scale.cpp ternary_pack.cpp ternary_sum.cpp table.cpp)
+              ternary_scale.cpp ternary_pack.cpp ternary_sum.cpp topk.cpp topk_select.cpp
+              table.cpp)
   list(TRANSFORM sources PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/)
   add_library(pydist_${isa} OBJECT ${sources})
   string(TOUPPER ${isa} vectors)

@@ -109,6 +109,20 @@ TernarySource ternary_source(uint64_t data, int64_t bytes, int64_t stride, int64
   return {at<const unsigned char>(data), bytes, stride, ranks, divisor};
 }
 
+TopKFormat topk_format(int block, int low_bits, int values, uint64_t density) {
+  return {block, low_bits, DType(values), density};
+}
+
+TopKEncode topk_encode(const TopKFormat& format, uint64_t payload, int64_t bytes, uint32_t seed,
+                       uint32_t step, uint64_t step_at) {
+  return {format, at<unsigned char>(payload), bytes, seed, step, at<const int64_t>(step_at)};
+}
+
+TopKDecode topk_decode(const TopKFormat& format, uint64_t payload, int64_t stride, int64_t ranks,
+                       float divisor, bool clear) {
+  return {format, at<const unsigned char>(payload), stride, ranks, divisor, clear};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
@@ -132,6 +146,9 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   py::class_<TernaryPackArgs>(m, "TernaryPackArgs", py::module_local())
       .def(py::init(&ternary_pack_args));
   py::class_<TernarySource>(m, "TernarySource", py::module_local()).def(py::init(&ternary_source));
+  py::class_<TopKFormat>(m, "TopKFormat", py::module_local()).def(py::init(&topk_format));
+  py::class_<TopKEncode>(m, "TopKEncode", py::module_local()).def(py::init(&topk_encode));
+  py::class_<TopKDecode>(m, "TopKDecode", py::module_local()).def(py::init(&topk_decode));
 
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
@@ -267,6 +284,34 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       },
       nogil);
 
+  c.def(
+      "topk_select",
+      [](uint64_t rows, int64_t n, int dtype, const TopKEncode& args, uint64_t flags, int threads) {
+        cpu::topk_select(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_feedback",
+      [](uint64_t rows, int64_t n, int dtype, int residual, const TopKEncode& args, uint64_t flags,
+         int threads) {
+        cpu::topk_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
+                           at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_reduce",
+      [](uint64_t rows, int64_t n, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
+         int threads) {
+        cpu::topk_reduce(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
+      },
+      nogil);
+  c.def(
+      "topk_scatter",
+      [](uint64_t rows, int64_t n, int dtype, const TopKDecode& args, uint64_t flags, int threads) {
+        cpu::topk_scatter(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
+      },
+      nogil);
+
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
   m.attr("CUDA_BUILD") = cuda::build_description();
@@ -396,6 +441,37 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       [](const cuda::Rows& rows, int dtype, const TernarySource& from, uint64_t flags,
          uint64_t stream) {
         cuda::ternary_unpack_sums(rows, DType(dtype), from, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_select",
+      [](const cuda::Rows& rows, int dtype, const TopKEncode& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::topk_select(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_feedback",
+      [](const cuda::Rows& rows, int dtype, int residual, const TopKEncode& args, uint64_t flags,
+         uint64_t stream) {
+        cuda::topk_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
+                            at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_reduce",
+      [](const cuda::Rows& rows, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
+         uint64_t room, int64_t slots, uint64_t stream) {
+        cuda::topk_reduce(rows, from, to, at<uint32_t>(flags), {at<float>(room), slots},
+                          at<void>(stream));
+      },
+      nogil);
+  g.def(
+      "topk_scatter",
+      [](const cuda::Rows& rows, int dtype, const TopKDecode& args, uint64_t flags, uint64_t room,
+         int64_t slots, uint64_t stream) {
+        cuda::topk_scatter(rows, DType(dtype), args, at<uint32_t>(flags), {at<float>(room), slots},
+                           at<void>(stream));
       },
       nogil);
   py::class_<cuda::Rows>(g, "Rows", py::module_local())

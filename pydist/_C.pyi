@@ -50,6 +50,26 @@ class Unpack:
         self, planes: int, plane_bytes: int, count: int, ranks: int, divisor: float, /
     ) -> None: ...
 
+class TopKFormat:
+    def __init__(self, block: int, low_bits: int, values: int, density: int, /) -> None: ...
+
+class TopKEncode:
+    def __init__(
+        self, form: TopKFormat, payload: int, size: int, seed: int, step: int, step_at: int, /
+    ) -> None: ...
+
+class TopKDecode:
+    def __init__(
+        self,
+        form: TopKFormat,
+        payload: int,
+        stride: int,
+        ranks: int,
+        divisor: float,
+        clear: bool,
+        /,
+    ) -> None: ...
+
 class BlockFormat:
     def __init__(
         self, scheme: int, bits: int, block: int, norm: int, stochastic: bool, /
@@ -205,6 +225,29 @@ class cpu:
     def ternary_unpack_sums(
         rows: int, n: int, dtype: int, source: TernarySource, flags: int, threads: int, /
     ) -> None: ...
+    @staticmethod
+    def topk_select(
+        rows: int, n: int, dtype: int, args: TopKEncode, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def topk_feedback(
+        rows: int,
+        n: int,
+        dtype: int,
+        residual: int,
+        args: TopKEncode,
+        flags: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def topk_reduce(
+        rows: int, n: int, source: TopKDecode, to: TopKEncode, flags: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def topk_scatter(
+        rows: int, n: int, dtype: int, args: TopKDecode, flags: int, threads: int, /
+    ) -> None: ...
 
 class cuda:
     class Rows:
@@ -280,4 +323,34 @@ class cuda:
     @staticmethod
     def ternary_unpack_sums(
         rows: Rows, dtype: int, source: TernarySource, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def topk_select(
+        rows: Rows, dtype: int, args: TopKEncode, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def topk_feedback(
+        rows: Rows, dtype: int, residual: int, args: TopKEncode, flags: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def topk_reduce(
+        rows: Rows,
+        source: TopKDecode,
+        to: TopKEncode,
+        flags: int,
+        room: int,
+        slots: int,
+        stream: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def topk_scatter(
+        rows: Rows,
+        dtype: int,
+        args: TopKDecode,
+        flags: int,
+        room: int,
+        slots: int,
+        stream: int,
+        /,
     ) -> None: ...

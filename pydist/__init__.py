@@ -21,9 +21,10 @@ if TYPE_CHECKING:
         reference_blocks,
         reference_raw,
         reference_ternary,
+        reference_topk,
         simulate,
     )
-    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary
+    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
 
 try:
@@ -33,7 +34,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _MODULES = {
     "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
-    "reference_raw", "reference_ternary", "simulate",
+    "reference_raw", "reference_ternary", "reference_topk", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
@@ -42,6 +43,7 @@ _HOMES = {
     "Raw": "codecs",
     "Sign": "codecs",
     "Ternary": "codecs",
+    "TopK": "codecs",
     "all_gather": "collectives",
     "all_reduce": "collectives",
     "reduce_scatter": "collectives",
@@ -59,6 +61,7 @@ __all__ = [
     "Raw",
     "Sign",
     "Ternary",
+    "TopK",
     "all_gather",
     "all_reduce",
     "arrays",
@@ -71,6 +74,7 @@ __all__ = [
     "reference_blocks",
     "reference_raw",
     "reference_ternary",
+    "reference_topk",
     "segments",
     "simulate",
 ]

@@ -61,7 +61,11 @@ def cupy_target() -> Target:
         table = cupy.asarray(rows)  # CuPy's pool hands memory out in stream order
         return table.data.ptr, table
 
-    return Target(stream=cupy.cuda.get_current_stream().ptr, upload=upload)
+    def scratch(size: int) -> tuple[int, Any]:
+        room = cupy.empty(size, dtype=np.uint8)
+        return room.data.ptr, room
+
+    return Target(stream=cupy.cuda.get_current_stream().ptr, upload=upload, scratch=scratch)
 
 
 def backend_of(*arrays: tuple[str, Array]) -> NumPy | CuPy:

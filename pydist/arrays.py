@@ -39,6 +39,13 @@ from pydist.ternary_arrays import (
     ternary_unpack,
     ternary_unpack_sums,
 )
+from pydist.topk_arrays import (
+    topk_clear_,
+    topk_feedback_,
+    topk_reduce,
+    topk_scatter,
+    topk_select,
+)
 
 _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel call
 
@@ -60,6 +67,11 @@ __all__ = [
     "ternary_sum",
     "ternary_unpack",
     "ternary_unpack_sums",
+    "topk_clear_",
+    "topk_feedback_",
+    "topk_reduce",
+    "topk_scatter",
+    "topk_select",
     "unpack_signs",
     "unpack_votes",
 ]

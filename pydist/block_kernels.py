@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pydist import _C, blocks, wire
-from pydist.blocks import NORMS, SCHEMES, BlockFormat
+from pydist.blocks import NORMS, SCHEMES, Blocked, BlockFormat
 from pydist.checks import (
     FLOATS,
     ITEMSIZE,
@@ -87,7 +87,7 @@ class EncodeOptions:
         )  # fmt: skip
 
 
-def check_table(table: IntArray | None, n: int, name: str, form: BlockFormat) -> IntArray:
+def check_table(table: IntArray | None, n: int, name: str, form: Blocked) -> IntArray:
     """The segment table of ``n`` elements, checked."""
     if table is None:
         return wire.one_segment(n)

@@ -7,6 +7,7 @@ A payload holds the codes of all blocks, block after block, and then the blocks'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -104,7 +105,18 @@ class BlockFormat:
 # --------------------------------------------------------------------------- tables
 
 
-def check_segments(table: IntArray, form: BlockFormat) -> IntArray:
+class Blocked(Protocol):
+    """A format whose elements stay together in blocks."""
+
+    @property
+    def block(self) -> int:
+        """Elements a block."""
+
+    def blocks(self, n: int) -> int:
+        """Blocks of ``n`` elements of one parameter."""
+
+
+def check_segments(table: IntArray, form: Blocked) -> IntArray:
     """Raises ValueError unless ``table`` is a segment table whose rows start on blocks."""
     wire.check_segments(table, form.block)
     odd = np.flatnonzero(table[:, 3] % form.block)
@@ -117,7 +129,7 @@ def check_segments(table: IntArray, form: BlockFormat) -> IntArray:
     return table
 
 
-def table_blocks(table: IntArray, form: BlockFormat) -> int:
+def table_blocks(table: IntArray, form: Blocked) -> int:
     """Blocks up to the end of the last segment."""
     if not len(table):
         return 0
@@ -136,13 +148,13 @@ def table_bytes(table: IntArray, form: BlockFormat) -> int:
     return table_code_bytes(table, form) + SCALE_BYTES * table_blocks(table, form)
 
 
-def has_gaps(table: IntArray, form: BlockFormat) -> bool:
+def has_gaps(table: IntArray, form: Blocked) -> bool:
     """Whether blocks before the end of the last segment belong to no segment."""
     covered = int((-(-table[:, 1] // form.block)).sum())
     return covered != table_blocks(table, form)
 
 
-def rows_of(table: IntArray, form: BlockFormat) -> IntArray:
+def rows_of(table: IntArray, form: Blocked) -> IntArray:
     """Rows of a segment table, addresses still zero; ``WORD`` and ``WORDS_BEFORE`` count blocks."""
     rows = wire.rows_of(table)
     rows[:, wire.WORD] = table[:, 0] // form.block

@@ -53,6 +53,8 @@ class Target:
         stream: CUDA stream handle, or ``None`` for the CPU.
         upload: Copies a table of rows to the device in stream order; returns its address and what
             must live until the kernel is launched.
+        scratch: Uninitialised memory on the device, as many bytes as asked for, that kernels may
+            use until the owner is gone; returns its address and the owner. A multiple of 16.
         module: The compiled module that holds the kernels; tests have a second one, with emulated
             CUDA.
     """
@@ -60,6 +62,7 @@ class Target:
     threads: int = 1
     stream: int | None = None
     upload: Callable[[IntArray], tuple[int, object]] | None = None
+    scratch: Callable[[int], tuple[int, object]] | None = None
     module: Any = _C
 
 

@@ -59,6 +59,7 @@ def target_of(x: Tensor) -> Target:
         return Target(
             stream=torch.cuda.current_stream(x.device).cuda_stream,
             upload=lambda rows: _upload(rows, x.device),
+            scratch=lambda size: _scratch(size, x.device),
         )
     return Target(threads=torch.get_num_threads())
 
@@ -73,6 +74,11 @@ def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
     # and so may the kernel once it is launched.
     table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
     return table.data_ptr(), table
+
+
+def _scratch(size: int, device: torch.device) -> tuple[int, Tensor]:
+    room = torch.empty(size, dtype=torch.uint8, device=device)
+    return room.data_ptr(), room
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device | _Nothing:

@@ -32,6 +32,13 @@ from pydist.ternary_ops import (
     ternary_unpack,
     ternary_unpack_sums,
 )
+from pydist.topk_ops import (
+    topk_clear_,
+    topk_feedback_,
+    topk_reduce,
+    topk_scatter,
+    topk_select,
+)
 
 __all__ = [
     "count_votes",
@@ -51,6 +58,11 @@ __all__ = [
     "ternary_sum",
     "ternary_unpack",
     "ternary_unpack_sums",
+    "topk_clear_",
+    "topk_feedback_",
+    "topk_reduce",
+    "topk_scatter",
+    "topk_select",
     "unpack_signs",
     "unpack_votes",
 ]

@@ -26,6 +26,8 @@ FLAG_MALFORMED = 4
 """What a CUDA kernel read was written by no encoder; CPU kernels raise ValueError instead."""
 FLAG_PROBLEM = 2
 """The rank cannot take part (its reason follows in an exchange of descriptions)."""
+FLAG_MALFORMED = 4
+"""A payload was malformed; raised by CUDA kernels (on the CPU that is an exception)."""
 
 MAGIC = b"PDst"
 _HEADER = struct.Struct("<4sBBBBII")
@@ -33,7 +35,7 @@ HEADER_BYTES = _HEADER.size
 
 CODECS = {
     "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
-    "ternary": 6, "qsgd_elias": 7, "raw": 9,
+    "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9,
     "agreement": 255,
 }  # fmt: skip
 

@@ -23,12 +23,14 @@ from pydist import (
     Raw,
     Sign,
     Ternary,
+    TopK,
     reference_raw,
     road,
     simulate,
     wire,
 )
 from pydist import reference_blocks as rb
+from pydist import reference_topk as rt
 from pydist.communicator import communicator
 from pydist.parcels import Parcels
 from pydist.reference import round_to
@@ -38,7 +40,8 @@ CODECS = [
     QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"),
     BlockInt(2), BlockInt(5, block=32), BlockInt(4, rounding="stochastic"),
     BlockInt(8), BlockFloat(block=32), BlockFloat("e5m2"), Raw(), Raw("float32"), Raw("float16"),
-    Raw("bfloat16"), Ternary(), Ternary(None),
+    Raw("bfloat16"), Ternary(), Ternary(None), TopK(0.1, block=64),
+    TopK(0.5, block=32, values="bfloat16"),
 ]  # fmt: skip
 Codec = Any
 
@@ -66,18 +69,46 @@ def first_difference(got: Tensor, wanted: Tensor, what: str) -> None:
         )
 
 
-def _payloads(
-    tensors: list[Tensor], codec: Codec, seed: int, step: int, table: wire.IntArray | None = None
-) -> Any:
-    return np.stack(
-        [
-            rb.quantize(
-                x.float().numpy(), codec.block_format, zero_bit=(rank + step) % 2,
-                draws=rb.Draws(seed, rank, 0, step), segments=table,
-            )[0]
-            for rank, x in enumerate(tensors)
-        ]
-    )  # fmt: skip
+class Reference:
+    """A codec by its specification.
+
+    Args:
+        codec: The codec.
+        seed: Seed of the call.
+        step: Step of the call.
+    """
+
+    def __init__(self, codec: Codec, seed: int, step: int) -> None:
+        self.topk = isinstance(codec, TopK)
+        self.form = codec.topk_format if self.topk else codec.block_format
+        self.seed, self.step = seed, step
+
+    def payloads(self, tensors: list[Tensor], table: wire.IntArray | None = None) -> Any:
+        """What the ranks encode."""
+        return np.stack([self._payload(x.float().numpy(), r, table) for r, x in enumerate(tensors)])
+
+    def _payload(self, x: Any, rank: int, table: wire.IntArray | None) -> Any:
+        if self.topk:
+            return rt.select(x, self.form, seed=self.seed, step=self.step, segments=table)[0]
+        return rb.quantize(
+            x, self.form, zero_bit=(rank + self.step) % 2,
+            draws=rb.Draws(self.seed, rank, 0, self.step), segments=table,
+        )[0]  # fmt: skip
+
+    def sum(self, payloads: Any, n: int, *, mean: bool = False, table: Any = None) -> Any:
+        """What they decode to, added up."""
+        add = rt.scatter if self.topk else rb.sum_quantized
+        return add(payloads, self.form, n, mean=mean, segments=table)
+
+    def reduce(self, payloads: Any, n: int, *, mean: bool) -> Any:
+        """What an owner makes of them."""
+        if self.topk:
+            options = {"seed": self.seed, "step": self.step}
+            return rt.reduce(payloads, self.form, n, mean=mean, **options)[0]
+        return rb.reduce_quantized(
+            payloads, self.form, n, mean=mean, zero_bit=self.step % 2,
+            draws=rb.Draws(self.seed, 0, 1, self.step),
+        )[0]  # fmt: skip
 
 
 def _stored(values: Any, dtype: torch.dtype) -> Tensor:
@@ -103,12 +134,9 @@ def expected_all_reduce(
             tensors, codec.clip, mean=op == "mean", seed=seed, step=step
         )
         return _stored(total, tensors[0].dtype)
-    form, n = codec.block_format, tensors[0].numel()
-    reduced, _ = rb.reduce_quantized(
-        _payloads(tensors, codec, seed, step), form, n, mean=op == "mean", zero_bit=step % 2,
-        draws=rb.Draws(seed, 0, 1, step),
-    )  # fmt: skip
-    return _stored(rb.dequantize(reduced, form, n), tensors[0].dtype)
+    reference, n = Reference(codec, seed, step), tensors[0].numel()
+    reduced = reference.reduce(reference.payloads(tensors), n, mean=op == "mean")
+    return _stored(reference.sum(reduced[None], n), tensors[0].dtype)
 
 
 def expected_reduce_scatter(
@@ -122,10 +150,10 @@ def expected_reduce_scatter(
             tensors, codec.clip, mean=op == "mean", seed=seed, step=step
         )
         return _stored(shares, tensors[0].dtype)
-    form, n, ranks = codec.block_format, tensors[0].numel(), len(tensors)
-    table = wire.segments([n // ranks] * ranks, block=form.block)
-    payloads = _payloads(tensors, codec, seed, step, table)
-    total = rb.sum_quantized(payloads, form, n, mean=op == "mean", segments=table)
+    reference, n, ranks = Reference(codec, seed, step), tensors[0].numel(), len(tensors)
+    table = wire.segments([n // ranks] * ranks, block=reference.form.block)
+    payloads = reference.payloads(tensors, table)
+    total = reference.sum(payloads, n, mean=op == "mean", table=table)
     return _stored(total, tensors[0].dtype)
 
 
@@ -136,8 +164,8 @@ def expected_all_gather(tensors: list[Tensor], codec: Codec, *, seed: int, step:
     if isinstance(codec, Ternary):
         values = ternary_oracle.all_gather(tensors, codec.clip, seed=seed, step=step)
         return _stored(values, tensors[0].dtype)
-    payloads = _payloads(tensors, codec, seed, step)
-    values = [rb.dequantize(p, codec.block_format, tensors[0].numel()) for p in payloads]
+    reference = Reference(codec, seed, step)
+    values = [reference.sum(p[None], tensors[0].numel()) for p in reference.payloads(tensors)]
     return _stored(np.concatenate(values), tensors[0].dtype)
 
 

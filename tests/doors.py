@@ -285,9 +285,75 @@ class Door(TernaryDoor):
         finally:
             placed.unchanged()
 
+    # ----------------------------------------------------------------- selfcheck.TopKRunner
+
+    def _with_flags(self, function: str, *args: Any, **more: Any) -> tuple[Any, int]:
+        flags, native_flags = self._flags()
+        segments = self.native(more.pop("segments"))
+        result = self.call(function, *args, **more, segments=segments, flags=native_flags)
+        return result, self._raised(flags)
+
+    def topk_select(self, x: Bits, form: Any, order: Any, segments: Any) -> tuple[Any, int]:
+        placed, native = self._place("x", x)
+        result = self._with_flags(
+            "topk_select", native, TopKCodec(form), segments=segments, **dataclasses.asdict(order)
+        )
+        placed.unchanged()
+        return result
+
+    def topk_feedback(
+        self, x: Bits, residual: Bits, form: Any, order: Any, segments: Any
+    ) -> tuple[Any, Bits, int]:
+        placed, native = self._place("x", x)
+        kept, native_kept = self._place("residual", residual)
+        payload, flags = self._with_flags(
+            "topk_feedback_", native, native_kept, TopKCodec(form), segments=segments,
+            **dataclasses.asdict(order),
+        )  # fmt: skip
+        placed.unchanged()
+        return payload, kept.result(), flags
+
+    def topk_reduce(
+        self, payloads: Any, n: int, form: Any, order: Any, *, mean: bool, segments: Any
+    ) -> tuple[Any, int]:
+        placed, native = self._place("payloads", payloads)
+        result = self._with_flags(
+            "topk_reduce", native, TopKCodec(form), n, mean=mean, segments=segments,
+            **dataclasses.asdict(order),
+        )  # fmt: skip
+        placed.unchanged()
+        return result
+
+    def topk_scatter(
+        self, payloads: Any, n: int, form: Any, *, mean: bool, storage: str, segments: Any
+    ) -> tuple[Any, int]:
+        placed, native = self._place("payloads", payloads)
+        result = self._with_flags(
+            "topk_scatter", native, TopKCodec(form), n,
+            mean=mean, dtype=self._dtype(storage), segments=segments,
+        )  # fmt: skip
+        placed.unchanged()
+        return result
+
+    def topk_clear(self, x: Bits, payload: Any, form: Any, segments: Any) -> tuple[Bits, int]:
+        placed, native = self._place("payload", payload)
+        changed, native_x = self._place("x", x)
+        _, flags = self._with_flags(
+            "topk_clear_", native_x, native, TopKCodec(form), segments=segments
+        )
+        placed.unchanged()
+        return changed.result(), flags
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """A codec of any format."""
 
     block_format: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKCodec:
+    """A codec of any top-k format."""
+
+    topk_format: Any

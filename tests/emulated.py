@@ -120,7 +120,11 @@ def target() -> Target:
         table = guarded(rows, at_end=True)
         return table.__array_interface__["data"][0], table
 
-    return Target(stream=0, upload=upload, module=_Module)
+    def scratch(size: int) -> tuple[int, object]:
+        room = _GuardedNumPy.empty(size, np.uint8)
+        return room.__array_interface__["data"][0], room
+
+    return Target(stream=0, upload=upload, scratch=scratch, module=_Module)
 
 
 class Memory(selfcheck.HostMemory):

@@ -11,8 +11,20 @@ from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, reference_raw, road, simulate
+from pydist import (
+    QSGD,
+    BlockFloat,
+    BlockInt,
+    Raw,
+    Sign,
+    Ternary,
+    TopK,
+    reference_raw,
+    road,
+    simulate,
+)
 from pydist import reference_blocks as rb
+from pydist import reference_topk as rt
 from pydist.codecs.base import Worker
 from pydist.codecs.coders import all_reduce_coder
 
@@ -71,6 +83,7 @@ DIFFERENCES = {
     "format": (BlockFloat("e4m3"), BlockFloat("e5m2"), None),
     "dtype": (Raw(), Raw("float32"), None),
     "clip": (Ternary(), Ternary(2), None),
+    "density": (TopK(0.1), TopK(0.2), None),
     "op": (QSGD(4), QSGD(4), "sum"),
 }
 
@@ -189,11 +202,40 @@ def test_plain_values_beyond_the_wires_range(worlds: Worlds, ranks: int) -> None
     worlds(ranks).run(cases.beyond_range)
 
 
+@pytest.mark.parametrize("codec", [c for c in cases.CODECS if isinstance(c, TopK)], ids=str)
+def test_bytes_of_topk_shards(codec: TopK) -> None:
+    """Block after block; units past the end are zeros and not what was in memory."""
+    form, worker = codec.topk_format, Worker(1, 3, 6)
+    x = cases.inputs(1, 7 * form.block + 5, torch.float32, seed=1)[0]
+    coder = all_reduce_coder(x, codec, worker, op="mean", ties="hash", seed=4)
+    assert coder.units == 8
+    units, rows = 3, torch.full((3, coder.message_bytes(3)), 0xFF, dtype=torch.uint8)
+    coder.encode(rows, units, 0, coder.units)
+    payload, _ = rt.select(x.numpy(), form, seed=4, step=6)
+    assert rows.numpy().tobytes() == payload.tobytes().ljust(rows.numel(), b"\0")
+    out = torch.full((coder.reduced_bytes(units),), 0xFF, dtype=torch.uint8)
+    coder.reduce(rows[2:].repeat(3, 1), out, units, 8, 8, coder.flags)
+    assert not out.any(), "a shard without data"
+
+
+def test_malformed_topk_messages_are_refused() -> None:
+    x = torch.randn(200)
+    coder = all_reduce_coder(x, TopK(0.1, block=64), Worker(0, 2, 0), op="sum", ties="hash", seed=0)
+    rows = torch.full((2, coder.message_bytes(4)), 0xFF, dtype=torch.uint8)
+    out = torch.empty(coder.reduced_bytes(4), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="malformed top-k payload: row 0, block 0"):
+        coder.reduce(rows, out, 4, 0, 4, coder.flags)
+    with pytest.raises(ValueError, match="malformed top-k payload: row 0, block 0"):
+        coder.decode(rows[:1], 4, 0, 4)
+
+
 def test_a_small_tensor_travels_small() -> None:
     """Less than a block is not filled up to one."""
     coder = all_reduce_coder(
         torch.ones(5), QSGD(4, block=65536), Worker(0, 1, 0), op="sum", ties="hash", seed=0
     )
+    small = all_reduce_coder(torch.ones(5), TopK(), Worker(0, 1, 0), op="sum", ties="hash", seed=0)
+    assert small.message_bytes(1) == TopK().topk_format.payload_bytes(5) == 12
     assert coder.message_bytes(1) == QSGD(4, block=65536).block_format.payload_bytes(5) == 8
 
 

@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, ops, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, TopK, ops, wire
 
 N = 37
 BETAS = {"beta1": 0.9, "beta2": 0.99}
@@ -36,10 +36,15 @@ def values(n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 FOUR = BlockInt(4, 32)
+TENTH = TopK(0.1, 32)
 
 
 def payloads(ranks: int, n: int = N) -> Tensor:
     return torch.stack([ops.quantize(values(n) * (r + 1), FOUR) for r in range(ranks)])
+
+
+def selected(ranks: int) -> Tensor:
+    return torch.stack([ops.topk_select(values() * (r + 1), TENTH) for r in range(ranks)])
 
 
 # (operator, arguments, keyword arguments)
@@ -140,6 +145,20 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         {**BETAS, "segments": table(5, 32)},
     ),
     "quantize segments": ("quantize", (values(), FOUR), {"segments": table(5, 32)}),
+    "topk_select": ("topk_select", (values(), TENTH), {"seed": 3, "flags": flags()}),
+    "topk_select step": ("topk_select", (values(), TENTH), {"step": torch.tensor([7])}),
+    "topk_select segments": ("topk_select", (values(), TENTH), {"segments": table(5, 32)}),
+    "topk_feedback_": ("topk_feedback_", (values(), values(), TENTH), {}),
+    "topk_feedback_ into": (
+        "topk_feedback_",
+        (values(), values(), TENTH),
+        {"out": selected(1)[0]},
+    ),
+    "topk_scatter": ("topk_scatter", (selected(3), TENTH, N), {"mean": True}),
+    "topk_scatter out": ("topk_scatter", (selected(2), TENTH, N), {"out": values()}),
+    "topk_reduce": ("topk_reduce", (selected(3), TENTH, N), {"mean": True, "flags": flags()}),
+    "topk_reduce out": ("topk_reduce", (selected(3), TENTH, N), {"out": selected(1)[0]}),
+    "topk_clear_": ("topk_clear_", (values(), selected(1)[0], TENTH), {}),
 }
 
 
@@ -164,7 +183,8 @@ def test_opcheck(case: str) -> None:
     codecs = [x for x in positional if hasattr(x, "block_format")]
     if codecs:
         positional.remove(codecs[0])
-        named |= dataclasses.asdict(codecs[0].block_format)
+        form = codecs[0].topk_format if isinstance(codecs[0], TopK) else codecs[0].block_format
+        named |= dataclasses.asdict(form)
     if "out" in named:
         name = f"{name[:-1]}_out_" if name.endswith("_") else f"{name}_out"
     if isinstance(named.get("step"), Tensor):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import QSGD, BlockInt, Ternary, ternary, wire
+from pydist import QSGD, BlockInt, Ternary, TopK, ternary, wire
 
 RUBBISH = 0xA5
 N = 1001
@@ -77,6 +77,19 @@ CALLS: dict[str, Any] = {
     "ternary_unpack": lambda a, **out: a.ternary_unpack(trits(a, 3), a.f(1), N, **out),
     "ternary_unpack_sums": lambda a, **out: a.ternary_unpack_sums(
         a.ternary_sum(trits(a, 3), N), a.f(1), N, ranks=3, mean=True, **out
+    ),
+    "topk_select": lambda a, **out: a.topk_select(values(a), TopK(0.1, 64), step=7, **out),
+    "topk_select gaps": lambda a, **out: a.topk_select(
+        values(a), TopK(0.2, 32), **rows(a, GAPS_OF_BLOCKS), **out
+    ),
+    "topk_feedback_": lambda a, **out: a.topk_feedback_(
+        values(a), values(a, n=N), TopK(0.1, 64), **out
+    ),
+    "topk_scatter": lambda a, **out: a.topk_scatter(
+        a.topk_select(values(a), TopK(0.1, 64))[None], TopK(0.1, 64), N, **out
+    ),
+    "topk_reduce": lambda a, **out: a.topk_reduce(
+        a.topk_select(values(a), TopK(0.1, 64))[None], TopK(0.1, 64), N, **out
     ),
     "lion_pack_": lambda a, **out: a.lion_pack_(values(a), values(a, n=N), **BETAS, **out),
     "lion_pack_ gaps": lambda a, **out: a.lion_pack_(

@@ -17,11 +17,13 @@ from pydist import (
     BlockFloat,
     BlockInt,
     Sign,
+    TopK,
     reference,
     reference_blocks,
     reference_elias,
     reference_raw,
     reference_ternary,
+    reference_topk,
     wire,
 )
 
@@ -217,6 +219,7 @@ def computed() -> dict[str, bytes]:
         "elias-4": elias_example(),
         **computed_blocks(),
         **computed_trits(),
+        **computed_topk(),
     }
 
 
@@ -278,6 +281,26 @@ def computed_trits() -> dict[str, bytes]:
         "ternary-mean": rt.values_of_sums(sums, scalers[1], x.size, ranks=2, mean=True)[
             0
         ].tobytes(),
+    }
+
+
+def computed_topk() -> dict[str, bytes]:
+    """The same for top-k blocks."""
+    form, half = TopK(0.05, 64).topk_format, TopK(0.5, 32).topk_format
+    x = np.zeros(64, dtype=np.float32)
+    x[[5, 40, 41, 63]] = 1, -2, 0.5, 0.1
+    other, ramp, ones = x.copy(), np.arange(6, dtype=np.float32), np.ones(64, dtype=np.float32)
+    other[40] = 4
+    nan = np.where(ramp == 1, np.float32(np.nan), ramp)
+    payloads = np.stack([reference_topk.select(y, form)[0] for y in (x, other)])
+    narrow = TopK(0.05, 64, "bfloat16").topk_format
+    return {
+        "topk": payloads[0].tobytes(),
+        "topk-bfloat16": reference_topk.select(x, narrow)[0].tobytes(),
+        "topk-ties": reference_topk.select(ones, form, seed=1, step=2)[0].tobytes(),
+        "topk-bitmap": reference_topk.select(ramp, half)[0].tobytes(),
+        "topk-nan": reference_topk.select(nan, half)[0].tobytes(),
+        "topk-reduced": reference_topk.reduce(payloads, form, 64, mean=True)[0].tobytes(),
     }
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from wrong import BETAS, Arrays
 
-from pydist import BlockInt, Sign
+from pydist import BlockInt, Sign, TopK
 
 FOUR = BlockInt(4, 32)
+TENTH = TopK(0.1, 64)
 
 # name: (call, exception, words of the message)
 WRONG: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
@@ -248,6 +249,56 @@ WRONG: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "block first": (
         lambda a: a.quantize(a.f(4), BlockInt(4, 64), segments=a.table((0, 4, 0, 32))),
         ValueError, ("segments", "first element 32", "row 0", "64"),
+    ),
+    # top-k
+    "select double": (
+        lambda a: a.topk_select(a.f(4, dtype="float64"), TENTH), TypeError, ("x", "float64"),
+    ),
+    "no top-k": (
+        lambda a: a.topk_select(a.f(4), FOUR), TypeError, ("codec", "BlockInt(bits=4, block=32"),
+    ),
+    "select seed": (
+        lambda a: a.topk_select(a.f(4), TENTH, seed=-1), ValueError, ("seed", "-1"),
+    ),
+    "select step": (
+        lambda a: a.topk_select(a.f(4), TENTH, step=-1), ValueError, ("step", "-1"),
+    ),
+    "select flags": (
+        lambda a: a.topk_select(a.f(4), TENTH, flags=a.u(2, dtype="int32")),
+        ValueError, ("flags", "2"),
+    ),
+    "select out": (
+        lambda a: a.topk_select(a.f(4), TENTH, out=a.u(8)), ValueError, ("out", "[12]", "[8]"),
+    ),
+    "select segments": (
+        lambda a: a.topk_select(a.f(8), TENTH, segments=a.table((0, 4, 0, 0), (32, 4, 1, 0))),
+        ValueError, ("segments", "offset 32", "row 1", "64"),
+    ),
+    "top-k residual short": (
+        lambda a: a.topk_feedback_(a.f(4), a.f(3), TENTH), ValueError, ("residual", "4", "3"),
+    ),
+    "top-k residual half": (
+        lambda a: a.topk_feedback_(a.f(4), a.f(4, dtype="float16"), TENTH),
+        TypeError, ("residual", "bfloat16", "float16"),
+    ),
+    "scatter truncated": (
+        lambda a: a.topk_scatter(a.u(1, 8), TENTH, 4), ValueError, ("12 bytes", "n=4", "8"),
+    ),
+    "scatter n negative": (
+        lambda a: a.topk_scatter(a.u(1, 0), TENTH, -1), ValueError, ("n", "-1"),
+    ),
+    "scatter malformed": (
+        lambda a: a.topk_scatter(a.u(2, 12), TENTH, 4),
+        ValueError, ("malformed", "row 0", "block 0", "0 positions", "expected 1"),
+    ),
+    "reduce of no ranks": (
+        lambda a: a.topk_reduce(a.u(0, 12), TENTH, 4), ValueError, ("payloads", "ranks", "0"),
+    ),
+    "clear of two payloads": (
+        lambda a: a.topk_clear_(a.f(4), a.u(2, 12), TENTH), ValueError, ("payload", "[2, 12]"),
+    ),
+    "clear int": (
+        lambda a: a.topk_clear_(a.u(4), a.u(12), TENTH), TypeError, ("x", "uint8"),
     ),
     "block segments of another length": (
         lambda a: a.quantize(a.f(4), FOUR, segments=a.table((0, 5, 0, 0))),

@@ -1,4 +1,4 @@
-// Values of any type as float32 and back.
+// Values of any type as float32 and back, and residuals; what the kernels of codecs share.
 #pragma once
 
 #include "simd.h"
@@ -36,6 +36,43 @@ PYDIST_INLINE void narrowed(const float* x, int n, bool streams, T* out) {
     from_float(x[i], &one);
     std::memcpy(out + i, &one, sizeof(T));
   }
+}
+
+// p = x + old; both are widened in place of p and of `room`.
+template <typename T, typename R>
+void compensate(const T* x, const R* old, int n, float* p, float* room) {
+  const float* a = widened(x, n, p);
+  const float* b = widened(old, n, room);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(p + i, add(load(a + i), load(b + i)));
+  for (; i < n; ++i) {
+    float one, other;
+    std::memcpy(&one, a + i, sizeof(float));
+    std::memcpy(&other, b + i, sizeof(float));
+    p[i] = one + other;
+  }
+}
+
+// residual = rest, where R holds it.
+template <typename R>
+PYDIST_INLINE void keep_one(float rest, const R* old, R* residual) {
+  R kept;
+  std::memcpy(&kept, old, sizeof(R));
+  const bool fits = (float_bits(rest) & kAbsMask) < FiniteLimit<R>::value;
+  from_float(fits ? rest : to_float(kept), &kept);
+  std::memcpy(residual, &kept, sizeof(R));
+}
+
+// residual = p - sent, where R holds it.
+template <typename R>
+void keep_rest(const float* p, const float* sent, int n, const R* old, R* residual) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec rest = sub(load(p + i), load(sent + i));
+    const Mask fits = abs_below(rest, FiniteLimit<R>::value);
+    store(residual + i, select(fits, rest, load(old + i)));
+  }
+  for (; i < n; ++i) keep_one(p[i] - sent[i], old + i, residual + i);
 }
 
 }  // namespace pydist::cpu::PYDIST_ISA

@@ -118,6 +118,15 @@ Row vote_piece(const Row& row, int64_t from, int64_t n) {
   return part;
 }
 
+// The same room, cut for top-k blocks.
+TopKRoom topk_room(int block) {
+  constexpr int kVector = 64;  // numbers; no vector is longer
+  float* room = block_scratch(5 * block / 2 + kVector);
+  auto* numbers = reinterpret_cast<uint32_t*>(room + 2 * static_cast<size_t>(block));
+  uint32_t* magnitudes = numbers + block + kVector;
+  return {room, room + block, numbers, magnitudes, magnitudes + block};
+}
+
 // Calls piece(part, scratch) for the pieces of all rows; they start on blocks.
 template <typename Piece>
 void for_block_pieces(const Row* rows, int64_t n_rows, int block, int threads, const Piece& piece) {
@@ -396,6 +405,48 @@ void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const Ter
   const auto kernel = kernels().ternary_unpack_sums[static_cast<int>(dtype)];
   for_unit_pieces(rows, n_rows, width_of(dtype), threads,
                   [&](const Row& part) { raise_flags(flags, kernel(part, from)); });
+}
+
+void topk_select(const Row* rows, int64_t n_rows, DType dtype, const TopKEncode& args,
+                 uint32_t* flags, int threads) {
+  const auto kernel = kernels().topk_select[static_cast<int>(dtype)];
+  const int block = args.format.block;
+  for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
+    part.x += from * width_of(dtype);
+    raise_flags(flags, kernel(part, args, topk_room(block)));
+  });
+}
+
+void topk_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
+                   const TopKEncode& args, uint32_t* flags, int threads) {
+  const auto kernel =
+      kernels().topk_feedback[static_cast<int>(dtype)][residual == DType::kFloat32 ? 0 : 1];
+  const int block = args.format.block;
+  for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
+    part.x += from * width_of(dtype);
+    part.momentum += from * width_of(residual);
+    part.momentum_out += from * width_of(residual);
+    raise_flags(flags, kernel(part, args, topk_room(block)));
+  });
+}
+
+void topk_reduce(const Row* rows, int64_t n_rows, const TopKDecode& from, const TopKEncode& to,
+                 uint32_t* flags, int threads) {
+  const auto kernel = kernels().topk_reduce;
+  const int block = from.format.block;
+  for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t, float*) {
+    raise_flags(flags, kernel(part, from, to, topk_room(block)));
+  });
+}
+
+void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode& args,
+                  uint32_t* flags, int threads) {
+  const auto kernel = kernels().topk_scatter[static_cast<int>(dtype)];
+  const int block = args.format.block;
+  for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
+    part.x += from * width_of(dtype);
+    raise_flags(flags, kernel(part, args, topk_room(block)));
+  });
 }
 
 }  // namespace pydist::cpu

@@ -54,5 +54,14 @@ void ternary_unpack(const Row* rows, int64_t n_rows, DType dtype, const TernaryS
                     uint32_t* flags, int threads);
 void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
                          uint32_t* flags, int threads);
+// Top-k blocks; `word` of a row counts blocks.
+void topk_select(const Row* rows, int64_t n_rows, DType dtype, const TopKEncode& args,
+                 uint32_t* flags, int threads);
+void topk_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
+                   const TopKEncode& args, uint32_t* flags, int threads);
+void topk_reduce(const Row* rows, int64_t n_rows, const TopKDecode& from, const TopKEncode& to,
+                 uint32_t* flags, int threads);
+void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode& args,
+                  uint32_t* flags, int threads);
 
 }  // namespace pydist::cpu

@@ -8,9 +8,17 @@
 #include "../wire/lion.h"
 #include "../wire/raw.h"
 #include "../wire/ternary.h"
+#include "../wire/topk.h"
 #include "../wire/votes.h"
 
 namespace pydist::cpu {
+
+// Scratch of a thread for blocks of top-k.
+struct TopKRoom {
+  float *dense, *other;         // a block each
+  uint32_t* positions;          // a block and a vector
+  uint32_t *magnitudes, *work;  // a block each
+};
 
 struct Kernels {
   const char* name;
@@ -55,6 +63,13 @@ struct Kernels {
   uint32_t (*ternary_sum)(const Row& row, const TernarySource& from, unsigned char* out);
   uint32_t (*ternary_unpack[3])(const Row& row, const TernarySource& from);
   uint32_t (*ternary_unpack_sums[3])(const Row& row, const TernarySource& from);
+
+  // Top-k blocks: pieces as above. All return flags.
+  uint32_t (*topk_select[3])(const Row& row, const TopKEncode& args, const TopKRoom& room);
+  uint32_t (*topk_feedback[3][2])(const Row& row, const TopKEncode& args, const TopKRoom& room);
+  uint32_t (*topk_reduce)(const Row& row, const TopKDecode& from, const TopKEncode& to,
+                          const TopKRoom& room);
+  uint32_t (*topk_scatter[3])(const Row& row, const TopKDecode& args, const TopKRoom& room);
 };
 
 extern const Kernels kScalar;

@@ -11,40 +11,6 @@ WidePhilox draws_of(const EncodeArgs& a, const Row& row) {
   return WidePhilox({a.seed, a.key1, a.step, static_cast<uint32_t>(row.ordinal)});
 }
 
-// p = x + old; both are widened in place of p and of `room`.
-template <typename T, typename R>
-void compensate(const T* x, const R* old, int n, float* p, float* room) {
-  const float* a = widened(x, n, p);
-  const float* b = widened(old, n, room);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(p + i, add(load(a + i), load(b + i)));
-  for (; i < n; ++i) {
-    float one, other;
-    std::memcpy(&one, a + i, sizeof(float));
-    std::memcpy(&other, b + i, sizeof(float));
-    p[i] = one + other;
-  }
-}
-
-// residual = p - sent, where R holds it.
-template <typename R>
-void keep_rest(const float* p, const float* sent, int n, const R* old, R* residual) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec rest = sub(load(p + i), load(sent + i));
-    const Mask fits = abs_below(rest, FiniteLimit<R>::value);
-    store(residual + i, select(fits, rest, load(old + i)));
-  }
-  for (; i < n; ++i) {
-    const float rest = p[i] - sent[i];
-    R kept;
-    std::memcpy(&kept, old + i, sizeof(R));
-    const bool fits = (float_bits(rest) & kAbsMask) < FiniteLimit<R>::value;
-    from_float(fits ? rest : to_float(kept), &kept);
-    std::memcpy(residual + i, &kept, sizeof(R));
-  }
-}
-
 }  // namespace
 
 // The largest magnitude of the next block is looked for before this one is coded, so that neither

@@ -21,6 +21,8 @@
 //   top_bits              the largest of a Vec's lanes, likewise
 //   bits_of, mask_from    a Mask as kLanes bits, lane 0 the lowest; and back
 //   abs_below             |x| below the limit, decided on the bit pattern
+//   store_places          base + the numbers of the lanes whose bits are set, ascending; returns
+//                         their number. May write kLanes
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of
 //                         (wide_mul32 reads the low halves; wide_high moves the high ones there)
 //   store_fields          the lowest `bits` bytes of the first kFields lanes, without a gap; the
@@ -64,6 +66,15 @@ PYDIST_INLINE void store_field(unsigned char* p, uint64_t x, int bytes) {
     return;
   }
   for (int b = 0; b < bytes; ++b) p[b] = static_cast<unsigned char>(x >> (8 * b));
+}
+
+// For instruction sets that have nothing better.
+PYDIST_INLINE int store_places_one_by_one(uint32_t* p, uint32_t lanes, uint32_t base) {
+  int count = 0;
+  for (; lanes; lanes &= lanes - 1) {
+    p[count++] = base + static_cast<uint32_t>(__builtin_ctz(lanes));
+  }
+  return count;
 }
 
 }  // namespace pydist::cpu::PYDIST_ISA

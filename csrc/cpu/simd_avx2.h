@@ -92,6 +92,10 @@ PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
 }
 
+PYDIST_INLINE int store_places(uint32_t* p, uint32_t lanes, uint32_t base) {
+  return store_places_one_by_one(p, lanes, base);
+}
+
 constexpr int kWideLanes = 4;
 using Wide = __m256i;
 PYDIST_INLINE Wide wide_load(const void* p) {

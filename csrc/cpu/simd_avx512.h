@@ -75,6 +75,13 @@ PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
 }
 
+PYDIST_INLINE int store_places(uint32_t* p, uint32_t lanes, uint32_t base) {
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(numbers, _mm512_set1_epi32(static_cast<int>(base)));
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<Mask>(lanes), places));
+  return __builtin_popcount(lanes);
+}
+
 constexpr int kWideLanes = 8;
 using Wide = __m512i;
 PYDIST_INLINE Wide wide_load(const void* p) { return _mm512_loadu_si512(p); }

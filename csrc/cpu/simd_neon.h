@@ -83,6 +83,10 @@ PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   std::memcpy(p, &four, 4);
 }
 
+PYDIST_INLINE int store_places(uint32_t* p, uint32_t lanes, uint32_t base) {
+  return store_places_one_by_one(p, lanes, base);
+}
+
 constexpr int kWideLanes = 2;
 using Wide = uint64x2_t;
 PYDIST_INLINE Wide wide_load(const void* p) { return vreinterpretq_u64_u8(load16(p)); }

@@ -53,6 +53,10 @@ PYDIST_INLINE Vec load_halves(const uint16_t* p) {
 }
 PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) { *p = static_cast<uint8_t>(float_bits(x)); }
 
+PYDIST_INLINE int store_places(uint32_t* p, uint32_t lanes, uint32_t base) {
+  return store_places_one_by_one(p, lanes, base);
+}
+
 constexpr int kWideLanes = 1;
 using Wide = uint64_t;
 PYDIST_INLINE Wide wide_load(const void* p) {

@@ -37,6 +37,12 @@ extern const Kernels PYDIST_TABLE = {
     {isa::ternary_unpack<float>, isa::ternary_unpack<Half>, isa::ternary_unpack<BFloat>},
     {isa::ternary_unpack_sums<float>, isa::ternary_unpack_sums<Half>,
      isa::ternary_unpack_sums<BFloat>},
+    {isa::topk_select<float>, isa::topk_select<Half>, isa::topk_select<BFloat>},
+    {{isa::topk_feedback<float, float>, isa::topk_feedback<float, BFloat>},
+     {isa::topk_feedback<Half, float>, isa::topk_feedback<Half, BFloat>},
+     {isa::topk_feedback<BFloat, float>, isa::topk_feedback<BFloat, BFloat>}},
+    isa::topk_reduce,
+    {isa::topk_scatter<float>, isa::topk_scatter<Half>, isa::topk_scatter<BFloat>},
 };
 
 }  // namespace pydist::cpu

@@ -38,5 +38,13 @@ template <typename T>
 uint32_t ternary_unpack(const Row& row, const TernarySource& from);
 template <typename T>
 uint32_t ternary_unpack_sums(const Row& row, const TernarySource& from);
+template <typename T>
+uint32_t topk_select(const Row& row, const TopKEncode& args, const TopKRoom& room);
+template <typename T, typename R>
+uint32_t topk_feedback(const Row& row, const TopKEncode& args, const TopKRoom& room);
+uint32_t topk_reduce(const Row& row, const TopKDecode& from, const TopKEncode& to,
+                     const TopKRoom& room);
+template <typename T>
+uint32_t topk_scatter(const Row& row, const TopKDecode& args, const TopKRoom& room);
 
 }  // namespace pydist::cpu::PYDIST_ISA

@@ -7,14 +7,11 @@
 #pragma once
 
 #include "../wire/blocks.h"
-#include "rows.cuh"
+#include "sources.cuh"
 
 namespace pydist::cuda {
 
-constexpr int kRun = 8;                     // elements of a lane at a time
-constexpr int kWarpRun = kRun * kWarpSize;  // and of a warp
-
-using Run = float[kRun];
+constexpr int kWarpRun = kRun * kWarpSize;  // elements of a warp at a time
 
 // ------------------------------------------------------------ codes and bytes
 

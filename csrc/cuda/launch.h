@@ -67,6 +67,21 @@ void ternary_unpack(const Rows& rows, DType dtype, const TernarySource& from, ui
                     void* stream);
 void ternary_unpack_sums(const Rows& rows, DType dtype, const TernarySource& from, uint32_t* flags,
                          void* stream);
+// Where sums of top-k blocks are made: `slots` blocks of floats in device memory.
+struct TopKSlots {
+  float* room;
+  int64_t count;
+};
+
+// Top-k blocks; `word`, `words_before` and `words` count blocks.
+void topk_select(const Rows& rows, DType dtype, const TopKEncode& args, uint32_t* flags,
+                 void* stream);
+void topk_feedback(const Rows& rows, DType dtype, DType residual, const TopKEncode& args,
+                   uint32_t* flags, void* stream);
+void topk_reduce(const Rows& rows, const TopKDecode& from, const TopKEncode& to, uint32_t* flags,
+                 const TopKSlots& slots, void* stream);
+void topk_scatter(const Rows& rows, DType dtype, const TopKDecode& args, uint32_t* flags,
+                  const TopKSlots& slots, void* stream);
 
 }  // namespace pydist::cuda
 

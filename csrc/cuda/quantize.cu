@@ -5,50 +5,6 @@
 namespace pydist::cuda {
 namespace {
 
-// A block of x.
-template <typename T>
-struct Plain {
-  const T* x;
-  int n;
-  bool vector;
-
-  PYDIST_DEVICE_MEMBER void run(int i, Run& v) const {
-    T raw[kRun];
-    if (vector && i + kRun <= n) {
-      load_run<T, kRun, true>(x, i, n, raw);
-    } else {
-      load_run<T, kRun, false>(x, i, n, raw);
-    }
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) v[j] = widen(raw[j]);
-  }
-
-  PYDIST_DEVICE_MEMBER float one(int i) const { return widen(x[i]); }
-};
-
-template <typename T>
-PYDIST_DEVICE Plain<T> plain(int64_t address, int64_t begin, int n) {
-  // Blocks are multiples of 32 elements: where a row is aligned, all of its blocks are.
-  return {device_pointer<T>(address) + begin, n, aligned<16>(address)};
-}
-
-// A block of x + residual.
-template <typename T, typename R>
-struct Compensated {
-  Plain<T> x;
-  Plain<R> residual;
-
-  PYDIST_DEVICE_MEMBER void run(int i, Run& v) const {
-    Run r;
-    x.run(i, v);
-    residual.run(i, r);
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) v[j] = v[j] + r[j];
-  }
-
-  PYDIST_DEVICE_MEMBER float one(int i) const { return x.one(i) + residual.one(i); }
-};
-
 template <typename T, bool kStochastic>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     quantize_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {

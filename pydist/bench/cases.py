@@ -16,7 +16,7 @@ from pydist import blocks, ops, ternary, wire
 from pydist.bench import rivals
 from pydist.bench.rivals import APPLY, LION, Rival
 from pydist.bench.timing import Buffers
-from pydist.codecs import QSGD, BlockInt, Ternary
+from pydist.codecs import QSGD, BlockInt, Ternary, TopK
 
 RANKS = 8
 BLOCK_CODECS = (
@@ -25,6 +25,7 @@ BLOCK_CODECS = (
     BlockInt(3, block=128),  # codes that cross bytes, and many scales
     QSGD(4, block=512),
 )
+TOPK_CODECS = (TopK(0.001), TopK(0.01))
 ELIAS_CODECS = (QSGD(2, 512, "l2"), QSGD(4, 512, "l2"), QSGD(4, 512), QSGD(8, 512, "l2"))
 BITS = "bits"  # in place of a dtype: the kernel sees payloads alone
 COMPILED = "torch.compile"  # begins the name of a rival that is compiled first, for seconds
@@ -108,6 +109,10 @@ class Maker:
         yield ternary_sum_case(self)
         for name in self.dtypes:
             yield ternary_values_case(self, name)
+        for topk in TOPK_CODECS:
+            for name in self.dtypes:
+                yield topk_select_case(self, name, topk)
+                yield topk_scatter_case(self, name, topk)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -435,4 +440,42 @@ def ternary_values_case(maker: Maker, name: str) -> Case:
         maker.numel * dtype.itemsize + _sums(maker),
         make=make,
         run=run,
+    )  # fmt: skip
+
+
+def _topk_name(codec: TopK) -> str:
+    return f"TopK({codec.density}), blocks of {codec.block}"
+
+
+def topk_select_case(maker: Maker, name: str, codec: TopK) -> Case:
+    """``topk_select`` beside torch, which selects from the whole tensor and codes nothing."""
+    dtype = getattr(torch, name)
+    size = codec.topk_format.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        out = torch.zeros(size, dtype=torch.uint8, device=maker.device)
+        return Buffers(x=maker.normal(dtype), out=out)
+
+    k = max(1, round(maker.numel * codec.density))
+    return Case(
+        "topk_select", _topk_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.topk_select(s.x, codec, out=s.out),
+        rivals=[Rival("torch.topk, not packed", lambda s: rivals.torch_topk(s.x, k))],
+    )  # fmt: skip
+
+
+def topk_scatter_case(maker: Maker, name: str, codec: TopK) -> Case:
+    """``topk_scatter`` of one payload into memory that is there."""
+    dtype = getattr(torch, name)
+    size = codec.topk_format.payload_bytes(maker.numel)
+
+    def make() -> Buffers:
+        out = torch.zeros(maker.numel, dtype=dtype, device=maker.device)
+        return Buffers(payloads=ops.topk_select(maker.normal(dtype), codec)[None], out=out)
+
+    return Case(
+        "topk_scatter", _topk_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
+        make=make,
+        run=lambda s: ops.topk_scatter(s.payloads, codec, maker.numel, out=s.out),
     )  # fmt: skip

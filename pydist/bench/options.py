@@ -19,6 +19,8 @@ KERNELS = (
     "ternary_unpack",
     "ternary_sum",
     "ternary_unpack_sums",
+    "topk_select",
+    "topk_scatter",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

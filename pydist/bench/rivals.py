@@ -111,6 +111,12 @@ def torch_ternary(x: Tensor, scaler: float) -> None:
     (x.sign() * kept).to(torch.int8)
 
 
+def torch_topk(x: Tensor, k: int) -> None:
+    """The largest of a whole tensor and where they are, as compressors take them from torch."""
+    positions = x.abs().topk(k, sorted=False).indices
+    x[positions]
+
+
 def torch_lion_pack(grad: Tensor, momentum: Tensor, out: Tensor) -> None:
     """Vote, packed, and new momentum; lerp rounds otherwise than the kernel."""
     grad = grad.to(momentum.dtype)

@@ -7,5 +7,6 @@ from pydist.codecs.qsgd import QSGD
 from pydist.codecs.raw import Raw
 from pydist.codecs.sign import Sign
 from pydist.codecs.ternary import Ternary
+from pydist.codecs.topk import TopK
 
-__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign", "Ternary"]
+__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign", "Ternary", "TopK"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from pydist.codecs.ternary_coder import (
     ScatterTernaryCoder,
     TensorTernaryCoder,
 )
+from pydist.codecs.topk import TopK
+from pydist.codecs.topk_coder import GatherTopKCoder, ScatterTopKCoder, TensorTopKCoder
 from pydist.codecs.votes import (
     OPS,
     GatherVoteCoder,
@@ -36,11 +38,11 @@ from pydist.codecs.votes import (
     VoteRule,
 )
 
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary | TopK
 
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
-    Ternary: "ternary",
+    Ternary: "ternary", TopK: "topk",
 }  # fmt: skip
 
 
@@ -80,6 +82,11 @@ def _wire_dtype(codec: Raw, x: Tensor) -> str:
     return codec.dtype or str(x.dtype)[6:]
 
 
+def _topk_format(codec: TopK) -> Any:
+    """The format, which coders of top-k take in the place of a format with a scale."""
+    return codec.topk_format
+
+
 def _rule(codec: Codec, op: str, ties: str, seed: int) -> tuple[VoteRule, BlockFormat | None]:
     """The rule of a vote, and the format of the codec; the arguments are checked in any case."""
     check_codec(codec)
@@ -97,6 +104,10 @@ def all_reduce_coder(
         return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
     if isinstance(codec, Ternary):
         return TensorTernaryCoder(tensor, codec.clip, worker, mean=mean, seed=seed)
+    if isinstance(codec, TopK):
+        return TensorTopKCoder(
+            tensor, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
+        )
     if form is None:
         return TensorVoteCoder(tensor, rule, worker, mean=mean)
     coder = TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -113,6 +124,10 @@ def reduce_scatter_coder(
         return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
     if isinstance(codec, Ternary):
         return ScatterTernaryCoder(output, data, codec.clip, worker, mean=mean, seed=seed)
+    if isinstance(codec, TopK):
+        return ScatterTopKCoder(
+            output, data, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
+        )
     if form is None:
         return ScatterVoteCoder(output, data, rule, worker, mean=mean)
     coder = ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
@@ -129,6 +144,9 @@ def all_gather_coder(
         return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
     if isinstance(codec, Ternary):
         return GatherTernaryCoder(output, data, codec.clip, worker, seed=seed)
+    if isinstance(codec, TopK):
+        form = _topk_format(codec)
+        return GatherTopKCoder(output, data, form, number_of(codec), worker, seed=seed)
     if codec.block_format is None:
         return GatherVoteCoder(output, data, worker)
     form = codec.block_format

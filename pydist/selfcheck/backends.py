@@ -20,6 +20,7 @@ from pydist.reference import U8, Storage
 from pydist.selfcheck.bits import Bits, storage_of, store
 from pydist.selfcheck.elias_cases import EliasKernels
 from pydist.selfcheck.ternary_backend import TernaryKernels
+from pydist.selfcheck.topk_backend import TopKKernels
 
 
 class Memory(Protocol):
@@ -230,7 +231,7 @@ class BlockRunner(Protocol):
         """The sum, or the mean, of what payloads hold."""
 
 
-class KernelRunner(EliasKernels, TernaryKernels):
+class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     """Calls :mod:`pydist.kernels`, below both doors, on arrays in some memory."""
 
     def __init__(self, memory: Memory) -> None:

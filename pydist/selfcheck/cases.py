@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare, elias_cases, ternary_cases
+from pydist.selfcheck import block_cases, compare, elias_cases, ternary_cases, topk_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -216,6 +216,10 @@ KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "ternary_pack": ternary_cases.pack_cases,
     "ternary_sum": ternary_cases.sum_cases,
     "ternary_unpack": ternary_cases.unpack_cases,
+    "topk_select": topk_cases.select_cases,
+    "topk_feedback": topk_cases.feedback_cases,
+    "topk_scatter": topk_cases.scatter_cases,
+    "topk_reduce": topk_cases.reduce_cases,
 }
 
 

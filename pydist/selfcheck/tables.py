@@ -1,14 +1,14 @@
-"""Random segment tables of block formats."""
+"""Random segment tables of formats with blocks."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pydist import wire
-from pydist.blocks import BlockFormat
+from pydist.blocks import Blocked
 
 
-def some_block_segments(rng: np.random.Generator, n: int, form: BlockFormat) -> wire.IntArray:
+def some_block_segments(rng: np.random.Generator, n: int, form: Blocked) -> wire.IntArray:
     """A random table that covers ``n`` elements: short and empty rows, gaps, later pieces."""
     cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, 4)))
     lengths = np.diff([0, *cuts.tolist(), n]).tolist()

@@ -33,8 +33,8 @@ KERNELS = (
     "pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote",
     "quantize", "quantize_feedback", "reduce_quantized", "dequantize", "elias_encode",
     "elias_decode",
-    "quantize", "quantize_feedback", "reduce_quantized", "dequantize",
     "ternary_scale", "ternary_pack", "ternary_sum", "ternary_unpack", "ternary_unpack_sums",
+    "topk_select", "topk_feedback", "topk_reduce", "topk_scatter",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
@@ -288,6 +288,32 @@ def scalers(arrays: Stage, rows: np.ndarray, column: int, *, written: bool = Fal
         row[column] = arrays.array(int(row[column]), 4, written=written)
 
 
+class TopKFormat:
+    def __init__(self, *words: int) -> None:
+        self.words = list(words)
+
+
+class TopKEncode:
+    def __init__(self, form: TopKFormat, payload: int, size: int, *rest: int) -> None:
+        self.form, self.payload, self.size, self.rest = form, payload, size, rest
+
+    def words(self, arrays: Stage) -> list[int]:
+        payload = arrays.array(self.payload, self.size, written=True)
+        return [*self.form.words, payload, self.size, *self.rest]
+
+
+class TopKDecode:
+    def __init__(
+        self, form: TopKFormat, payload: int, stride: int, ranks: int, divisor: float, clear: bool
+    ) -> None:
+        self.form, self.payload, self.stride, self.ranks = form, payload, stride, ranks
+        self.rest = [bits_of(divisor), int(clear)]
+
+    def words(self, arrays: Stage) -> list[int]:
+        payload = arrays.array(self.payload, self.stride * self.ranks)
+        return [*self.form.words, payload, self.stride, self.ranks, *self.rest]
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -304,6 +330,7 @@ class RemoteModule(ModuleType):
     EliasArgs = EliasArgs
     TernaryScaleArgs, TernaryPackArgs = TernaryScaleArgs, TernaryPackArgs
     TernarySource = TernarySource
+    TopKFormat, TopKEncode, TopKDecode = TopKFormat, TopKEncode, TopKDecode
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -456,6 +483,38 @@ class RemoteModule(ModuleType):
 
     def _ternary_unpack_sums(self, *args) -> None:
         self._ternary_values("ternary_unpack_sums", *args)
+
+    def _topk_select(self, table, n, dtype, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays)
+            arrays.column(rows, X, WIDTH[dtype])
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "topk_select", rows, threads, dtype, *words, flag)
+
+    def _topk_feedback(self, table, n, dtype, residual, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays)
+            arrays.column(rows, X, WIDTH[dtype])
+            arrays.column(rows, MOMENTUM, WIDTH[residual])
+            arrays.column(rows, MOMENTUM_OUT, WIDTH[residual], written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "topk_feedback", rows, threads, dtype, residual, *words, flag)
+
+    def _topk_reduce(self, table, n, source, to, flags, threads) -> None:
+        with stage(self.guest) as arrays:
+            words = source.words(arrays) + to.words(arrays)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "topk_reduce", rows_at(table, n), threads, *words, flag)
+
+    def _topk_scatter(self, table, n, dtype, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            words = args.words(arrays)
+            arrays.column(rows, X, WIDTH[dtype], written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "topk_scatter", rows, threads, dtype, *words, flag)
 
 
 def install() -> None:

@@ -215,6 +215,27 @@ void call_ternary(const std::string& kernel, const Row* rows, int64_t n, int thr
   }
 }
 
+// Four words of a format, then the rest.
+TopKFormat topk_format(const int64_t* a) {
+  return {static_cast<int>(a[0]), static_cast<int>(a[1]), DType(a[2]), static_cast<uint64_t>(a[3])};
+}
+
+constexpr int kTopKEncodeWords = 9;
+TopKEncode topk_encode(const int64_t* a) {
+  return {topk_format(a),
+          at<unsigned char>(a[4]),
+          a[5],
+          static_cast<uint32_t>(a[6]),
+          static_cast<uint32_t>(a[7]),
+          at<const int64_t>(a[8])};
+}
+
+constexpr int kTopKDecodeWords = 9;
+TopKDecode topk_decode(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {topk_format(a), at<const unsigned char>(a[4]), a[5], a[6], rounded(a[7]), a[8] != 0};
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -246,6 +267,18 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
     cpu::elias_encode(rows, n, elias_args(a), threads);
   } else if (kernel == "elias_decode") {
     cpu::elias_decode(rows, n, elias_args(a), threads);
+  } else if (kernel == "topk_select") {
+    cpu::topk_select(rows, n, DType(a[0]), topk_encode(a + 1),
+                     at<uint32_t>(a[1 + kTopKEncodeWords]), threads);
+  } else if (kernel == "topk_feedback") {
+    cpu::topk_feedback(rows, n, DType(a[0]), DType(a[1]), topk_encode(a + 2),
+                       at<uint32_t>(a[2 + kTopKEncodeWords]), threads);
+  } else if (kernel == "topk_reduce") {
+    cpu::topk_reduce(rows, n, topk_decode(a), topk_encode(a + kTopKDecodeWords),
+                     at<uint32_t>(a[kTopKDecodeWords + kTopKEncodeWords]), threads);
+  } else if (kernel == "topk_scatter") {
+    cpu::topk_scatter(rows, n, DType(a[0]), topk_decode(a + 1),
+                      at<uint32_t>(a[1 + kTopKDecodeWords]), threads);
   } else {
     call_ternary(kernel, rows, n, threads, a);
   }
@@ -258,12 +291,13 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {"pack_signs",     "lion_pack",          "lion_apply",
-                                        "unpack_votes",   "count_votes",        "majority_vote",
-                                        "quantize",       "quantize_feedback",  "reduce_quantized",
-                                        "dequantize",     "elias_encode",       "elias_decode",
-                                        "ternary_scale",  "ternary_pack",       "ternary_sum",
-                                        "ternary_unpack", "ternary_unpack_sums"};
+  static const char* const kernels[] = {"pack_signs",     "lion_pack",           "lion_apply",
+                                        "unpack_votes",   "count_votes",         "majority_vote",
+                                        "quantize",       "quantize_feedback",   "reduce_quantized",
+                                        "dequantize",     "elias_encode",        "elias_decode",
+                                        "ternary_scale",  "ternary_pack",        "ternary_sum",
+                                        "ternary_unpack", "ternary_unpack_sums", "topk_select",
+                                        "topk_feedback",  "topk_reduce",         "topk_scatter"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);
