@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 from pydist import _C, environment, selfcheck, wire
 from pydist.kernels import LionOptions
-from pydist.selfcheck import HostMemory, KernelRunner, backends, block_cases, cases
+from pydist.selfcheck import HostMemory, KernelRunner, backends, block_cases, cases, raw_cases
 
 LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
 STORAGES = ("float32", "float16", "bfloat16")
@@ -101,6 +101,19 @@ def launch_blocks(run: KernelRunner) -> int:
     return calls
 
 
+def launch_raw(run: KernelRunner) -> int:
+    """The kernel of plain values. Raises DifferenceError likewise; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for n in LENGTHS:
+        for source in STORAGES:
+            for storage in STORAGES:
+                values = raw_cases.some_rows(rng, 3, n, source, special=True)
+                raw_cases.check_sum_values(run, values, mean=True, storage=storage)
+                calls += 1
+    return calls
+
+
 def main() -> int:
     """Returns the exit status."""
     run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
@@ -109,7 +122,7 @@ def main() -> int:
         print(f"gpu_pass: {lacks} ({driver()})", file=sys.stderr)
         return 2
     try:
-        calls = launch_votes(run) + launch_blocks(run)
+        calls = launch_votes(run) + launch_blocks(run) + launch_raw(run)
     except selfcheck.DifferenceError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pydist
-from pydist import _C, cli, environment, reference, reference_blocks, selfcheck
+from pydist import _C, cli, environment, reference, reference_blocks, reference_raw, selfcheck
 from pydist.selfcheck import cases
 
 
@@ -135,7 +135,8 @@ def test_check_compares_every_kernel(
     kernel: str, few_cases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reference that is wrong in one bit of one element is noticed, whichever kernel it is."""
-    module = reference if hasattr(reference, kernel) else reference_blocks
+    modules = (reference, reference_blocks, reference_raw, reference_raw)
+    module = next(module for module in modules if hasattr(module, kernel))
     right = getattr(module, kernel)
 
     def wrong(*args: object, **kwargs: object) -> object:

@@ -23,7 +23,7 @@ LAYERS = [
     {"kernels"},
     {"block_kernels"},
     {"array_backends", "operators"},
-    {"block_operators"},
+    {"block_operators", "raw_operators"},
     {"block_arrays", "block_ops"},
     {"ops", "arrays", "environment"},
     {"selfcheck"},

@@ -14,6 +14,7 @@ KERNELS = (
     "lion_apply_",
     "quantize",
     "dequantize",
+    "sum_values",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare
+from pydist.selfcheck import block_cases, compare, raw_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -210,6 +210,7 @@ KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "quantize_feedback": block_cases.feedback_cases,
     "sum_quantized": block_cases.sum_cases,
     "reduce_quantized": block_cases.reduce_cases,
+    "sum_values": raw_cases.sum_values_cases,
 }
 
 

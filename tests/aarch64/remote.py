@@ -31,7 +31,7 @@ PACKAGES = "g++-aarch64-linux-gnu qemu-user"
 PUT, GET, CALL, END = range(4)
 KERNELS = (
     "pack_signs", "lion_pack", "lion_apply", "unpack_votes", "count_votes", "majority_vote",
-    "quantize", "quantize_feedback", "reduce_quantized", "dequantize",
+    "quantize", "quantize_feedback", "reduce_quantized", "dequantize", "sum_values",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
@@ -227,6 +227,16 @@ class DecodeArgs:
         return [*self.form.words, codes, *rest]
 
 
+class SumArgs:
+    def __init__(self, values: int, stride: int, ranks: int, divisor: float) -> None:
+        self.values, self.stride, self.ranks, self.divisor = values, stride, ranks, divisor
+
+    def words(self, arrays: Stage, end: int) -> list[int]:
+        size = self.stride * (self.ranks - 1) + end
+        values = arrays.array(self.values, size)
+        return [values, self.stride, self.ranks, bits_of(self.divisor)]
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -240,6 +250,7 @@ class RemoteModule(ModuleType):
 
     LionPackArgs, LionApplyArgs, VoteArgs, Unpack = LionPackArgs, LionApplyArgs, VoteArgs, Unpack
     BlockFormat, EncodeArgs, DecodeArgs = BlockFormat, EncodeArgs, DecodeArgs
+    SumArgs = SumArgs
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -339,6 +350,15 @@ class RemoteModule(ModuleType):
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             self._call(arrays, "dequantize", rows, threads, dtype, *args.words(arrays))
+
+    def _sum_values(self, table, n, source, to, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            end = int((32 * rows[:, WORD] + rows[:, N]).max()) * WIDTH[source]
+            words = args.words(arrays, end)
+            arrays.column(rows, X, WIDTH[to], written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "sum_values", rows, threads, source, to, *words, flag)
 
 
 def install() -> None:

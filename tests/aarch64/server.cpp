@@ -169,6 +169,11 @@ DecodeArgs decode_args(const int64_t* a) {
           rounded(a[9])};
 }
 
+SumArgs sum_args(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {at<const unsigned char>(a[0]), a[1], a[2], rounded(a[3])};
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -196,6 +201,9 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
                           at<uint32_t>(a[kDecodeWords + kEncodeWords]), threads);
   } else if (kernel == "dequantize") {
     cpu::dequantize(rows, n, DType(a[0]), decode_args(a + 1), threads);
+  } else if (kernel == "sum_values") {
+    cpu::sum_values(rows, n, DType(a[0]), DType(a[1]), sum_args(a + 2), at<uint32_t>(a[6]),
+                    threads);
   } else {
     fail("no kernel '" + kernel + "'");
   }
@@ -208,9 +216,10 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {
-      "pack_signs",    "lion_pack", "lion_apply",        "unpack_votes",     "count_votes",
-      "majority_vote", "quantize",  "quantize_feedback", "reduce_quantized", "dequantize"};
+  static const char* const kernels[] = {"pack_signs",   "lion_pack",         "lion_apply",
+                                        "unpack_votes", "count_votes",       "majority_vote",
+                                        "quantize",     "quantize_feedback", "reduce_quantized",
+                                        "dequantize",   "sum_values"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);
