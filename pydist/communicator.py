@@ -32,10 +32,11 @@ from torch import Tensor
 
 from pydist import groups, wire
 from pydist.errors import MismatchError, PydistError
+from pydist.staging import Staging
 
 T = TypeVar("T")
 
-IN_FLIGHT = 8
+IN_FLIGHT = 4
 """Chunks between the two threads at most; bounds the memory of calls in flight."""
 
 JOIN_SECONDS = 10.0
@@ -133,6 +134,7 @@ class Communicator:
         self.device_side = "nccl" in self.backend
         self.step = 0
         self.traffic = Traffic()
+        self.staging = Staging()
         name = groups.unique_name(parent)
         self.first = self._new_group(f"{name}/phase1", self.backend)
         # One stream orders everything with NCCL, and its messages are on the device. Elsewhere the

@@ -28,6 +28,7 @@ from torch import Tensor
 from pydist import wire
 from pydist.codecs.base import Coder, spans
 from pydist.communicator import Call, Communicator
+from pydist.errors import PydistError
 from pydist.groups import all_gather
 
 CHUNK_BYTES = 512 * 1024
@@ -87,7 +88,8 @@ def chunk_units(coder: Coder) -> int:
 class _Exchange:
     """One chunk on the road: units ``begin`` … ``end`` of the call.
 
-    Buffers are let go as soon as their bytes have moved on; that, and ``IN_FLIGHT``, bounds memory.
+    Buffers go back to the communicator's staging as soon as their bytes have moved on, so a chunk
+    has two of its size at most. That, and ``IN_FLIGHT``, bounds memory.
     """
 
     def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
@@ -103,13 +105,22 @@ class _Exchange:
         road = self.road
         rows = road.comm.world_size if road.route.scatters else 1
         size = self.offset + road.coder.message_bytes(self.shard)
-        sent = torch.empty((rows, size), dtype=torch.uint8, device=road.data_device)
-        road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
-        sent = sent.to(road.device)
+        sent = road.room(rows, size)
+        self._sent = sent
+        if road.data_device == road.device:
+            road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
+        else:
+            coded = torch.empty_like(sent, device=road.data_device)
+            road.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
+            sent.copy_(coded)
         sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
         if self.extra is not None:
             sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
-        self._sent = sent
+
+    def drop(self) -> None:
+        """Gives back what was encoded in vain."""
+        if self._sent is not None:
+            self.road.done(self._sent)
 
     def send(self) -> None:
         """Issues phase 1."""
@@ -120,7 +131,10 @@ class _Exchange:
     def _arrived(self) -> Tensor:
         """Waits for what was issued last and checks its headers."""
         assert self._arriving is not None
-        received, self._arriving = self._arriving.wait(), None
+        arriving, self._arriving = self._arriving, None
+        received = arriving.wait()
+        if arriving.sent is not received:
+            self.road.done(arriving.sent)
         self.road.check(received)
         return received
 
@@ -140,12 +154,13 @@ class _Exchange:
         mine = road.comm.rank if road.route.second else 0
         begin, end = list(spans(rows, self.shard, self.begin, self.end))[mine]
         size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
-        sent = received.new_empty((1, size))
+        sent = road.room(1, size)
         road.coder.reduce(
             received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
             road.flags,
         )  # fmt: skip
         sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
+        road.done(received)
         del received
         second = road.route.second
         self._arriving = road.gather(sent, second=True) if second else _Pending(None, sent, sent)
@@ -153,8 +168,10 @@ class _Exchange:
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.road.stream():
-            shards = self._arrived()[:, wire.HEADER_BYTES :]
+            received = self._arrived()
+            shards = received[:, wire.HEADER_BYTES :]
             self.road.coder.decode(shards, self.shard, self.begin, self.end)
+            self.road.done(received)
 
 
 class _Pending:
@@ -219,7 +236,12 @@ class Road:
             # Where encoding changes nothing but buffers of its own, it hides the agreement's
             # round trip. Otherwise a disagreement must leave everything as it was.
             early = exchanges[:1] if self.coder.repeatable else []
-            self.comm.agree(self.call, lambda: early[0].encode() if early else None)
+            try:
+                self.comm.agree(self.call, lambda: early[0].encode() if early else None)
+            except PydistError:
+                for exchange in early:
+                    exchange.drop()
+                raise
             for i, exchange in enumerate(exchanges):
                 if i >= len(early):
                     exchange.encode()
@@ -241,6 +263,17 @@ class Road:
             self.coder.finish(self.flags)
 
     # ----------------------------------------------------------------- messages
+
+    def room(self, rows: int, size: int) -> Tensor:
+        """Memory for messages, where they are exchanged."""
+        if self.device.type == "cpu":
+            return self.comm.staging.take(rows, size)
+        return torch.empty((rows, size), dtype=torch.uint8, device=self.device)
+
+    def done(self, messages: Tensor) -> None:
+        """Lets others use the memory of messages (on a device torch itself does)."""
+        if self.device.type == "cpu":
+            self.comm.staging.give(messages)
 
     def header(self, flags: Tensor) -> Tensor:
         """A message's 16 bytes with this rank's flags."""
@@ -271,13 +304,11 @@ class Road:
 
     def scatter(self, sent: Tensor) -> _Pending:
         """Phase 1: row i goes to rank i."""
-        received = torch.empty_like(sent)
         self._count("phase 1", sent.numel() - sent.shape[1])
-        work = None
-        if self.comm.world_size > 1:
-            work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
-        else:
-            received = sent
+        if self.comm.world_size == 1:
+            return _Pending(None, sent, sent)
+        received = self.room(*sent.shape)
+        work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
         return _Pending(work, received, sent)
 
     def gather(self, sent: Tensor, *, second: bool = False) -> _Pending:
@@ -286,7 +317,7 @@ class Road:
         self._count("phase 2" if second else "phase 1", (n - 1) * sent.numel())
         if n == 1:
             return _Pending(None, sent, sent)
-        received = sent.new_empty((n, sent.numel()))
+        received = self.room(n, sent.numel())
         group = self.comm.second if second else self.comm.first
         work = all_gather(received, sent, group)
         return _Pending(work, received, sent)

@@ -27,7 +27,7 @@ LAYERS = [
     {"block_arrays", "block_ops"},
     {"ops", "arrays", "environment"},
     {"selfcheck"},
-    {"groups"},
+    {"groups", "staging"},
     {"codecs", "communicator"},
     {"road"},
     {"collectives"},
