@@ -2,8 +2,9 @@
 
     python bench/memory.py --ranks 4 --numel 262144 16777216 --in-flight 1 16
 
-The kernel's record of the process's peak is reset before the calls and read after them, so what
-gloo needs counts, too, and only pages that were touched. Large buffers are mapped afresh
+What the road holds at most is counted by the road. What the process grows by (the median of five
+runs) is the kernel's record of its peak, reset before the calls, so what gloo needs counts, too,
+and only pages that were touched. Large buffers are mapped afresh
 (``MALLOC_MMAP_THRESHOLD_``), so that none kept from earlier calls is left out; those that the road
 keeps for the next call are let go before. The payload of an all-gather is that of its whole output;
 the bound is two payloads and a shard of one call, however many there are.
@@ -44,20 +45,20 @@ def payload_bytes(codec: Any, numel: int) -> int:
     return 4 * numel if codec.block_format is None else codec.block_format.payload_bytes(numel)
 
 
-def peak(run: Callable[[], list[Any]]) -> int:
-    """The most that a run needs beyond what was there before."""
-    staging = getattr(communicator(), "staging", None)
-    extra = 0
+def peak(run: Callable[[], list[Any]]) -> tuple[int, int]:
+    """The most that the road held in a run, and what the process grew by at most."""
+    staging = communicator().staging
+    held, extra = 0, []
     for _ in range(REPEATS):
-        if staging is not None:
-            staging.clear()
+        staging.clear()
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
         before = resident("VmRSS")
         for work in run():
             work.wait()
-        extra = max(extra, resident("VmHWM") - before)
-    return extra
+        extra.append(resident("VmHWM") - before)
+        held = max(held, staging.peak)
+    return held, sorted(extra)[REPEATS // 2]
 
 
 def calls_of(numel: int, ranks: int, many: int, codec: Any) -> dict[str, Callable[[], list[Any]]]:
@@ -87,12 +88,13 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, store: str) -> N
                 payload = payload_bytes(codec, numel)
                 bound = 2 * payload + payload // ranks
                 for call, run in calls_of(numel, ranks, many, codec).items():
-                    extra = peak(run)
+                    held, extra = peak(run)
                     if rank == 0:
                         print(
-                            f"{many:3} x {call:15} {name:6} payload {payload / 1e6:7.2f} MB   peak "
-                            f"extra {extra / 1e6:7.2f} MB = {extra / payload:5.2f} payloads, "
-                            f"{extra / bound:4.2f} of the bound"
+                            f"{many:3} x {call:15} {name:6} payload {payload / 1e6:7.2f} MB   held "
+                            f"{held / 1e6:6.2f} MB = {held / payload:5.2f} payloads, "
+                            f"{held / bound:4.2f} of the bound; process {extra / 1e6:6.2f} MB",
+                            flush=True,
                         )
     dist.destroy_process_group()
 

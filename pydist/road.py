@@ -250,10 +250,7 @@ class Road:
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until all is decoded (on CUDA: makes the current stream wait)."""
-        try:
-            self.future.result(timeout)
-        except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
-            raise TimeoutError(f"{self.call.name} takes longer than {timeout} s") from error
+        await_future(self.future, self.call.name, timeout)
         if self.stream.done is not None:
             torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
 
@@ -324,6 +321,19 @@ class Road:
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
+
+
+def await_future(future: Future[None], name: str, timeout: float | None) -> None:
+    """Waits for a call; raises what it raised, or TimeoutError, naming it."""
+    try:
+        future.result(timeout)
+    except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
+        raise TimeoutError(f"{name} takes longer than {timeout} s") from error
+
+
+def wait_for(road: Road | None) -> contextlib.AbstractContextManager[None]:
+    """On CUDA: runs a block on the stream of a road, after its kernels."""
+    return contextlib.nullcontext() if road is None else road.stream()
 
 
 class _SideStream:

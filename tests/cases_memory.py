@@ -86,7 +86,7 @@ def many_calls(rank: int, ranks: int) -> None:
     n, calls = 4096, 40  # one chunk each
     xs = [torch.ones(n) for _ in range(calls)]
     coder = all_reduce_coder(xs[0], QSGD(8), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
-    chunk, shard = _sent(coder, ranks, True)
+    chunk, _ = _sent(coder, ranks, True)
     decode, held = TensorBlockCoder.decode, []
 
     def late(self: TensorBlockCoder, *args: Any) -> None:
@@ -109,8 +109,9 @@ def many_calls(rank: int, ranks: int) -> None:
     finally:
         TensorBlockCoder.decode = decode  # type: ignore[method-assign]
     assert all(bool((x == ranks).all()) for x in xs)
-    # One waits to get between the threads, one is being made; one is reduced, one is decoded.
-    bound = (2 * IN_FLIGHT + 2 + 1 + 2) * chunk + shard
+    # One waits to get between the threads, the next is made; one is reduced, one is decoded (where
+    # a small message may have got a large buffer).
+    bound = (2 * IN_FLIGHT + 2 + 2 + 2) * chunk
     assert 2 * IN_FLIGHT * chunk <= comm.staging.peak <= bound, (comm.staging.peak, chunk)
     assert comm.staging.in_use == 0
     peak = comm.staging.peak

@@ -30,6 +30,7 @@ LAYERS = [
     {"groups", "staging"},
     {"codecs", "communicator"},
     {"road"},
+    {"hierarchy"},
     {"collectives"},
     {"simulate"},
     {"ddp", "fsdp", "optim"},

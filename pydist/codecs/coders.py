@@ -49,6 +49,11 @@ def number_of(codec: Codec) -> int:
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
 
 
+def unit_of(codec: Codec) -> int:
+    """Elements that stay together: a block, or a payload word of signs."""
+    return wire.WORD_BITS if codec.block_format is None else codec.block_format.block
+
+
 def _wire_dtype(codec: Raw, x: Tensor) -> str:
     """Name of the dtype in which values of ``x`` travel."""
     return codec.dtype or str(x.dtype)[6:]
