@@ -3,7 +3,7 @@
     sudo python bench/hierarchy.py --hosts 2 --local 2 --rate 1gbit
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
-Every method runs once a round, the slowest rank counts, and ratios are those of each round to gloo's
+Every method runs once a round, the slowest rank counts, and ratios are those of a round to gloo's
 all-reduce; bytes are those that a host's interface sent.
 """
 
