@@ -412,9 +412,10 @@ def communicator(
             "first (torchrun sets its environment)"
         )
     parent = group if group is not None else dist.group.WORLD
-    if not isinstance(parent, dist.ProcessGroup | None):
+    outside = parent is None or parent is dist.GroupMember.NON_GROUP_MEMBER
+    if not outside and not isinstance(parent, dist.ProcessGroup):
         raise TypeError(f"group must be one process group, got {type(group).__name__}")
-    if parent is None or dist.get_rank(parent) < 0:
+    if outside or dist.get_rank(parent) < 0:
         raise ValueError(f"group: rank {dist.get_rank()} is not in this process group")
     found = _communicators.get(parent)
     if found is None:

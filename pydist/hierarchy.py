@@ -229,12 +229,12 @@ def grid(group: Levels) -> Grid:
         pair: tuple[Any, ...] = (group.get_group(0), group.get_group(1))
     else:
         pair = tuple(group)
+    if dist.GroupMember.NON_GROUP_MEMBER in pair:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in both groups")
     if len(pair) != 2 or not all(isinstance(x, dist.ProcessGroup) for x in pair):
         kinds = ", ".join(type(x).__name__ for x in pair)
         raise TypeError(f"group must be two groups (across nodes, inside a node), got ({kinds})")
     across, inside = pair
-    if dist.get_rank(across) < 0 or dist.get_rank(inside) < 0:
-        raise ValueError(f"group: rank {dist.get_rank()} is not in both groups")
     of_node = _grids.setdefault(inside, weakref.WeakKeyDictionary())
     if across not in of_node:
         of_node[across] = Grid(across, inside)

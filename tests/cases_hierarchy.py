@@ -255,6 +255,8 @@ def wrong(rank: int, ranks: int) -> None:
         (lambda: pydist.all_reduce(x, QSGD(4), group=line), ValueError, "2 dimensions .* got 1"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=(*pair, pair[0])), TypeError, "two groups"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=(pair[0], 3)), TypeError, "ProcessGroup, int"),
+        (lambda: pydist.all_reduce(x, QSGD(4), group=(pair[0], dist.GroupMember.NON_GROUP_MEMBER)),
+         ValueError, f"rank {rank} is not in both groups"),
         (lambda: pydist.all_reduce(x, QSGD(4), inner=Raw()), ValueError, "inner=Raw.* two levels"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=pair, inner=3), TypeError, "codec .* got int"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=pair, op="vote"), ValueError, "op='vote'"),
