@@ -411,8 +411,8 @@ def communicator(
             f"group={group}: no process group; call torch.distributed.init_process_group() "
             "first (torchrun sets its environment)"
         )
-    parent = group if group is not None else dist.group.WORLD
-    outside = parent is None or parent is dist.GroupMember.NON_GROUP_MEMBER
+    parent: Any = group if group is not None else dist.group.WORLD
+    outside = parent in (None, dist.GroupMember.NON_GROUP_MEMBER)
     if not outside and not isinstance(parent, dist.ProcessGroup):
         raise TypeError(f"group must be one process group, got {type(group).__name__}")
     if outside or dist.get_rank(parent) < 0:
