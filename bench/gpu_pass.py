@@ -24,6 +24,7 @@ from pydist.selfcheck import (
     block_cases,
     cases,
     elias_cases,
+    raw_cases,
     ternary_cases,
 )
 
@@ -142,6 +143,19 @@ def launch_ternary(run: KernelRunner) -> int:
     return calls
 
 
+def launch_raw(run: KernelRunner) -> int:
+    """The kernel of plain values. Raises DifferenceError likewise; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for n in LENGTHS:
+        for source in STORAGES:
+            for storage in STORAGES:
+                values = raw_cases.some_rows(rng, 3, n, source, special=True)
+                raw_cases.check_sum_values(run, values, mean=True, storage=storage)
+                calls += 1
+    return calls
+
+
 def main() -> int:
     """Returns the exit status."""
     run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
@@ -151,7 +165,7 @@ def main() -> int:
         return 2
     try:
         calls = launch_votes(run) + launch_blocks(run)
-        calls += launch_elias(run) + launch_ternary(run)
+        calls += launch_elias(run) + launch_ternary(run) + launch_raw(run)
     except selfcheck.DifferenceError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return 1

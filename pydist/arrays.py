@@ -62,6 +62,7 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "sum_values",
     "ternary_pack",
     "ternary_scale",
     "ternary_sum",
@@ -368,3 +369,41 @@ def lion_apply_(
         segments=kernels.as_table(segments),
     )  # fmt: skip
     write_back()
+
+
+def sum_values(
+    values: Array,
+    *,
+    mean: bool = False,
+    dtype: Any = None,
+    flags: Array | None = None,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """The sum of all ranks' values in rank order; see :func:`pydist.ops.sum_values`.
+
+    Args:
+        values: float32, float16 or bfloat16 [ranks, n].
+        mean: Divide the sum by the number of ranks.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        flags: int32[1]; 1 is OR-ed in where the result holds a NaN or an infinity.
+        out: n elements of any shape; receives the values, and is returned.
+        threads: CPU threads; default all cores.
+
+    Returns:
+        [n] values of the same kind of array.
+
+    Raises:
+        TypeError: An array is of another kind or dtype.
+        ValueError: ``values`` is no matrix, or ``out`` or ``flags`` does not fit it.
+    """
+    backend = backend_of(("values", values), ("flags", flags), ("out", out))
+    values = contiguous(backend, values)
+    view = backend.view("values", values)
+    _, n = checks.check_rows(view)
+    out = values_of(backend, n, dtype, out)
+    kernels.sum_values(
+        backend.target(threads), view, result_view(backend, out),
+        mean=mean, flags=flags_view(backend, flags),
+    )  # fmt: skip
+    return out

@@ -176,6 +176,17 @@ def check_payloads(payloads: View) -> tuple[int, int]:
     return ranks, size
 
 
+def check_rows(values: View) -> tuple[int, int]:
+    """Ranks and elements of a matrix of values; raises where it is none."""
+    check_dtype(values, tuple(FLOATS))
+    if len(values.shape) != 2:
+        raise ValueError(f"{values.name} must be [ranks, n], got shape {list(values.shape)}")
+    ranks, n = values.shape
+    if not 1 <= ranks <= wire.MAX_RANKS:
+        raise ValueError(f"{values.name} must hold 1 … {wire.MAX_RANKS} ranks, got {ranks}")
+    return ranks, n
+
+
 def check_planes(planes: View, ranks: int | None) -> tuple[int, int]:
     """Planes and bytes of a plane matrix; raises where it does not fit ``ranks``."""
     check_dtype(planes, ("uint8",))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pydist import checks, wire
 from pydist.codecs.base import Coder, Worker
@@ -16,18 +17,21 @@ from pydist.codecs.coders import (
     Codec,
     all_gather_coder,
     all_reduce_coder,
+    check_codec,
     reduce_scatter_coder,
 )
+from pydist.codecs.raw import Raw
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
+from pydist.hierarchy import Grid, HierarchicalCall, Levels, Plan, grid
 from pydist.operators import dense_of, written
-from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route
+from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route, choose_algorithm
 
 
 class Work:
     """A collective under way, as ``torch.distributed`` hands it out with ``async_op=True``."""
 
-    def __init__(self, road: Road, tensor: Tensor, dense: Tensor) -> None:
+    def __init__(self, road: Road | HierarchicalCall, tensor: Tensor, dense: Tensor) -> None:
         self._road, self._tensor = road, tensor
         self._dense: Tensor | None = dense
 
@@ -138,12 +142,35 @@ def _start(
     return work if async_op else work.wait()
 
 
+def _start_hierarchical(
+    name: str,
+    where: Grid,
+    step: int | Tensor | None,
+    fields: dict[str, Any],
+    prepare: Callable[[], tuple[Plan, Tensor]],
+    async_op: bool,
+) -> Tensor | Work:
+    """Submits an all-reduce on two levels; ``prepare`` returns the plan and the user's tensor."""
+    number, where.step = where.step, where.step + 1
+    try:
+        number = number if step is None else _step_of(step)
+        plan, result = prepare()
+        call = HierarchicalCall(where, name, fields, number, plan)
+    except Exception as error:
+        where.start(HierarchicalCall(where, name, {}, number, None, str(error)))
+        raise
+    where.start(call)
+    work = Work(call, result, plan.tensor)
+    return work if async_op else work.wait()
+
+
 def all_reduce(
     tensor: Tensor,
     codec: Codec,
     *,
     op: str = "mean",
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Levels | None = None,
+    inner: Codec | None = None,
     algorithm: str = "auto",
     seed: int = 0,
     step: int | Tensor | None = None,
@@ -162,15 +189,25 @@ def all_reduce(
     The result does not depend on the algorithm. A NaN or an infinity on any rank, or a sum beyond
     float32, makes the whole result NaN on every rank.
 
+    **On two levels**, for nodes with fast links inside and slow ones between them, ``group`` is a
+    2-D ``DeviceMesh`` with the dimensions (across nodes, inside a node), as FSDP's hybrid sharding
+    has it, or a tuple of this rank's two groups in that order. The ranks of a node sum their
+    tensors with ``inner``, each a share of it, in float32; the shares are reduced across nodes with
+    ``codec``; the node's ranks put them together, to the bit. The result is what the nodes' sums
+    give as ranks of a flat call: a mean divides once, by the number of all ranks; in a vote each
+    node has one voice, the sign of its sum, and sums and means of ``Sign(scale=None)`` are those of
+    the nodes' voices. Each rank sends 1 / (ranks of a node) of the compressed bytes between nodes.
+
     Args:
         tensor: float32, float16 or bfloat16, any shape and length, CPU or CUDA; overwritten.
         codec: Such as ``pydist.QSGD(bits=4)`` or ``pydist.Sign(scale=None)``.
         op: ``"mean"`` or ``"sum"`` of what the ranks encoded; ``"vote"``, with
             ``Sign(scale=None)``: ±1, the sign most ranks have.
-        group: Process group; default the world. The first call on a group makes groups of
-            pydist's own, so all its ranks must make it.
+        group: Process group, or two levels of them; default the world. The first call on a group
+            makes groups of pydist's own, so all its ranks must make it.
+        inner: The codec inside a node, with two levels; default ``Raw()``: the tensor's own dtype.
         algorithm: ``"two_phase"``; ``"all_gather"``: everyone gets all bytes and does step 3
-            itself; or the cheaper one: ``"auto"``.
+            itself; or the cheaper one: ``"auto"``. On two levels: that across nodes.
         seed: Seed of stochastic rounding and the tie hash, 0 … 2**32 - 1.
         step: Step of the random draws, the tie hash and the zero rule, an int or a tensor of one;
             ``None`` takes the number of the group's calls so far.
@@ -183,16 +220,32 @@ def all_reduce(
 
     Raises:
         TypeError: Tensor or codec is of another type; the other ranks raise PydistError.
-        ValueError: Another argument is out of range, ``op`` does not go with the codec, or there
-            is no process group.
+        ValueError: Another argument is out of range, ``op`` does not go with the codec, there is no
+            process group, or the two levels do not form a grid (on every rank).
         MismatchError: Ranks disagree (length, dtype, options, step); raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
     fields: dict[str, Any] = {
         "codec": repr(codec), "op": op, "ties": ties, "seed": seed, "algorithm": algorithm,
     }  # fmt: skip
+    options: dict[str, Any] = {"op": op, "ties": ties, "seed": seed}
+
+    def plan() -> tuple[Plan, Tensor]:
+        check_tensor("tensor", tensor)
+        dense = dense_of("tensor", tensor.detach())
+        check_codec(inside)
+        coder = all_reduce_coder(dense.view(-1)[:0], codec, Worker(0, 1, 0), **options)
+        choose_algorithm(algorithm, coder, 1)
+        fields.update(inner=repr(inside), numel=tensor.numel(), dtype=str(tensor.dtype))
+        return Plan(dense, codec, inside, options, algorithm, torch.get_num_threads()), tensor
+
+    if isinstance(group, DeviceMesh | tuple):
+        inside = Raw() if inner is None else inner
+        return _start_hierarchical("all_reduce", grid(group), step, fields, plan, async_op)
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
+        if inner is not None:
+            raise ValueError(f"inner={inner} needs a group of two levels: a 2-D mesh or a tuple")
         check_tensor("tensor", tensor)
         dense = dense_of("tensor", tensor.detach())
         coder = all_reduce_coder(dense, codec, worker, op=op, ties=ties, seed=seed)
@@ -311,11 +364,15 @@ def refuse(comm: Communicator, call: Call) -> None:
         comm.refuse(call).result()
 
 
-def state_dict(group: dist.ProcessGroup | None = None) -> dict[str, int]:
+def _counted(group: dist.ProcessGroup | Levels | None) -> Communicator | Grid:
+    return grid(group) if isinstance(group, DeviceMesh | tuple) else communicator(group)
+
+
+def state_dict(group: dist.ProcessGroup | Levels | None = None) -> dict[str, int]:
     """The group's counter of calls, for a checkpoint."""
-    return {"step": communicator(group).step}
+    return {"step": _counted(group).step}
 
 
-def load_state_dict(state: dict[str, int], group: dist.ProcessGroup | None = None) -> None:
+def load_state_dict(state: dict[str, int], group: dist.ProcessGroup | Levels | None = None) -> None:
     """Restores the counter that :func:`state_dict` saved; call it on every rank."""
-    communicator(group).step = int(state["step"])
+    _counted(group).step = int(state["step"])

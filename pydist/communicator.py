@@ -32,10 +32,11 @@ from torch import Tensor
 
 from pydist import groups, wire
 from pydist.errors import MismatchError, PydistError
+from pydist.staging import Staging
 
 T = TypeVar("T")
 
-IN_FLIGHT = 8
+IN_FLIGHT = 4
 """Chunks between the two threads at most; bounds the memory of calls in flight."""
 
 JOIN_SECONDS = 10.0
@@ -122,9 +123,10 @@ class Communicator:
 
     Args:
         parent: The user's process group; no reference to it is kept.
+        phases: 1 where calls have no second phase.
     """
 
-    def __init__(self, parent: dist.ProcessGroup) -> None:
+    def __init__(self, parent: dist.ProcessGroup, phases: int = 2) -> None:
         self.ranks = dist.get_process_group_ranks(parent)
         self.rank = dist.get_rank(parent)
         self.world_size = len(self.ranks)
@@ -133,15 +135,16 @@ class Communicator:
         self.device_side = "nccl" in self.backend
         self.step = 0
         self.traffic = Traffic()
+        self.staging = Staging()
         name = groups.unique_name(parent)
         self.first = self._new_group(f"{name}/phase1", self.backend)
         # One stream orders everything with NCCL, and its messages are on the device. Elsewhere the
         # phases must not wait for each other.
+        self.second = self.control = self.first
         if self.device_side:
-            self.second, self.control = self.first, self._new_group(f"{name}/control", "gloo")
-        else:
+            self.control = self._new_group(f"{name}/control", "gloo")
+        elif phases > 1:
             self.second = self._new_group(f"{name}/phase2", self.backend)
-            self.control = self.first
         self._broken: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -255,9 +258,13 @@ class Communicator:
         job.future.result()
         return job.result
 
-    def refuse(self, call: Call) -> Future[None]:
+    def refuse(
+        self, call: Call, then: Callable[[Future[None]], None] | None = None
+    ) -> Future[None]:
         """Takes part in a call's agreement with its problem, in order; every rank then raises."""
         job = _Task(lambda: self.agree(call))
+        if then is not None:
+            job.future.add_done_callback(then)
         self.submit(job)
         return job.future
 
@@ -377,6 +384,15 @@ def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
 # --------------------------------------------------------------------------- the cache
 
 _communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+_all: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def own_communicator(parent: dist.ProcessGroup, phases: int = 2) -> Communicator:
+    """A new communicator of a process group, which ends with the group; collective."""
+    made = Communicator(parent, phases)
+    _all.add(made)
+    weakref.finalize(parent, made.shutdown)
+    return made
 
 
 def communicator(
@@ -395,19 +411,19 @@ def communicator(
             f"group={group}: no process group; call torch.distributed.init_process_group() "
             "first (torchrun sets its environment)"
         )
-    parent = group if group is not None else dist.group.WORLD
-    if parent is None or dist.get_rank(parent) < 0:
+    parent: Any = group if group is not None else dist.group.WORLD
+    outside = parent in (None, dist.GroupMember.NON_GROUP_MEMBER)
+    if not outside and not isinstance(parent, dist.ProcessGroup):
+        raise TypeError(f"group must be one process group, got {type(group).__name__}")
+    if outside or dist.get_rank(parent) < 0:
         raise ValueError(f"group: rank {dist.get_rank()} is not in this process group")
     found = _communicators.get(parent)
     if found is None:
-        found = Communicator(parent)
-        _communicators[parent] = found
-        # When the group is destroyed, so is what belongs to it.
-        weakref.finalize(parent, found.shutdown)
+        found = _communicators[parent] = own_communicator(parent)
     return found
 
 
 @atexit.register
 def _shutdown_all() -> None:
-    for found in list(_communicators.values()):
+    for found in list(_all):
         found.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import timedelta
 
 import torch
@@ -46,6 +47,30 @@ def new_group(
     )
     c10d._world.pg_group_ranks[group] = {member: i for i, member in enumerate(ranks)}
     return group
+
+
+_published: Counter[str] = Counter()
+
+
+def publish(groups: list[dist.ProcessGroup], text: str) -> list[list[str]]:
+    """What all ranks of some groups publish, group by group in rank order.
+
+    It goes through the store, and a rank's own text is in all places before it waits for the
+    others': so ranks may name their groups in any order.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    places = []
+    for group in groups:
+        name = f"pydist/{group.group_name}/published"
+        places.append(f"{name}/{_published[name]}")
+        _published[name] += 1
+        store.set(f"{places[-1]}/{dist.get_rank(group)}", text or " ")
+    texts = []
+    for group, place in zip(groups, places, strict=True):
+        keys = [f"{place}/{rank}" for rank in range(group.size())]
+        store.wait(keys, timeout_of(group))
+        texts.append([store.get(key).decode().strip() for key in keys])
+    return texts
 
 
 def destroy(group: dist.ProcessGroup) -> None:

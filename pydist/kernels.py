@@ -31,7 +31,9 @@ from pydist.checks import (
     check_range,
     check_rank,
     check_rates,
+    check_rows,
     check_seed,
+    check_size,
     check_state,
     check_step,
     check_step_at,
@@ -304,6 +306,22 @@ def lion_apply(
     wire.dense_addresses(rows, wire.X, param.address, ITEMSIZE[param.dtype])
     args = lion_apply_args(lr, weight_decay, count, size, ranks)
     launch(target, "lion_apply", rows, FLOATS[param.dtype], planes.address, args, address_of(skip))
+
+
+def sum_values(target: Target, values: View, out: View, *, mean: bool, flags: View | None) -> None:
+    """Writes the sum, or the mean, of the rows of ``values`` into ``out``."""
+    check_dtype(out, tuple(FLOATS))
+    ranks, n = check_rows(values)
+    check_size(out, n, f"as a row of {values.name}")
+    check_flags(flags, values, out)
+    check_device(values, out, flags)
+    check_disjoint(out, values)
+    width = ITEMSIZE[values.dtype]
+    args = _C.SumArgs(values.address, n * width, ranks, ranks if mean else 1)
+    launch(
+        target, "sum_values", wire.one_row(out.address, n), FLOATS[values.dtype],
+        FLOATS[out.dtype], args, address_of(flags),
+    )  # fmt: skip
 
 
 def as_table(segments: object) -> IntArray | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
+from pydist import raw_operators as _raw_operators  # noqa: F401  (registers its own)
 from pydist.block_ops import (
     dequantize,
     quantize,
@@ -53,6 +54,7 @@ __all__ = [
     "quantize_feedback_",
     "reduce_quantized",
     "sum_quantized",
+    "sum_values",
     "ternary_pack",
     "ternary_scale",
     "ternary_sum",
@@ -311,3 +313,35 @@ def lion_apply_(
     torch.ops.pydist.lion_apply_(
         param, planes, lr=lr, weight_decay=weight_decay, ranks=ranks, skip=skip, segments=segments
     )
+
+
+def sum_values(
+    values: Tensor,
+    *,
+    mean: bool = False,
+    dtype: torch.dtype | None = None,
+    flags: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The sum of all ranks' values, in float32 and in rank order, rounded once.
+
+    Args:
+        values: float32, float16 or bfloat16 [ranks, n].
+        mean: Divide the sum by the number of ranks.
+        dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
+        flags: int32[1]; 1 is OR-ed in where the result holds a NaN or an infinity.
+        out: n elements of any shape; receives the values, and is returned.
+
+    Returns:
+        [n] values.
+
+    Raises:
+        TypeError: A dtype is not supported, or ``out`` has another.
+        ValueError: ``values`` is no matrix, or ``out`` or ``flags`` does not fit it.
+    """
+    if out is None:
+        return torch.ops.pydist.sum_values(values, mean=mean, flags=flags, dtype=dtype)
+    if dtype not in (None, out.dtype):
+        raise TypeError(f"out must be {dtype}, got {out.dtype}")
+    torch.ops.pydist.sum_values_out(values, mean=mean, flags=flags, out=out)
+    return out

@@ -29,6 +29,7 @@ from torch import Tensor
 from pydist import wire
 from pydist.codecs.base import Coder, Span, spans, stage_of
 from pydist.communicator import Call, Communicator
+from pydist.errors import PydistError
 from pydist.groups import all_gather
 from pydist.parcels import Parcels
 
@@ -89,7 +90,8 @@ def chunk_units(coder: Coder) -> int:
 class _Exchange:
     """One chunk on the road: units ``begin`` … ``end`` of the call.
 
-    Buffers are let go as soon as their bytes have moved on; that, and ``IN_FLIGHT``, bounds memory.
+    Buffers go back to the communicator's staging as soon as their bytes have moved on, so a chunk
+    has two of its size at most. That, and ``IN_FLIGHT``, bounds memory.
     """
 
     def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
@@ -105,13 +107,22 @@ class _Exchange:
         road = self.road
         rows = road.comm.world_size if road.route.scatters else 1
         size = self.offset + road.coder.message_bytes(self.shard)
-        sent = torch.empty((rows, size), dtype=torch.uint8, device=road.data_device)
-        road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
-        sent = sent.to(road.device)
+        sent = road.room(rows, size)
+        self._sent = sent
+        if road.data_device == road.device:
+            road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
+        else:
+            coded = torch.empty_like(sent, device=road.data_device)
+            road.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
+            sent.copy_(coded)
         sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
         if self.extra is not None:
             sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
-        self._sent = sent
+
+    def drop(self) -> None:
+        """Gives back what was encoded in vain."""
+        if self._sent is not None:
+            self.road.done(self._sent)
 
     def announce(self) -> None:
         """Where messages have lengths of their own, starts to send those of phase 1."""
@@ -124,6 +135,7 @@ class _Exchange:
         mine = sent[self.road.comm.rank] if self.road.route.second else everything
         parcels = self.road.parcels("phase 1", self.offset, self.shard)
         parcels.announce(self._sent, sent, [mine] * n)
+        self.road.done(self._sent)  # shortened into memory of its own
         self._arriving, self._sent = parcels, None
 
     def _shards(self) -> list[Span]:
@@ -142,7 +154,10 @@ class _Exchange:
     def _arrived(self) -> Tensor:
         """Waits for what was issued last and checks its headers."""
         assert self._arriving is not None
-        received, self._arriving = self._arriving.wait(), None
+        arriving, self._arriving = self._arriving, None
+        received = arriving.wait()
+        if isinstance(arriving, _Pending) and arriving.sent is not received:
+            self.road.done(arriving.sent)
         self.road.check(received)
         return received
 
@@ -161,12 +176,13 @@ class _Exchange:
         second = road.route.second
         begin, end = self._shards()[road.comm.rank] if second else (self.begin, self.end)
         size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
-        sent = received.new_empty((1, size))
+        sent = road.room(1, size)
         road.coder.reduce(
             received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
             road.flags,
         )  # fmt: skip
         sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
+        road.done(received)
         del received
         if not second:
             self._arriving = _Pending(None, sent, sent)
@@ -175,13 +191,16 @@ class _Exchange:
         else:
             self._arriving = road.parcels("phase 2", wire.HEADER_BYTES, self.shard)
             self._arriving.announce(sent, [(begin, end)], self._shards())
+            road.done(sent)
             self._arriving.send()
 
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.road.stream():
-            shards = self._arrived()[:, wire.HEADER_BYTES :]
+            received = self._arrived()
+            shards = received[:, wire.HEADER_BYTES :]
             self.road.coder.decode(shards, self.shard, self.begin, self.end)
+            self.road.done(received)
 
 
 class _Pending:
@@ -273,7 +292,12 @@ class Road:
             for exchange in [] if prologues else early:
                 exchange.encode()
 
-        self.comm.agree(self.call, meanwhile)
+        try:
+            self.comm.agree(self.call, meanwhile)
+        except PydistError:
+            for exchange in early:
+                exchange.drop()
+            raise
         if not prologues:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
@@ -282,10 +306,7 @@ class Road:
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until all is decoded (on CUDA: makes the current stream wait)."""
-        try:
-            self.future.result(timeout)
-        except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
-            raise TimeoutError(f"{self.call.name} takes longer than {timeout} s") from error
+        await_future(self.future, self.call.name, timeout)
         if self.stream.done is not None:
             torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
 
@@ -295,6 +316,17 @@ class Road:
             self.coder.finish(self.flags)
 
     # ----------------------------------------------------------------- messages
+
+    def room(self, rows: int, size: int) -> Tensor:
+        """Memory for messages, where they are exchanged."""
+        if self.device.type == "cpu":
+            return self.comm.staging.take(rows, size)
+        return torch.empty((rows, size), dtype=torch.uint8, device=self.device)
+
+    def done(self, messages: Tensor) -> None:
+        """Lets others use the memory of messages (on a device torch itself does)."""
+        if self.device.type == "cpu":
+            self.comm.staging.give(messages)
 
     def header(self, flags: Tensor) -> Tensor:
         """A message's 16 bytes with this rank's flags."""
@@ -325,13 +357,11 @@ class Road:
 
     def scatter(self, sent: Tensor) -> _Pending:
         """Phase 1: row i goes to rank i."""
-        received = torch.empty_like(sent)
         self._count("phase 1", sent.numel() - sent.shape[1])
-        work = None
-        if self.comm.world_size > 1:
-            work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
-        else:
-            received = sent
+        if self.comm.world_size == 1:
+            return _Pending(None, sent, sent)
+        received = self.room(*sent.shape)
+        work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
         return _Pending(work, received, sent)
 
     def share(self, prologue: Tensor) -> Tensor:
@@ -346,7 +376,7 @@ class Road:
         self._count(phase, (n - 1) * sent.numel())
         if n == 1:
             return _Pending(None, sent, sent)
-        received = sent.new_empty((n, sent.numel()))
+        received = self.room(n, sent.numel())
         group = self.comm.second if second else self.comm.first
         work = all_gather(received, sent, group)
         return _Pending(work, received, sent)
@@ -358,6 +388,19 @@ class Road:
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
+
+
+def await_future(future: Future[None], name: str, timeout: float | None) -> None:
+    """Waits for a call; raises what it raised, or TimeoutError, naming it."""
+    try:
+        future.result(timeout)
+    except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
+        raise TimeoutError(f"{name} takes longer than {timeout} s") from error
+
+
+def wait_for(road: Road | None) -> contextlib.AbstractContextManager[None]:
+    """On CUDA: runs a block on the stream of a road, after its kernels."""
+    return contextlib.nullcontext() if road is None else road.stream()
 
 
 class _SideStream:

@@ -27,9 +27,13 @@ from pydist.codecs.coders import (
     Codec,
     all_gather_coder,
     all_reduce_coder,
+    check_codec,
     reduce_scatter_coder,
+    unit_of,
 )
+from pydist.codecs.raw import Raw
 from pydist.collectives import check_tensor
+from pydist.hierarchy import Shares, across_worker, inside_worker
 from pydist.operators import on_device_of
 from pydist.road import chunk_units
 
@@ -42,16 +46,21 @@ def all_reduce(
     seed: int = 0,
     step: int = 0,
     ties: str = "hash",
+    nodes: int | None = None,
+    inner: Codec | None = None,
 ) -> Tensor:
     """What :func:`pydist.all_reduce` leaves on every rank.
 
     Args:
-        tensors: One a worker, in rank order: same shape, dtype and device.
+        tensors: One a worker, in rank order: same shape, dtype and device. With ``nodes``, those of
+            the first node come first.
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
         seed: Seed of stochastic rounding and the tie hash.
         step: Step of the random draws, the tie hash and the zero rule.
         ties: ``"hash"``, ``"zero"`` or ``"positive"``; for votes.
+        nodes: All-reduce on two levels, of so many nodes with equally many workers.
+        inner: The codec inside a node; default ``Raw()``.
 
     Returns:
         The result, of the tensors' shape and dtype.
@@ -61,6 +70,60 @@ def all_reduce(
         ValueError: There are no tensors, they differ, or an argument is out of range.
     """
     dense, workers = _dense("tensors", tensors), _workers(len(tensors), step)
+    if nodes is not None:
+        local, rest = divmod(len(dense), wire.as_int("nodes", nodes)) if nodes > 0 else (0, 1)
+        if rest or not local:
+            raise ValueError(f"nodes={nodes} cannot share {len(dense)} tensors evenly")
+        dtype = dense[0].dtype
+        dense = _node_sums(dense, codec, Raw() if inner is None else inner, nodes, workers, seed)
+        shares, parts = Shares(dense[0].numel(), local, unit_of(codec)), []
+        for i in range(local):
+            first = i * shares.share
+            peers = [across_worker(j, nodes, local, first, workers[0]) for j in range(nodes)]
+            share = [x[first : first + shares.length(i)] for x in dense]
+            parts.append(_all_reduce(share, codec, peers, op=op, ties=ties, seed=seed))
+        result = torch.cat(parts)
+        exact = all_gather([result], Raw(str(dtype)[6:]), seed=seed, step=step)
+        return exact.to(dtype).view(tensors[0].shape)
+    if inner is not None:
+        raise ValueError(f"inner={inner} needs nodes")
+    result = _all_reduce(dense, codec, workers, op=op, ties=ties, seed=seed)
+    return result.view(tensors[0].shape)
+
+
+def _node_sums(
+    dense: list[Tensor],
+    codec: Codec,
+    inner: Codec,
+    nodes: int,
+    workers: list[Worker],
+    seed: int,
+) -> list[Tensor]:
+    """The float32 sum of each node's tensors, flat, as its ranks make it share by share."""
+    local, n = len(dense) // nodes, dense[0].numel()
+    check_codec(codec)
+    shares = Shares(n, local, unit_of(codec))
+    sums = []
+    for node in range(nodes):
+        padded = [x.new_zeros(shares.padded) for x in dense[:local]]
+        for x, room in zip(dense[node * local :], padded, strict=False):
+            room[:n] = x.view(-1)
+        outputs = [x.new_empty(shares.share, dtype=torch.float32) for x in padded]
+        coders = [
+            reduce_scatter_coder(
+                out, x, inner, inside_worker(node, i, nodes, local, workers[0]),
+                op="sum", ties="hash", seed=seed,
+            )
+            for i, (out, x) in enumerate(zip(outputs, padded, strict=True))
+        ]  # fmt: skip
+        _reduce_scatter(coders)
+        sums.append(torch.cat(outputs)[:n])
+    return sums
+
+
+def _all_reduce(
+    dense: list[Tensor], codec: Codec, workers: list[Worker], *, op: str, ties: str, seed: int
+) -> Tensor:
     result = torch.empty_like(dense[0])
     senders = [
         all_reduce_coder(x, codec, worker, op=op, ties=ties, seed=seed)
@@ -76,7 +139,7 @@ def all_reduce(
             receiver.reduce(messages[:, 0], reduced[0], units, begin, end, flags)
             receiver.decode(reduced, units, begin, end)
         receiver.finish(flags | _flags(senders))
-    return result.view(tensors[0].shape)
+    return result
 
 
 def reduce_scatter(
@@ -111,7 +174,12 @@ def reduce_scatter(
         reduce_scatter_coder(out, x, codec, worker, op=op, ties="hash", seed=seed)
         for out, x, worker in zip(outputs, dense, workers, strict=True)
     ]
-    with on_device_of(dense[0]):
+    _reduce_scatter(coders)
+    return outputs
+
+
+def _reduce_scatter(coders: Sequence[Coder]) -> None:
+    with on_device_of(coders[0].flags):
         _share_prologues(coders)
         for begin, end, messages in _encoded(coders, rows=len(coders)):
             for rank, coder in enumerate(coders):
@@ -119,7 +187,6 @@ def reduce_scatter(
         flags = _flags(coders)
         for coder in coders:
             coder.finish(flags)
-    return outputs
 
 
 def all_gather(inputs: Sequence[Tensor], codec: Codec, *, seed: int = 0, step: int = 0) -> Tensor:

@@ -221,6 +221,15 @@ class Door(TernaryDoor):
         assert storage_of(x.bits) == storage_of(param)
         return x.result()
 
+    def sum_values(self, values: Bits, *, mean: bool, storage: str) -> tuple[Bits, int]:
+        placed, native = self._place("values", values)
+        flags, native_flags = self._flags()
+        out = self.call(
+            "sum_values", native, mean=mean, dtype=self._dtype(storage), flags=native_flags
+        )
+        placed.unchanged()
+        return out, self._raised(flags)
+
     # ----------------------------------------------------------------- selfcheck.BlockRunner
 
     def _encode(

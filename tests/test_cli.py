@@ -20,6 +20,7 @@ from pydist import (
     reference,
     reference_blocks,
     reference_elias,
+    reference_raw,
     reference_ternary,
     selfcheck,
 )
@@ -144,7 +145,7 @@ def test_check_compares_every_kernel(
     kernel: str, few_cases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reference that is wrong in one bit of one element is noticed, whichever kernel it is."""
-    modules = (reference, reference_blocks, reference_elias)
+    modules = (reference, reference_blocks, reference_elias, reference_raw)
     module, name = reference_ternary, kernel.removeprefix("ternary_")
     if name == kernel:
         module = next(module for module in modules if hasattr(module, kernel))

@@ -125,6 +125,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "sum_quantized": ("sum_quantized", (payloads(3), FOUR, N), {"mean": True}),
     "reduce_quantized": ("reduce_quantized", (payloads(3), FOUR, N), {"mean": True, "rank": 1}),
     "dequantize": ("dequantize", (payloads(1)[0], FOUR, N), {"dtype": torch.bfloat16}),
+    "sum_values": ("sum_values", (values(2 * N).view(2, N),), {"mean": True, "flags": flags()}),
+    "sum_values out": ("sum_values", (values(N).view(1, N),), {"out": values()}),
     "quantize out": ("quantize", (values(), FOUR), {"out": payloads(1)[0]}),
     "quantize_feedback_ into": (
         "quantize_feedback_",

@@ -55,6 +55,7 @@ CALLS: dict[str, Any] = {
     "majority_vote gaps": lambda a, **out: a.majority_vote(
         votes(a, 4, 160), **rows(a, GAPS), **out
     ),
+    "sum_values": lambda a, **out: a.sum_values(values(a).reshape(1, N), **out),
     "quantize": lambda a, **out: a.quantize(values(a), QSGD(3, 64), step=7, **out),
     "quantize gaps": lambda a, **out: a.quantize(
         values(a), BlockInt(5, 32), **rows(a, GAPS_OF_BLOCKS), **out
@@ -142,6 +143,7 @@ def overlapping(a: Arrays, what: str) -> Any:
         "values of payloads": lambda: a.dequantize(
             memory[:12], BlockInt(4, 32), 16, out=numbers
         ),
+        "summed values": lambda: a.sum_values(numbers.reshape(4, 4), out=numbers[:4]),
         "planes": lambda: a.unpack_votes(memory[:4].reshape(1, 4), 16, out=numbers),
         "payloads": lambda: a.count_votes(memory[:8].reshape(2, 4), out=memory[4:12].reshape(2, 4)),
         "momentum": lambda: a.lion_pack_(a.f(16), numbers, **BETAS, out=memory[60:]),
@@ -164,6 +166,7 @@ def overlapping(a: Arrays, what: str) -> Any:
         "quantized x",
         "quantized payloads",
         "values of payloads",
+        "summed values",
         "x",
         "x gaps",
         "planes",
@@ -176,7 +179,8 @@ def overlapping(a: Arrays, what: str) -> Any:
 )
 def test_memory_of_its_own(a: Arrays, what: str) -> None:
     call, memory = overlapping(a, what)
-    name = what.removeprefix("quantized ").removeprefix("values of ").split()[0]
+    name = what.removeprefix("quantized ").removeprefix("values of ")
+    name = name.removeprefix("summed ").split()[0]
     memory[:] = 7
     with pytest.raises(ValueError, match=rf"out.*{name}|{name}.*out"):
         call()

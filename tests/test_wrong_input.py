@@ -237,6 +237,17 @@ WRONG: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "quantize out": (
         lambda a: a.quantize(a.f(33), FOUR, out=a.u(20)), ValueError, ("out", "[28]", "[20]"),
     ),
+    "values of ranks int": (
+        lambda a: a.sum_values(a.u(2, 4, dtype="int32")), TypeError, ("values", "int32"),
+    ),
+    "values of one dimension": (lambda a: a.sum_values(a.f(4)), ValueError, ("values", "[4]")),
+    "values of no ranks": (
+        lambda a: a.sum_values(a.f(0, 4)), ValueError, ("values", "ranks", "0"),
+    ),
+    "sum out": (lambda a: a.sum_values(a.f(2, 4), out=a.f(3)), ValueError, ("out", "4", "3")),
+    "sum flags": (
+        lambda a: a.sum_values(a.f(2, 4), flags=a.u(2, dtype="int32")), ValueError, ("flags", "2"),
+    ),
     "dequantize out": (
         lambda a: a.dequantize(a.u(28), FOUR, 33, out=a.f(32)), ValueError, ("out", "33", "32"),
     ),

@@ -36,7 +36,7 @@ PYDIST_DEVICE void sum_chunk(To* out, int n, int lane, const unsigned char* valu
 }
 
 template <typename From, typename To>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     sum_values_kernel(Rows rows, SumArgs a, uint32_t* flags) {
   // 16 bytes at once of the wider type, at least 8 of the other.
   constexpr int kVectorWidth =

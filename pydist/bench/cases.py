@@ -113,6 +113,8 @@ class Maker:
             for name in self.dtypes:
                 yield topk_select_case(self, name, topk)
                 yield topk_scatter_case(self, name, topk)
+        for name in self.dtypes:
+            yield sum_case(self, name)
 
     def normal(self, dtype: torch.dtype) -> Tensor:
         """Normal numbers of the case's length."""
@@ -478,4 +480,20 @@ def topk_scatter_case(maker: Maker, name: str, codec: TopK) -> Case:
         "topk_scatter", _topk_name(codec), name, maker.numel, maker.numel * dtype.itemsize + size,
         make=make,
         run=lambda s: ops.topk_scatter(s.payloads, codec, maker.numel, out=s.out),
+    )  # fmt: skip
+
+
+def sum_case(maker: Maker, name: str) -> Case:
+    """``sum_values`` of two ranks, beside torch's sum, which rounds after every addition."""
+    dtype = getattr(torch, name)
+
+    def make() -> Buffers:
+        values = torch.stack([maker.normal(dtype), maker.normal(dtype)])
+        return Buffers(values=values, out=torch.zeros_like(values[0]))
+
+    return Case(
+        "sum_values", "2 ranks", name, maker.numel, 3 * maker.numel * dtype.itemsize,
+        make=make,
+        run=lambda s: ops.sum_values(s.values, out=s.out),
+        rivals=[Rival("torch.add", lambda s: torch.add(s.values[0], s.values[1], out=s.out))],
     )  # fmt: skip

@@ -21,6 +21,7 @@ KERNELS = (
     "ternary_unpack_sums",
     "topk_select",
     "topk_scatter",
+    "sum_values",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {

@@ -20,12 +20,22 @@ class Worker:
         ranks: Ranks of the group.
         step: Step of the call.
         threads: CPU threads of its kernels.
+        first: Place of its data's first element in the whole, on which draws and ties depend; a
+            multiple of the codec's unit.
+        behind: Ranks whose sum each contribution is; a mean divides by all of them.
     """
 
     rank: int
     ranks: int
     step: int
     threads: int = 1
+    first: int = 0
+    behind: int = 1
+
+    @property
+    def divisor(self) -> int:
+        """By what a mean divides the sum of all contributions."""
+        return self.ranks * self.behind
 
 
 class Coder(Protocol):

@@ -53,7 +53,7 @@ class BlockCoder(NoPrologue):
         self.result = result
         self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
         self._cpu = kernels.Target(threads=worker.threads)
-        self._divisor = worker.ranks if mean else 1
+        self._divisor = worker.divisor if mean else 1
         rank, step = worker.rank, worker.step
         self._own = EncodeOptions((rank + step) % 2, seed, rank, 0, step)
         self._reduced = EncodeOptions(step % 2, seed, 0, 1, step)
@@ -124,7 +124,7 @@ class BlockCoder(NoPrologue):
         part = self._part(x, begin, end)
         room = self._room(row, units, end - begin, self._own)
         if part.numel():
-            first = begin * self.form.block
+            first = self.worker.first + begin * self.form.block
             rows = wire.one_row(part.data_ptr(), part.numel(), ordinal=ordinal, first=first)
             dtype = checks.FLOATS[str(x.dtype)[6:]]
             self._launch("quantize", x, rows, dtype, room, self.flags.data_ptr())
@@ -146,7 +146,8 @@ class BlockCoder(NoPrologue):
         room = self._room(out, units, end - begin, self._reduced)
         if end > begin:
             first = begin * self.form.block
-            rows = wire.one_row(0, min(end * self.form.block, self.numel) - first, first=first)
+            n = min(end * self.form.block, self.numel) - first
+            rows = wire.one_row(0, n, first=self.worker.first + first)
             source = self._source(messages, units, self._divisor)
             self._launch("reduce_quantized", messages, rows, source, room, flags.data_ptr())
 

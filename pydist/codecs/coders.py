@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pydist import checks, wire
+from pydist import checks, ternary, wire
 from pydist.blocks import BlockFormat, check_choice
 from pydist.codecs.base import Coder, Worker
 from pydist.codecs.block import BlockFloat, BlockInt
@@ -75,6 +75,15 @@ def _staged(coder: BlockCoders, codec: Codec) -> BlockCoders:
     if isinstance(codec, QSGD) and codec.entropy == "elias":
         coder.stage = EliasStage(coder)
     return coder
+
+
+def unit_of(codec: Codec) -> int:
+    """Elements that stay together: a block, a unit of trits, or a payload word of signs."""
+    if isinstance(codec, Ternary):
+        return ternary.UNIT
+    if isinstance(codec, TopK):
+        return codec.block
+    return wire.WORD_BITS if codec.block_format is None else codec.block_format.block
 
 
 def _wire_dtype(codec: Raw, x: Tensor) -> str:

@@ -40,7 +40,7 @@ class RawCoder(NoPrologue):
         self.result = result
         self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
         self._cpu = kernels.Target(threads=worker.threads)
-        self._divisor = worker.ranks if mean else 1
+        self._divisor = worker.divisor if mean else 1
 
     def message_bytes(self, units: int) -> int:
         """Bytes of ``units`` units; a tensor of less than that travels as short as it is."""

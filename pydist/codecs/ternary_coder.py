@@ -53,8 +53,9 @@ class TernaryCoder(NoPrologue):
         self.units, self.result = units, result
         self.bits = ternary.sum_bits(worker.ranks)
         self.unit_bytes = UNIT_BYTES
-        self.divisor = worker.ranks if mean else 1
+        self.divisor = worker.divisor if mean else 1
         self.rows = ternary.rows_of(table)
+        self.rows[:, wire.FIRST] += worker.first
         wire.dense_addresses(self.rows, wire.X, data.data_ptr(), data.element_size())
         self.scalers = torch.zeros(len(table), dtype=torch.float32, device=data.device)
         self.shared = self.scalers

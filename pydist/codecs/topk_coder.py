@@ -77,7 +77,7 @@ class TopKCoder(BlockCoder):
         part = self._part(x, begin, end)
         place = self._place(row, units, end - begin)
         if part.numel():
-            first = begin * self.form.block
+            first = self.worker.first + begin * self.form.block
             rows = wire.one_row(part.data_ptr(), part.numel(), ordinal=ordinal, first=first)
             dtype = checks.FLOATS[str(x.dtype)[6:]]
             self._launch("topk_select", x, rows, dtype, place, self.flags.data_ptr())
@@ -105,7 +105,7 @@ class TopKCoder(BlockCoder):
             n = min(end * self.form.block, self.numel) - first
             source = self._payloads(messages, n, first)
             topk_kernels.run_decoder(
-                self.target(messages), "topk_reduce", wire.one_row(0, n, first=first),
+                self.target(messages), "topk_reduce", wire.one_row(0, n, first=self.worker.first + first),
                 source.native(divisor=self._divisor), place,
                 payloads=source, flags=flags.data_ptr(), sums=True,
             )  # fmt: skip

@@ -149,6 +149,7 @@ class TensorVoteCoder(VoteCoder):
 
     def __init__(self, tensor: Tensor, rule: VoteRule, worker: Worker, *, mean: bool) -> None:
         super().__init__(rule, wire.one_segment(tensor.numel()), worker, tensor.device)
+        self.rows[:, wire.FIRST] = worker.first
         self.flat = tensor.view(-1)
         self.mean = mean
         self.flags = torch.zeros(1, dtype=torch.int32, device=tensor.device)

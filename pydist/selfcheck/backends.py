@@ -327,6 +327,15 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         )  # fmt: skip
         return self.memory.get(new)
 
+    def sum_values(self, values: Bits, *, mean: bool, storage: Storage) -> tuple[Bits, int]:
+        """:func:`pydist.kernels.sum_values` into fresh arrays."""
+        _values, view = self._put_values("values", values)
+        zeros = np.zeros(values.shape[1], dtype=np.float32)
+        out, out_view = self._put_values("out", store(zeros, storage))
+        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
+        kernels.sum_values(self.memory.target(), view, out_view, mean=mean, flags=flags_view)
+        return self.memory.get(out), int(self.memory.get(flags)[0])
+
     def _block_payload(
         self, n: int, form: BlockFormat, segments: wire.IntArray | None
     ) -> tuple[Any, View]:

@@ -10,7 +10,7 @@ import numpy as np
 from pydist import reference, wire
 from pydist.kernels import LionOptions
 from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare, elias_cases, ternary_cases, topk_cases
+from pydist.selfcheck import block_cases, compare, elias_cases, raw_cases, ternary_cases, topk_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 
@@ -220,6 +220,7 @@ KERNELS: dict[str, Callable[[KernelRunner, np.random.Generator], Cases]] = {
     "topk_feedback": topk_cases.feedback_cases,
     "topk_scatter": topk_cases.scatter_cases,
     "topk_reduce": topk_cases.reduce_cases,
+    "sum_values": raw_cases.sum_values_cases,
 }
 
 

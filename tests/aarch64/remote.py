@@ -34,7 +34,7 @@ KERNELS = (
     "quantize", "quantize_feedback", "reduce_quantized", "dequantize", "elias_encode",
     "elias_decode",
     "ternary_scale", "ternary_pack", "ternary_sum", "ternary_unpack", "ternary_unpack_sums",
-    "topk_select", "topk_feedback", "topk_reduce", "topk_scatter",
+    "topk_select", "topk_feedback", "topk_reduce", "topk_scatter", "sum_values",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
@@ -314,6 +314,16 @@ class TopKDecode:
         return [*self.form.words, payload, self.stride, self.ranks, *self.rest]
 
 
+class SumArgs:
+    def __init__(self, values: int, stride: int, ranks: int, divisor: float) -> None:
+        self.values, self.stride, self.ranks, self.divisor = values, stride, ranks, divisor
+
+    def words(self, arrays: Stage, end: int) -> list[int]:
+        size = self.stride * (self.ranks - 1) + end
+        values = arrays.array(self.values, size)
+        return [values, self.stride, self.ranks, bits_of(self.divisor)]
+
+
 def rows_at(address: int, n: int) -> np.ndarray:
     return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
 
@@ -331,6 +341,7 @@ class RemoteModule(ModuleType):
     TernaryScaleArgs, TernaryPackArgs = TernaryScaleArgs, TernaryPackArgs
     TernarySource = TernarySource
     TopKFormat, TopKEncode, TopKDecode = TopKFormat, TopKEncode, TopKDecode
+    SumArgs = SumArgs
     CUDA_BUILD = None
 
     def __init__(self) -> None:
@@ -515,6 +526,15 @@ class RemoteModule(ModuleType):
             arrays.column(rows, X, WIDTH[dtype], written=True)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "topk_scatter", rows, threads, dtype, *words, flag)
+
+    def _sum_values(self, table, n, source, to, args, flags, threads) -> None:
+        rows = rows_at(table, n)
+        with stage(self.guest) as arrays:
+            end = int((32 * rows[:, WORD] + rows[:, N]).max()) * WIDTH[source]
+            words = args.words(arrays, end)
+            arrays.column(rows, X, WIDTH[to], written=True)
+            flag = arrays.array(flags, 4, written=True)
+            self._call(arrays, "sum_values", rows, threads, source, to, *words, flag)
 
 
 def install() -> None:

@@ -236,6 +236,11 @@ TopKDecode topk_decode(const int64_t* a) {
   return {topk_format(a), at<const unsigned char>(a[4]), a[5], a[6], rounded(a[7]), a[8] != 0};
 }
 
+SumArgs sum_args(const int64_t* a) {
+  const cpu::DefaultFloatMode mode;
+  return {at<const unsigned char>(a[0]), a[1], a[2], rounded(a[3])};
+}
+
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,
                  const int64_t* a) {
   if (kernel == "pack_signs") {
@@ -279,6 +284,9 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
   } else if (kernel == "topk_scatter") {
     cpu::topk_scatter(rows, n, DType(a[0]), topk_decode(a + 1),
                       at<uint32_t>(a[1 + kTopKDecodeWords]), threads);
+  } else if (kernel == "sum_values") {
+    cpu::sum_values(rows, n, DType(a[0]), DType(a[1]), sum_args(a + 2), at<uint32_t>(a[6]),
+                    threads);
   } else {
     call_ternary(kernel, rows, n, threads, a);
   }
@@ -291,13 +299,13 @@ constexpr uint64_t kHostileFloatMode = 1u << 19 | 3u << 22 | 1u << 24 | 1u << 25
 // Arguments: isa, kernel (both as indices), rows, their number, threads, then the kernel's own.
 void call(const std::vector<int64_t>& args) {
   static const std::vector<std::string> isas = cpu::supported_isas();
-  static const char* const kernels[] = {"pack_signs",     "lion_pack",           "lion_apply",
-                                        "unpack_votes",   "count_votes",         "majority_vote",
-                                        "quantize",       "quantize_feedback",   "reduce_quantized",
-                                        "dequantize",     "elias_encode",        "elias_decode",
-                                        "ternary_scale",  "ternary_pack",        "ternary_sum",
-                                        "ternary_unpack", "ternary_unpack_sums", "topk_select",
-                                        "topk_feedback",  "topk_reduce",         "topk_scatter"};
+  static const char* const kernels[] = {
+      "pack_signs",          "lion_pack",     "lion_apply",    "unpack_votes",
+      "count_votes",         "majority_vote", "quantize",      "quantize_feedback",
+      "reduce_quantized",    "dequantize",    "elias_encode",  "elias_decode",
+      "ternary_scale",       "ternary_pack",  "ternary_sum",   "ternary_unpack",
+      "ternary_unpack_sums", "topk_select",   "topk_feedback", "topk_reduce",
+      "topk_scatter",        "sum_values"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);

@@ -1,0 +1,131 @@
+"""What ranks do in tests/test_memory.py: how many bytes the road holds; see tests/ranks.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import pydist
+from pydist import QSGD, BlockInt, Raw, Sign, road, wire
+from pydist.codecs.base import Worker
+from pydist.codecs.block_coder import TensorBlockCoder
+from pydist.codecs.coders import all_reduce_coder, reduce_scatter_coder
+from pydist.communicator import IN_FLIGHT, communicator
+from pydist.staging import IDLE_BYTES
+
+CODECS = [Sign(None), Sign("l1"), QSGD(4), BlockInt(8), Raw(), Raw("bfloat16")]
+
+
+def _sent(coder: Any, ranks: int, reduces: bool) -> tuple[int, int]:
+    """Bytes of a payload, headers and padding included, and of a shard.
+
+    The counts of a vote are larger than what is counted: then the payload is the reduced one.
+    """
+    total, size = 0, road.chunk_units(coder)
+    for begin in range(0, coder.units, size):
+        units = min(size, coder.units - begin)
+        shard = -(-units // ranks) if reduces else units
+        size_of_shard = coder.message_bytes(shard)
+        if reduces:
+            size_of_shard = max(size_of_shard, coder.reduced_bytes(shard))
+        total += ranks * (wire.HEADER_BYTES + size_of_shard)
+    return total, total // ranks
+
+
+def one_call(rank: int, ranks: int, n: int, chunk: int | None) -> list[tuple[str, int, int, int]]:
+    """What each codec's calls held at most, their payload and a shard of it."""
+    measured = []
+    whole, road.CHUNK_BYTES = road.CHUNK_BYTES, chunk or road.CHUNK_BYTES
+    comm, worker = communicator(), Worker(rank, ranks, 0)
+    x, share = torch.ones(n * ranks), torch.ones(n)
+    try:
+        for codec in CODECS:
+            options = {"op": "sum", "ties": "hash", "seed": 0}
+            reducer = all_reduce_coder(x, codec, worker, **options)
+            scatterer = reduce_scatter_coder(share, x, codec, worker, **options)
+            calls = {
+                "all_reduce": (
+                    lambda c=codec: pydist.all_reduce(x, c, algorithm="two_phase"),
+                    _sent(reducer, ranks, True),
+                ),
+                "reduce_scatter": (
+                    lambda c=codec: pydist.reduce_scatter(share, x, c),
+                    _sent(scatterer, ranks, False),
+                ),
+                "all_gather": (
+                    lambda c=codec: pydist.all_gather(x, share, c),
+                    _sent(scatterer, ranks, False),
+                ),
+            }
+            for name, (call, (payload, shard)) in calls.items():
+                comm.staging.clear()
+                call()
+                assert comm.staging.in_use == 0 and comm.staging.idle <= IDLE_BYTES
+                measured.append((f"{name} {codec}", comm.staging.peak, payload, shard))
+    finally:
+        road.CHUNK_BYTES = whole
+    return measured
+
+
+def two_ranks_gather(rank: int, ranks: int, n: int) -> None:
+    """``auto`` gathers whole payloads between two ranks: one sent, two received, one reduced."""
+    comm, x = communicator(), torch.ones(n)
+    coder = all_reduce_coder(x, QSGD(4), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
+    payload, _ = _sent(coder, 1, True)
+    comm.staging.clear()
+    pydist.all_reduce(x, QSGD(4))
+    assert 2 * payload <= comm.staging.peak <= 3 * payload
+
+
+def many_calls(rank: int, ranks: int) -> None:
+    """However many calls are under way, IN_FLIGHT bounds them; and that bound is reached."""
+    comm = communicator()
+    n, calls = 4096, 40  # one chunk each
+    xs = [torch.ones(n) for _ in range(calls)]
+    coder = all_reduce_coder(xs[0], QSGD(8), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
+    chunk, _ = _sent(coder, ranks, True)
+    decode, held = TensorBlockCoder.decode, []
+
+    def late(self: TensorBlockCoder, *args: Any) -> None:
+        deadline = time.monotonic() + 20
+        while not held and not comm._chunks.full():  # the front thread has done what it may
+            assert time.monotonic() < deadline, "the queue never fills"
+            time.sleep(0.001)
+        held.append(True)
+        decode(self, *args)
+
+    TensorBlockCoder.decode = late  # type: ignore[method-assign]
+    comm.staging.clear()
+    try:
+        works = [
+            pydist.all_reduce(x, QSGD(8), op="sum", algorithm="two_phase", async_op=True)
+            for x in xs
+        ]
+        for work in works:
+            work.wait()
+    finally:
+        TensorBlockCoder.decode = decode  # type: ignore[method-assign]
+    assert all(bool((x == ranks).all()) for x in xs)
+    # One waits to get between the threads, the next is made; one is reduced, one is decoded (where
+    # a small message may have got a large buffer).
+    bound = (2 * IN_FLIGHT + 2 + 2 + 2) * chunk
+    assert 2 * IN_FLIGHT * chunk <= comm.staging.peak <= bound, (comm.staging.peak, chunk)
+    assert comm.staging.in_use == 0
+    peak = comm.staging.peak
+    for _ in range(3):
+        pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase")
+    assert comm.staging.peak == peak, "buffers that were there were not used again"
+
+
+def after_failures(rank: int, ranks: int) -> None:
+    """What was encoded for a call that the ranks did not agree on comes back."""
+    comm = communicator()
+    for _ in range(3):
+        x = torch.ones(1000 + (rank == 0))
+        with pytest.raises(pydist.MismatchError):
+            pydist.all_reduce(x, QSGD(4))
+        assert comm.staging.in_use == 0
+    pydist.all_reduce(x[:1000], QSGD(4))

@@ -1,0 +1,90 @@
+"""How many bytes the road holds beside its tensors, and that it uses them again."""
+
+from __future__ import annotations
+
+import cases_memory as cases
+import pytest
+import torch
+from ranks import Worlds
+
+from pydist import staging
+from pydist.staging import Staging
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_call_holds_two_payloads_and_a_shard(worlds: Worlds, ranks: int) -> None:
+    for n, chunk in ((40_000, None), (5003, 2000)):  # in one chunk or a few, and in many
+        for measured in worlds(ranks).run(cases.one_call, n, chunk):
+            for call, peak, payload, shard in measured:
+                assert 0 < peak <= 2 * payload + shard, f"{call}: {peak}, payload {payload}"
+
+
+def test_gathered_payloads(worlds: Worlds) -> None:
+    worlds(2).run(cases.two_ranks_gather, 100_000)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_many_calls_hold_a_bounded_number_of_chunks(worlds: Worlds, ranks: int) -> None:
+    worlds(ranks).run(cases.many_calls)
+
+
+def test_nothing_is_lost_with_failed_calls(worlds: Worlds) -> None:
+    worlds(3).run(cases.after_failures)
+
+
+# --------------------------------------------------------------------------- buffers
+
+
+def test_a_buffer_serves_again() -> None:
+    room = Staging()
+    first, second = room.take(2, 50), room.take(1, 60)
+    assert first.shape == (2, 50) and first.dtype == torch.uint8
+    assert (room.in_use, room.idle, room.peak) == (160, 0, 160)
+    address = first.data_ptr()
+    room.give(first)
+    assert (room.in_use, room.idle) == (60, 100)
+    again = room.take(9, 10)
+    assert again.data_ptr() == address, "what fits is used"
+    room.give(second)
+    room.give(again)
+    assert room.take(1, 55).data_ptr() == second.data_ptr(), "the smallest that fits"
+    assert (room.in_use, room.idle, room.peak) == (60, 100, 160)
+
+
+def test_what_is_too_small_makes_room() -> None:
+    room = Staging()
+    room.give(room.take(1, 100))
+    larger = room.take(1, 101)
+    assert (room.in_use, room.idle, room.peak) == (101, 0, 101)
+    room.clear()
+    assert (room.in_use, room.peak) == (101, 101)
+    room.give(larger)
+    room.clear()
+    assert (room.in_use, room.idle, room.peak) == (0, 0, 0)
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "IDLE_BYTES", 250)
+    room = Staging()
+    for buffer in [room.take(1, 100) for _ in range(5)]:
+        room.give(buffer)
+    assert (room.in_use, room.idle) == (0, 200)
+
+
+def test_other_memory_is_let_be() -> None:
+    room = Staging()
+    taken = room.take(1, 10)
+    room.give(torch.zeros(10, dtype=torch.uint8))
+    assert (room.in_use, room.idle) == (10, 0)
+    room.give(taken)
+    room.give(taken)
+    assert (room.in_use, room.idle) == (0, 10), "given back twice"
+
+
+def test_a_forgotten_buffer_is_freed() -> None:
+    room = Staging()
+    for _ in range(100):  # its address comes up again, and counts once
+        room.take(1, 1 << 22)
+    assert room.in_use < 100 << 22
