@@ -104,8 +104,9 @@ class TopKCoder(BlockCoder):
             first = begin * self.form.block
             n = min(end * self.form.block, self.numel) - first
             source = self._payloads(messages, n, first)
+            rows = wire.one_row(0, n, first=self.worker.first + first)
             topk_kernels.run_decoder(
-                self.target(messages), "topk_reduce", wire.one_row(0, n, first=self.worker.first + first),
+                self.target(messages), "topk_reduce", rows,
                 source.native(divisor=self._divisor), place,
                 payloads=source, flags=flags.data_ptr(), sums=True,
             )  # fmt: skip
