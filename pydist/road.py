@@ -81,7 +81,8 @@ def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
 
 def chunk_units(coder: Coder) -> int:
     """Units of a chunk."""
-    return max(1, CHUNK_BYTES // coder.unit_bytes)
+    whole: int = getattr(coder, "together", 1)
+    return max(1, CHUNK_BYTES // (coder.unit_bytes * whole)) * whole
 
 
 class _Exchange:
@@ -204,6 +205,7 @@ class Road:
         header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
         self.stream = _SideStream(device)
+        self.bytes_sent = 0  # by this rank so far, but for the agreement
 
     # ----------------------------------------------------------------- Job
 
@@ -293,6 +295,7 @@ class Road:
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
+        self.bytes_sent += size
 
 
 class _SideStream:

@@ -31,7 +31,7 @@ LAYERS = [
     {"codecs", "communicator"},
     {"road"},
     {"collectives"},
-    {"simulate"},
+    {"simulate", "feedback"},
     {"ddp", "fsdp", "optim"},
     {"bench"},
     {"cli"},
