@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -63,7 +64,18 @@ ALL_GATHER = Route(scatters=False, reduces=False)
 ALGORITHMS = ("auto", *ALL_REDUCE)
 
 
-def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
+class Sizes(Protocol):
+    """What is asked of a coder before there is one: how much it is going to send."""
+
+    @property
+    def units(self) -> int: ...  # noqa: D102
+
+    def message_bytes(self, units: int) -> int: ...  # noqa: D102
+
+    def reduced_bytes(self, units: int) -> int: ...  # noqa: D102
+
+
+def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
     """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
 
     Raises:

@@ -89,8 +89,20 @@ class BucketPlan:
             return VoteSection(self.parts, indices, self.ranks, self.owners)
         return BlockSection(self.parts, indices, codec.block_format, self.owners)
 
-    def row_bytes(self, slices: int, *, reduced: bool) -> int:
-        """Bytes of ``slices`` slices of one owner's share; a multiple of 4."""
+    @property
+    def units(self) -> int:
+        """Slices of all owners' shares."""
+        return self.slices * self.owners
+
+    def message_bytes(self, units: int) -> int:
+        """Bytes of one owner's row of ``units`` slices."""
+        return self._row_bytes(units, reduced=False)
+
+    def reduced_bytes(self, units: int) -> int:
+        """Bytes of a reduced row of ``units`` slices."""
+        return self._row_bytes(units, reduced=True)
+
+    def _row_bytes(self, slices: int, *, reduced: bool) -> int:
         total = 0
         for section in self.sections:
             unit = section.reduced_unit_bytes if reduced else section.unit_bytes
@@ -150,20 +162,13 @@ class BucketCoder:
         self.flags = torch.zeros(1, dtype=torch.int32, device=flat.device)
         self.bucket = Bucket(flat, worker, mean, seed, self.flags)
         self.together = plan.owners
-        self.units = plan.slices * plan.owners
-        row = plan.row_bytes(plan.slices, reduced=False)
+        self.units = plan.units
+        self.message_bytes, self.reduced_bytes = plan.message_bytes, plan.reduced_bytes
+        row = plan.message_bytes(plan.slices)
         self.unit_bytes = max(1, -(-row // max(1, plan.slices)))
         self.repeatable = staged or not any(feedback)
         self.seconds = {"encode": 0.0, "reduce": 0.0, "decode": 0.0}
         self.not_finite = self.flags
-
-    def message_bytes(self, units: int) -> int:
-        """Bytes of one owner's row of ``units`` slices; all rows, where there is one for all."""
-        return self.plan.row_bytes(units, reduced=False)
-
-    def reduced_bytes(self, units: int) -> int:
-        """Bytes of a reduced row of ``units`` slices."""
-        return self.plan.row_bytes(units, reduced=True)
 
     # ----------------------------------------------------------------- who has a gradient
 

@@ -9,7 +9,7 @@ sum over the old ranks divided by their number, so that nothing unsent is lost.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -208,10 +208,9 @@ class Sharded:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes what was loaded: this rank's own residuals, or its part of another world's."""
         other = self._saved != self._ranks
-        rows = {
-            key: value if other else value.to_local()
-            for key, value in saved.items()
-            if isinstance(value, Tensor)
+        tensors = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
+        rows: dict[str, Any] = {
+            key: value if other else cast(Any, value).to_local() for key, value in tensors.items()
         }
         scalars = {key: value for key, value in saved.items() if key not in rows}
         if scalars["world_size"] != self._saved:
@@ -243,10 +242,11 @@ def saved_world_size(checkpoint_id: str) -> int:
     Raises:
         ValueError: It holds no residuals of pydist.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
     for key, entry in entries.items():
-        if _SPAN in key:
+        if _SPAN in key and isinstance(entry, TensorStorageMetadata):
             return int(entry.size[0])
     raise ValueError(f"checkpoint_id: {checkpoint_id!r} holds no residuals of pydist")

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import GradBucket
 
 from pydist.codecs.base import Worker
 from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
+from pydist.codecs.bucket_sections import Feedback
 from pydist.codecs.coders import Codec
 from pydist.codecs.shares import Part
 from pydist.collectives import refuse
@@ -50,20 +51,6 @@ class _InFlight:
 
     road: Road
     coder: BucketCoder
-
-
-class _Sized:
-    """The sizes of a plan's messages, as the choice of an algorithm asks for them."""
-
-    def __init__(self, plan: BucketPlan) -> None:
-        self.units = plan.slices * plan.owners
-        self._plan = plan
-
-    def message_bytes(self, units: int) -> int:
-        return self._plan.row_bytes(units, reduced=False)
-
-    def reduced_bytes(self, units: int) -> int:
-        return self._plan.row_bytes(units, reduced=True)
 
 
 class CompressionState:
@@ -263,7 +250,7 @@ class CompressionState:
         plan = plan_for(ranks)
         algorithm = "all_gather"
         if ranks > 1:
-            algorithm = choose_algorithm(self.options.algorithm, _Sized(plan), ranks)
+            algorithm = choose_algorithm(self.options.algorithm, plan, ranks)
         if algorithm == "all_gather":
             plan = plan_for(1)
         fields: dict[str, Any] = {
@@ -341,7 +328,7 @@ class CompressionState:
             fields |= {"numel": flat.numel(), **layout.fields}
         plan, comm = layout.plan, self._comm
         staged = self.options.exact_skip
-        feedback = [None] * len(plan.sections)
+        feedback: list[Feedback | None] = [None] * len(plan.sections)
         if any(plan.with_feedback):
             used = any_nonzero(flat, plan.parts)
             owner = (comm.rank if plan.owners > 1 else 0) if self.options.owner_feedback else None
