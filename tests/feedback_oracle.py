@@ -1,4 +1,4 @@
-"""What the DDP hook must do, in plain NumPy, parameter by parameter: no buckets, shards or chunks."""
+"""What the DDP hook must do, in plain NumPy, by parameter: no buckets, shards or chunks."""
 
 from __future__ import annotations
 

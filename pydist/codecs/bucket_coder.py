@@ -28,6 +28,7 @@ from pydist.codecs.bucket_sections import (
 from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part, Piece
+from pydist.codecs.sign import Sign
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Slot:
     piece: Piece
     begin: int
     end: int
+
+
+def check_bucket_codec(codec: Codec) -> None:
+    """Raises TypeError unless parameters of this codec can share a bucket's messages."""
+    known = isinstance(codec, Sign | Raw) or codec.block_format is not None
+    if not known or getattr(codec, "entropy", None) is not None:
+        raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients yet")
 
 
 class BucketPlan:
@@ -85,6 +93,7 @@ class BucketPlan:
             name = codec.dtype if codec is not None else None
             dtype = getattr(torch, name) if name else self.dtype
             return RawSection(self.parts, indices, dtype, self.owners)
+        check_bucket_codec(codec)
         if codec.block_format is None:
             return VoteSection(self.parts, indices, self.ranks, self.owners)
         return BlockSection(self.parts, indices, codec.block_format, self.owners)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pydist import checks, wire
+from pydist.codecs.bucket_coder import check_bucket_codec
 from pydist.codecs.coders import Codec, check_codec, check_op
 from pydist.codecs.raw import Raw
 from pydist.feedback import contracts, forbids
@@ -91,6 +92,7 @@ class Options:
                 continue
             check_codec(codec)
             check_op(self.op, codec, OPS)
+            check_bucket_codec(codec)
             reason = forbids(codec)
             if self.error_feedback in (True, "worker") and reason:
                 raise ValueError(f"error_feedback={self.error_feedback}: {reason}")

@@ -202,7 +202,7 @@ class CompressionState:
 
     # ----------------------------------------------------------------- layout
 
-    def _layout(self, bucket: GradBucket, flat: Tensor, width: int) -> _Layout:
+    def _layout(self, bucket: GradBucket, flat: Tensor) -> _Layout:
         """How a bucket's parameters travel in this step."""
         params = bucket.parameters()
         ordinals = [self._ordinal(param) for param in params]
@@ -210,7 +210,7 @@ class CompressionState:
         key = (bucket.index(), bucket.buffer().dtype, flat.numel(), warm, *ordinals)
         layout = self._layouts.get(key)
         if layout is None:
-            layout = self._lay_out(bucket, flat, params, ordinals, warm, width)
+            layout = self._lay_out(bucket, flat, params, ordinals, warm)
             # Buckets are rebuilt once or twice; what came before is not needed again.
             same = [old for old in self._layouts if old[0] == key[0] and old[3] == warm]
             for old in same:
@@ -225,10 +225,12 @@ class CompressionState:
         params: Sequence[Tensor],
         ordinals: list[int],
         warm: bool,
-        width: int,
     ) -> _Layout:
-        dtype, names = bucket.buffer().dtype, [self._names[i] for i in ordinals]
-        sizes = np.array([param.numel() * width for param in params], dtype=np.int64)
+        dtype, names = flat.dtype, [self._names[i] for i in ordinals]
+        # A complex number lies there as two.
+        sizes = np.array(
+            [param.numel() * (2 if param.is_complex() else 1) for param in params], dtype=np.int64
+        )
         if int(sizes.sum()) != flat.numel():
             raise ValueError(f"a bucket of {flat.numel()} elements holds {int(sizes.sum())}")
         parts = [
@@ -236,7 +238,9 @@ class CompressionState:
             for ordinal, end, size in zip(ordinals, np.cumsum(sizes), sizes, strict=True)
         ]
         choices = [
-            Choice(None, reason="warm-up") if warm else self.options.choose(name, param, dtype)
+            Choice(None, reason="warm-up")
+            if warm
+            else self.options.choose(name, param, param.dtype if param.is_complex() else dtype)
             for name, param in zip(names, params, strict=True)
         ]
         codecs = [choice.codec for choice in choices]
@@ -320,9 +324,8 @@ class CompressionState:
                 f"gradient of {name!r} is sparse ({buffer.layout}); make it dense "
                 "(torch.nn.Embedding(sparse=False)) or reduce it elsewhere"
             )
-        width = 2 if buffer.is_complex() else 1
-        flat = torch.view_as_real(buffer).view(-1) if width == 2 else buffer
-        layout = self._layout(bucket, flat, width)
+        flat = torch.view_as_real(buffer).view(-1) if buffer.is_complex() else buffer
+        layout = self._layout(bucket, flat)
         fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
         if not layout.agreed:
             fields |= {"numel": flat.numel(), **layout.fields}

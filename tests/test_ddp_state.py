@@ -1,0 +1,312 @@
+"""The DDP hook's state over real ranks: skipped steps, checkpoints, disagreement, observation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cases_ddp_state as cases
+import numpy as np
+import pytest
+import torch
+from ranks import Worlds
+from test_collectives import same_on_all_ranks
+
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, wire
+from pydist.codecs.shares import Part, Shares, share_of
+from pydist.ddp.options import Options, plain_name
+from pydist.feedback import Residuals, any_nonzero, contracts, forbids
+
+multiprocess = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = multiprocess
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_any_buckets(worlds: Worlds, ranks: int) -> None:
+    same_on_all_ranks(worlds(ranks).run(cases.any_buckets))
+
+
+def test_plain_registration(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(2).run(cases.plain_registration))
+
+
+# --------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["usual", "exact_skip"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_not_finite(worlds: Worlds, ranks: int, exact: bool) -> None:
+    same_on_all_ranks(worlds(ranks).run(cases.skipped, exact))
+
+
+@pytest.mark.parametrize("how", ["scaler", "rescale"])
+def test_residuals_follow_the_loss_scale(worlds: Worlds, how: str) -> None:
+    same_on_all_ranks(worlds(2).run(cases.scaled, how))
+
+
+def test_grad_scaler(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(3).run(cases.grad_scaler))
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("how", ["file", "dcp"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_resume(worlds: Worlds, tmp_path: Path, ranks: int, how: str) -> None:
+    same_on_all_ranks(worlds(ranks).run(cases.resumed, str(tmp_path), how))
+
+
+@pytest.mark.parametrize("how", ["file", "dcp"])
+@pytest.mark.parametrize("algorithm", ["two_phase", "all_gather"])
+def test_other_world_size(worlds: Worlds, tmp_path: Path, how: str, algorithm: str) -> None:
+    """4 ranks, then 2, then 3: what was not sent is what will be sent."""
+    left = None
+    for old, ranks in ((None, 4), (4, 2), (2, 3)):
+        args = (str(tmp_path), old, how, algorithm)
+        results = worlds(ranks).run(cases.resharded, *args)
+        if left is not None:
+            for name, wanted in left.items():
+                found = results[0]["found"][name]
+                assert wanted.any()
+                # Each element was rounded a few times in float32, at the size of its parts.
+                bound = 1e-6 * np.abs(wanted).max()
+                assert np.abs(found - wanted).max() <= bound, name
+        left = results[0]["left"]
+
+
+# --------------------------------------------------------------------------- disagreement
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "part"),
+    [
+        ("codec", "MismatchError", "QSGD(bits=4"),
+        ("seed", "MismatchError", "seed is 0 on ranks 0, 2 and 1 on rank 1"),
+        ("exclude", "MismatchError", "exclude is null on ranks 0, 2"),
+        ("invalid", "PydistError", "rank 1: warmup_steps must not be negative, got -1"),
+        ("name", "MismatchError", "parameter 0 is"),
+    ],
+)
+def test_other_state(worlds: Worlds, what: str, kind: str, part: str) -> None:
+    for rank, (raised, message) in enumerate(worlds(3).run(cases.other_state, what)):
+        if what == "invalid" and rank == 1:
+            assert (raised, message) == ("ValueError", part.removeprefix("rank 1: "))
+        else:
+            assert raised == kind and part in message, (raised, message)
+
+
+def test_other_layout(worlds: Worlds) -> None:
+    for raised, message in worlds(3).run(cases.other_layout):
+        assert raised == "MismatchError", message
+        assert "parameter 2 is" in message and "on rank 1" in message, message
+        assert "2.weight" in message and "None" in message, message
+
+
+def test_sparse(worlds: Worlds) -> None:
+    for raised, message in worlds(2).run(cases.sparse):
+        assert raised == "PydistError", message
+        assert "gradient of 'table.weight' is sparse" in message, message
+
+
+def test_fails_on_one_rank(worlds: Worlds) -> None:
+    for raised, message in worlds(3).run(cases.fails_on_one_rank):
+        assert raised == "PydistError", message
+        assert "rank 1: a bucket holds a parameter that named_parameters did not name" in message
+
+
+def test_after_destruction(worlds: Worlds) -> None:
+    for raised, message in worlds(2).run(cases.after_destruction):
+        assert raised == "PydistError" and "destroyed" in message, message
+
+
+def test_misuse(worlds: Worlds) -> None:
+    wanted = [
+        ("ValueError", "named_parameters must be given"),
+        ("ValueError", "parameters have no names"),
+        ("ValueError", "ratio must be positive and finite, got 0.0"),
+        ("TypeError", "model must be a DistributedDataParallel, got Linear"),
+        ("TypeError", "bucket must be a GradBucket, got tuple"),
+    ]
+    for found in worlds(1).run(cases.no_names):
+        for (kind, message), (wanted_kind, part) in zip(found, wanted, strict=True):
+            assert kind == wanted_kind and part in message, (kind, message)
+
+
+# --------------------------------------------------------------------------- in DDP
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_join(worlds: Worlds, ranks: int) -> None:
+    same_on_all_ranks(worlds(ranks).run(cases.joined))
+
+
+def test_checkpointed_and_compiled(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(2).run(cases.composed))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_types_that_codecs_do_not_take(worlds: Worlds, ranks: int) -> None:
+    same_on_all_ranks(worlds(ranks).run(cases.odd_types))
+
+
+def test_observation(worlds: Worlds) -> None:
+    ranks = 3
+    for warm, all_bytes, ratio in worlds(ranks).run(cases.observed):
+        assert warm < all_bytes and ratio > 1
+    # 4 bits an element and 4 bytes a block of 64, or float32; a few units of padding a rank.
+    compressed, raw = [800, 600], [40, 1200, 30, 20]
+    blocks = sum(-(-n // 64) for n in compressed) + 2
+    units = sum(-(-n // 32) for n in raw) + 6
+    step = 2 * (ranks - 1) * (36 * blocks + 128 * units + 2 * 16) / ranks
+    assert (all_bytes - warm) / 2 <= 1.2 * step, (all_bytes, warm, step)
+
+
+# --------------------------------------------------------------------------- rules
+
+
+def test_where_error_feedback_goes() -> None:
+    on = [Sign("l1"), Sign("l2"), BlockInt(2), BlockInt(8), BlockFloat(), BlockFloat("e5m2"),
+          QSGD(3), QSGD(8), BlockInt(3, rounding="stochastic")]  # fmt: skip
+    off = [Sign(None), QSGD(2), QSGD(4, norm="l2"), QSGD(8, norm="l2"), Raw(), Raw("bfloat16")]
+    assert all(contracts(codec) for codec in on) and not any(contracts(codec) for codec in off)
+    diverges = {Sign(None), QSGD(2), QSGD(2, norm="l2"), QSGD(4, norm="l2"),
+                BlockInt(2, rounding="stochastic")}  # fmt: skip
+    assert all(forbids(codec) for codec in diverges)
+    assert not any(forbids(codec) for codec in [*on, QSGD(8, norm="l2"), Raw()])
+    for codec in diverges:
+        for forced in (True, "worker"):
+            with pytest.raises(ValueError, match=f"error_feedback={forced}: "):
+                options(codec, error_feedback=forced)
+    assert "relative variance of QSGD(bits=4, block=512, norm='l2') can reach 3.23" in str(
+        forbids(QSGD(4, norm="l2"))
+    )
+
+
+def options(codec: Any, **others: Any) -> Options:
+    usual: dict[str, Any] = {
+        "error_feedback": "auto", "warmup_steps": 0, "min_numel": 10, "exclude": None, "seed": 0,
+        "op": "mean", "algorithm": "auto", "residual_dtype": torch.float32, "exact_skip": False,
+    }  # fmt: skip
+    return Options(codec, **usual | others)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "kind"),
+    [
+        ("error_feedback", "yes", ValueError),
+        ("warmup_steps", -1, ValueError),
+        ("warmup_steps", 1.5, TypeError),
+        ("min_numel", -1, ValueError),
+        ("exclude", "*.bias", TypeError),
+        ("seed", -1, ValueError),
+        ("op", "vote", ValueError),
+        ("algorithm", "ring", ValueError),
+        ("residual_dtype", torch.float16, ValueError),
+    ],
+)
+def test_wrong_options(argument: str, value: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=argument):
+        options(QSGD(4), **{argument: value})
+
+
+def test_wrong_codec() -> None:
+    with pytest.raises(TypeError, match="codec must be a pydist codec, got str"):
+        options({"*": "qsgd"})
+
+
+def test_choice_of_a_codec() -> None:
+    rules = options({"*.bias": None, "a.*": BlockInt(4), "*": QSGD(4)}, exclude=["*norm*"])
+    x, tiny = torch.zeros(2000), torch.zeros(9)
+    assert rules.choose("a.weight", x, x.dtype).codec == BlockInt(4)
+    assert rules.choose("b.weight", x, x.dtype).codec == QSGD(4)
+    assert rules.choose("a.bias", x, x.dtype).reason == "no codec for its name"
+    assert rules.choose("b.norm.weight", x, x.dtype).reason == "excluded by '*norm*'"
+    assert rules.choose("b.weight", tiny, x.dtype).reason == "fewer than 10 elements"
+    wide = options(QSGD(4, block=65536))
+    assert wide.choose("w", x, x.dtype).reason == "would not be smaller"
+    picky = options(QSGD(4), exclude=lambda name, p: p.dim() == 1)
+    assert picky.choose("w", x, x.dtype).reason == "excluded by predicate"
+    assert plain_name("module._orig_mod.a._checkpoint_wrapped_module.w") == "a.w"
+
+
+# --------------------------------------------------------------------------- residuals
+
+
+@pytest.mark.parametrize("owners", [1, 2, 3, 7])
+def test_every_unit_has_one_owner(owners: int) -> None:
+    rng = np.random.default_rng(owners)
+    sizes = [0, 1, 31, 32, 33, 100, 1001, 5000, 64, 64, 64]
+    parts, at = [], 0
+    for ordinal, n in zip(rng.permutation(40).tolist(), sizes, strict=False):
+        parts.append(Part(ordinal, at, n))
+        at += n
+    shares = Shares(parts, 32, owners)
+    for pieces in (1, 5, shares.most):
+        seen = np.zeros(at, dtype=int)
+        for begin in range(pieces):
+            piece = shares.piece(begin, begin + 1, pieces)
+            assert piece.room == shares.room(1, pieces)
+            taken = np.zeros(owners * piece.room, dtype=int)
+            for row, part, owner in zip(piece.rows, piece.part, piece.owner, strict=True):
+                x, n, word = (int(row[c]) for c in (wire.X, wire.N, wire.WORD))
+                seen[x : x + n] += 1
+                taken[word : word - (-n // 32)] += 1
+                assert owner * piece.room <= word < (owner + 1) * piece.room
+                first = parts[part].offset + int(row[wire.FIRST])
+                assert first == x and row[wire.FIRST] % 32 == 0
+                low, high = share_of(parts[part].numel, parts[part].ordinal, 32, owner, owners)
+                assert low <= row[wire.FIRST] and row[wire.FIRST] + n <= high
+            assert taken.max(initial=0) <= 1, "two rows share a unit"
+        assert (seen == 1).all()
+
+
+def test_many_small_parameters_are_spread() -> None:
+    parts = [Part(ordinal, 2 * ordinal, 2) for ordinal in range(0, 2000, 2)]
+    units = Shares(parts, 32, 4).units
+    assert units.sum() == 1000 and units.max() < 300, units
+
+
+def test_an_owner_that_changes() -> None:
+    """What leaves goes to the worker's side, times the world size; what stays, stays."""
+    part, cpu = Part(3, 0, 100), torch.device("cpu")
+    for mean, weight in ((True, 4), (False, 1)):
+        residuals = Residuals(torch.float32, 4, mean)
+        residuals.worker_of(part, cpu).fill_(1.0)
+        residuals.owner_of(part, (20, 60), False, cpu).copy_(torch.arange(20.0, 60.0))
+        moved = residuals.owner_of(part, (40, 90), False, cpu)
+        assert moved.tolist() == [*range(40, 60), *[0] * 30]
+        wanted = torch.ones(100)
+        wanted[20:40] += weight * torch.arange(20.0, 40.0)
+        assert torch.equal(residuals.worker[3], wanted)
+        # Everyone owns everything: the others' part is elsewhere, so all of it is sent anew.
+        whole = residuals.owner_of(part, (0, 100), True, cpu)
+        wanted[40:60] += weight * torch.arange(40.0, 60.0)
+        assert not whole.any() and torch.equal(residuals.worker[3], wanted)
+        # Back to shares: all ranks had the same, so each keeps its own and nothing moves.
+        whole.copy_(torch.arange(100.0))
+        mine = residuals.owner_of(part, (10, 30), False, cpu)
+        assert mine.tolist() == list(range(10, 30))
+        assert torch.equal(residuals.worker[3], wanted)
+
+
+def test_memory_and_scale_of_residuals() -> None:
+    residuals = Residuals(torch.bfloat16, 2, True)
+    held = residuals.worker_of(Part(0, 0, 10), torch.device("cpu"))
+    assert residuals.memory_bytes == 20
+    held.fill_(3.0)
+    residuals.rescale(0.5)
+    assert held.tolist() == [1.5] * 10
+    assert residuals.norm() == pytest.approx(1.5 * 10**0.5, rel=1e-12)
+    held.fill_(torch.finfo(torch.bfloat16).max)
+    residuals.rescale(4.0)
+    assert not held.any(), "what cannot be stored is dropped, never infinite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_which_gradients_are_zero(dtype: torch.dtype) -> None:
+    flat = torch.zeros(700, dtype=dtype)
+    flat[100], flat[299] = -0.0, 1e-7 if dtype != torch.float16 else 6e-8
+    flat[301] = float("nan")
+    parts = [Part(0, 0, 200), Part(1, 200, 100), Part(2, 300, 100), Part(3, 400, 0)]
+    assert any_nonzero(flat, parts).tolist() == [False, True, True, False]
