@@ -13,6 +13,9 @@ from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, wire
+from pydist import reference_blocks as rb
+from pydist.codecs.base import Worker
+from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
 from pydist.codecs.shares import Part, Shares, share_of
 from pydist.ddp.options import Options, plain_name
 from pydist.feedback import Residuals, any_nonzero, contracts, forbids
@@ -96,8 +99,9 @@ def test_other_state(worlds: Worlds, what: str, kind: str, part: str) -> None:
             assert raised == kind and part in message, (raised, message)
 
 
-def test_other_layout(worlds: Worlds) -> None:
-    for raised, message in worlds(3).run(cases.other_layout):
+@pytest.mark.parametrize("static", [False, True], ids=["usual", "static_graph"])
+def test_other_layout(worlds: Worlds, static: bool) -> None:
+    for raised, message in worlds(3).run(cases.other_layout, static):
         assert raised == "MismatchError", message
         assert "parameter 2 is" in message and "on rank 1" in message, message
         assert "2.weight" in message and "None" in message, message
@@ -228,6 +232,73 @@ def test_choice_of_a_codec() -> None:
     picky = options(QSGD(4), exclude=lambda name, p: p.dim() == 1)
     assert picky.choose("w", x, x.dtype).reason == "excluded by predicate"
     assert plain_name("module._orig_mod.a._checkpoint_wrapped_module.w") == "a.w"
+
+
+# --------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("owners", [1, 3])
+def test_bytes_of_a_bucket(owners: int) -> None:
+    """docs/wire_format.md, once more: sections, shares, slices and padding."""
+    codecs = [BlockInt(3, block=32), None, Sign("l1", block=64), None, BlockInt(3, block=32)]
+    sizes, ordinals = [300, 33, 65, 100, 32], [4, 0, 9, 2, 7]
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(n, generator=generator) for n in sizes]
+    parts, at = [], 0
+    for ordinal, n in zip(ordinals, sizes, strict=True):
+        parts.append(Part(ordinal, at, n))
+        at += n
+    plan = BucketPlan(parts, codecs, [False] * 5, torch.float32, 3, owners)
+    coder = BucketCoder(
+        plan, torch.cat(values), Worker(1, 3, 6), mean=True, seed=2, feedback=[None] * 3,
+        staged=False,
+    )  # fmt: skip
+    sections = [(BlockInt(3, block=32), [0, 4]), (None, [1, 3]), (Sign("l1", block=64), [2])]
+    shares = []  # by section and owner: the units' codes, and their scales
+    for codec, indices in sections:
+        unit = codec.block if codec is not None else 32
+        by_owner = []
+        for owner in range(owners):
+            codes, scales = [], []
+            for i in indices:
+                low, high = share_of(sizes[i], ordinals[i], unit, owner, owners)
+                for begin in range(low, high, unit):
+                    x = values[i][begin : min(begin + unit, high)].numpy()
+                    if codec is None:
+                        codes.append(x.tobytes().ljust(4 * unit, b"\0"))
+                        scales.append(b"")
+                        continue
+                    form = codec.block_format
+                    payload, _ = rb.quantize(x, form, zero_bit=1)
+                    codes.append(payload[:-4].tobytes().ljust(form.block_bytes, b"\0"))
+                    scales.append(payload[-4:].tobytes())
+            by_owner.append((codes, scales))
+        shares.append(by_owner)
+    slices = max(len(codes) for by_owner in shares for codes, _ in by_owner)
+    assert (plan.slices, coder.units) == (slices, slices * owners)
+    for begin, end in ((0, slices), (1, 3)):
+        size = coder.message_bytes(end - begin)
+        rows = torch.full((owners, size), 0xAA, dtype=torch.uint8)
+        coder.encode(rows, end - begin, begin * owners, end * owners)
+        for owner, row in enumerate(rows):
+            wanted = b""
+            for by_owner in shares:
+                most = max(len(codes) for codes, _ in by_owner)
+                room = -(-(end - begin) * most // slices)
+                for kind in (0, 1):  # codes, scales
+                    width = max(len(x) for both in by_owner for x in both[kind])
+                    units = by_owner[owner][kind]
+                    part = units[begin * len(units) // slices : end * len(units) // slices]
+                    wanted += b"".join(part).ljust(room * width, b"\0")
+            assert row.numpy().tobytes() == wanted, (owner, begin)
+
+
+def test_codecs_that_cannot_be_in_a_bucket() -> None:
+    class Other:
+        block_format = None
+
+    with pytest.raises(TypeError, match="cannot share the messages of a bucket"):
+        BucketPlan([Part(0, 0, 9)], [Other()], [False], torch.float32, 2, 2)  # type: ignore[list-item]
 
 
 # --------------------------------------------------------------------------- residuals
