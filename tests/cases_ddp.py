@@ -36,7 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
     "unused": {"find_unused_parameters": True},
     "static": {"static_graph": True},
     "view": {"gradient_as_bucket_view": True},
-    "many": {"bucket_cap_mb": 0.002},
+    "many": {"bucket_cap_mb": 0.0001},
     "huge": {},
 }
 MIN_NUMEL = 200

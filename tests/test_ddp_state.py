@@ -145,6 +145,13 @@ def test_join(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.joined))
 
 
+@pytest.mark.parametrize(
+    "steps", [4, pytest.param(2000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
+def test_delays(worlds: Worlds, steps: int) -> None:
+    same_on_all_ranks(worlds(3).run(cases.delayed, steps, 5, timeout=60 + steps))
+
+
 def test_checkpointed_and_compiled(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(cases.composed))
 
