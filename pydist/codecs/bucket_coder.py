@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pydist import wire
+from pydist.blocks import BlockFormat
 from pydist.codecs.base import Worker, spoil
 from pydist.codecs.bucket_sections import (
     BlockSection,
@@ -44,7 +45,7 @@ class Slot:
 
 def check_bucket_codec(codec: Codec) -> None:
     """Raises TypeError unless parameters of this codec can share a bucket's messages."""
-    known = isinstance(codec, Sign | Raw) or codec.block_format is not None
+    known = isinstance(codec, Sign | Raw) or isinstance(codec.block_format, BlockFormat)
     if not known or getattr(codec, "entropy", None) is not None:
         raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients yet")
 
@@ -201,6 +202,13 @@ class BucketCoder:
         bits = _unpacked(extras.cpu()).amax(0).bool().numpy()
         for feedback, place in self._listed():
             feedback.used_by_any = bits[place]
+
+    def prologue(self) -> Tensor | None:
+        """Nothing that must be known of other ranks before encoding."""
+        return None
+
+    def merge_prologue(self, prologues: Tensor) -> None:
+        """Nothing to merge."""
 
     # ----------------------------------------------------------------- on the way
 

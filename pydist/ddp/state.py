@@ -53,6 +53,14 @@ class _InFlight:
     coder: BucketCoder
 
 
+def _spoiled(buffer: Tensor) -> Tensor:
+    """A bucket's buffer overwritten with NaN; a new one where it is sparse."""
+    if not buffer.is_sparse:
+        return buffer.fill_(float("nan"))
+    dense = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device=buffer.device)
+    return dense.to_sparse(buffer.sparse_dim())
+
+
 class CompressionState:
     """What :func:`compression_hook` keeps: options, residuals, counters.
 
@@ -238,8 +246,8 @@ class CompressionState:
             for ordinal, end, size in zip(ordinals, np.cumsum(sizes), sizes, strict=True)
         ]
         choices = [
-            Choice(None, reason="warm-up")
-            if warm
+            Choice(None, reason="warm-up" if warm else "sparse gradient")
+            if warm or bucket.buffer().is_sparse
             else self.options.choose(name, param, param.dtype if param.is_complex() else dtype)
             for name, param in zip(names, params, strict=True)
         ]
@@ -295,9 +303,7 @@ class CompressionState:
             sent = None
             self._refuse(bucket, number, error)
         if sent is None:
-            if not buffer.is_sparse:
-                buffer.fill_(float("nan"))
-            future.set_result(buffer)
+            future.set_result(_spoiled(buffer))
         else:
             self._in_flight.append(sent)
             sent.road.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
@@ -318,13 +324,9 @@ class CompressionState:
         self._open = True
 
     def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
-        if buffer.is_sparse:
-            name = self._names[self._ordinal(bucket.parameters()[0])]
-            raise TypeError(
-                f"gradient of {name!r} is sparse ({buffer.layout}); make it dense "
-                "(torch.nn.Embedding(sparse=False)) or reduce it elsewhere"
-            )
-        flat = torch.view_as_real(buffer).view(-1) if buffer.is_complex() else buffer
+        flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).view(-1)
         layout = self._layout(bucket, flat)
         fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
         if not layout.agreed:
@@ -371,15 +373,21 @@ class CompressionState:
         self, sent: _InFlight, buffer: Tensor, future: torch.futures.Future[Tensor]
     ) -> None:
         """Runs when a bucket's job is over, in the thread that ended it."""
+        result = buffer
         try:
             error = sent.road.future.exception()
             with sent.road.stream():
                 if error is not None:
                     self._failed(error)
-                    buffer.fill_(float("nan"))
+                    result = _spoiled(buffer)
+                elif buffer.is_sparse:
+                    dense = sent.coder.bucket.flat.view(buffer.shape)
+                    result = dense.to_sparse(buffer.sparse_dim())
+        except BaseException as error:  # backward must not wait for ever
+            self._failed(error)
         finally:
             with sent.road.stream():
-                future.set_result(buffer)
+                future.set_result(result)
 
     # ----------------------------------------------------------------- failures
 
