@@ -267,16 +267,17 @@ def any_nonzero(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:
         flat: A bucket's buffer: float32, float16 or bfloat16.
         parts: The parameters in it.
     """
+    used = np.zeros(len(parts), dtype=bool)
     if flat.is_cuda:
-        norms = torch._foreach_norm(
-            [flat[part.offset : part.offset + part.numel] for part in parts], math.inf
-        )
-        return (torch.stack(norms) != 0).cpu().numpy() if norms else np.zeros(0, dtype=bool)
+        full = [i for i, part in enumerate(parts) if part.numel]  # an empty one has no maximum
+        views = [flat[parts[i].offset : parts[i].offset + parts[i].numel] for i in full]
+        if views:
+            used[full] = (torch.stack(torch._foreach_norm(views, math.inf)) != 0).cpu().numpy()
+        return used
     # A glance at the first elements settles it nearly always. Bits, as NumPy knows no bfloat16.
     integer, sign = (torch.int32, 2**31) if flat.element_size() == 4 else (torch.int16, 2**15)
     bits = flat.view(integer).numpy()
     mask = bits.dtype.type(sign - 1)
-    used = np.zeros(len(parts), dtype=bool)
     for i, part in enumerate(parts):
         end = part.offset + part.numel
         glance = bits[part.offset : min(part.offset + 64, end)] & mask

@@ -122,9 +122,10 @@ def kinds_of(net: torch.nn.Module, options: Options, dtype: torch.dtype) -> dict
 
 def kept(state: CompressionState) -> dict[str, Any]:
     """This rank's residuals as plain values."""
-    worker = {state.name_of(i): x.float().numpy().copy() for i, x in state.residuals.worker.items()}
+    names = state.parameters.names
+    worker = {names[i]: x.float().numpy().copy() for i, x in state.residuals.worker.items()}
     owner = {
-        state.name_of(i): (share.first, share.values.float().numpy().copy())
+        names[i]: (share.first, share.values.float().numpy().copy())
         for i, share in state.residuals.owner.items()
     }
     return {"worker": worker, "owner": owner}

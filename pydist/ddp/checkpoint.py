@@ -38,13 +38,13 @@ def state_dict(state: CompressionState) -> dict[str, Any]:
     residuals = state.residuals
     parameters: dict[str, dict[str, Any]] = {}
     for ordinal, flat in sorted(residuals.worker.items()):
-        param = state.parameter(ordinal)
+        param = state.parameters.tensors[ordinal]
         entry: dict[str, Any] = {"residual": shaped(flat, param).clone()}
         share = residuals.owner.get(ordinal)
         if share is not None:
             entry["owner"] = share.values.clone()
             entry["owner_span"] = [share.first, share.last, int(share.whole)]
-        parameters[state.name_of(ordinal)] = entry
+        parameters[state.parameters.names[ordinal]] = entry
     return {**_scalars(state), "rank": state.communicator.rank, "parameters": parameters}
 
 
@@ -74,7 +74,7 @@ def load_state_dict(
                 f"state: entry {i} of {len(states)} was saved by rank {one['rank']} of "
                 f"{one['world_size']}"
             )
-        unknown = [name for name in one["parameters"] if state.ordinal_of(name) is None]
+        unknown = [name for name in one["parameters"] if state.parameters.ordinal_of(name) is None]
         if unknown:
             raise ValueError(f"state: parameters that the model does not have: {unknown[:5]}")
     if isinstance(saved, Mapping):
@@ -113,16 +113,16 @@ def _take(state: CompressionState, saved: Mapping[str, Any]) -> None:
 
 
 def _find(state: CompressionState, name: str) -> tuple[int, Tensor]:
-    ordinal = state.ordinal_of(name)
+    ordinal = state.parameters.ordinal_of(name)
     assert ordinal is not None
-    return ordinal, state.parameter(ordinal)
+    return ordinal, state.parameters.tensors[ordinal]
 
 
 def _put(state: CompressionState, ordinal: int, param: Tensor, values: Tensor) -> None:
     if values.shape != param.shape:
         raise ValueError(
-            f"state: residual of {state.name_of(ordinal)!r} has shape {list(values.shape)}, the "
-            f"parameter {list(param.shape)}"
+            f"state: residual of {state.parameters.names[ordinal]!r} has shape "
+            f"{list(values.shape)}, the parameter {list(param.shape)}"
         )
     flat = torch.zeros(param.numel(), dtype=state.residuals.dtype, device=param.device)
     shaped(flat, param).copy_(values)
@@ -171,8 +171,8 @@ class Sharded:
         self._saved = saved_world_size or self._ranks
 
     def _parameters(self) -> Iterator[tuple[str, int, Tensor]]:
-        for ordinal, name in self._state.with_residuals():
-            yield name, ordinal, self._state.parameter(ordinal)
+        for ordinal, name in self._state.parameters.with_residuals(self._state.options):
+            yield name, ordinal, self._state.parameters.tensors[ordinal]
 
     def state_dict(self) -> dict[str, Any]:
         """All residuals, as DTensors; to be loaded from another world, as plain tensors."""

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
 from pydist.codecs.base import Worker
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
+from pydist.codecs.bucket_coder import BucketCoder
 from pydist.codecs.bucket_sections import Feedback
 from pydist.codecs.coders import Codec
-from pydist.codecs.shares import Part
 from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.ddp import checkpoint
-from pydist.ddp.options import Choice, Exclude, Options, plain_name
+from pydist.ddp.layout import Layouts, Parameters
+from pydist.ddp.options import Exclude, Options
 from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
 from pydist.feedback import Residuals, any_nonzero
-from pydist.road import Road, choose_algorithm
+from pydist.road import Road
 
 logger = logging.getLogger("pydist.ddp")
-
-
-@dataclass
-class _Layout:
-    """A bucket as it was laid out once; used again as long as it does not change."""
-
-    names: list[str]
-    choices: list[Choice]
-    plan: BucketPlan
-    algorithm: str
-    digest: int
-    fields: dict[str, Any]
-    agreed: bool = False
 
 
 @dataclass
@@ -122,11 +107,6 @@ class CompressionState:
         self.scaler = scaler
         self.step = 0
         self.stats_of = Stats()
-        self._places: dict[Tensor, int] = {}
-        self._names: list[str] = []
-        self._named = named_parameters is not None
-        self._params: list[Tensor] = []
-        self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self._in_flight: list[_InFlight] = []
         self._open = False  # inside a step: its last bucket has not come by
         self._unsettled = False  # a step is over, and what became of it was not looked at
@@ -138,9 +118,8 @@ class CompressionState:
                 codec, error_feedback, warmup_steps, min_numel, exclude, seed, op, algorithm,
                 residual_dtype, exact_skip,
             )  # fmt: skip
-            for name, param in named_parameters or ():
-                self._add(plain_name(name), param)
-            if self.options.needs_names and not self._named:
+            self.parameters = Parameters(named_parameters)
+            if self.options.needs_names and not self.parameters.named:
                 raise ValueError(
                     "named_parameters must be given where parameters are chosen by name "
                     "(codec={pattern: codec}, exclude); or use pydist.ddp.compress(model, codec)"
@@ -149,130 +128,19 @@ class CompressionState:
             # The other ranks are about to wait for this one.
             refuse(self._comm, Call("CompressionState", {}, problem=str(error)))
             raise
-        self.residuals = Residuals(residual_dtype, self._comm.world_size, op == "mean")
-        call = Call("CompressionState", self._described())
+        ranks = self._comm.world_size
+        self.residuals = Residuals(residual_dtype, ranks, op == "mean")
+        self.layouts = Layouts(self.options, self.parameters, ranks)
+        call = Call(
+            "CompressionState",
+            {"world_size": ranks, **self.options.described(), **self.parameters.described()},
+        )
         self._comm.run(lambda: self._comm.agree(call))
-
-    # ----------------------------------------------------------------- parameters
-
-    def _add(self, name: str, param: Tensor) -> None:
-        if name in self._names:
-            raise ValueError(f"named_parameters: two parameters are called {name!r}")
-        self._places[param] = len(self._names)
-        self._names.append(name)
-        self._params.append(param)
-
-    def _described(self) -> dict[str, Any]:
-        fields = {"world_size": self._comm.world_size, **self.options.described()}
-        if self._named:
-            fields["parameters"] = len(self._names)
-            for i, (name, param) in enumerate(zip(self._names, self._params, strict=True)):
-                fields[f"parameter {i}"] = [name, str(param.dtype), list(param.shape)]
-        return fields
-
-    def name_of(self, ordinal: int) -> str:
-        """A parameter's name; ``"parameter 3"`` where names were not given."""
-        return self._names[ordinal]
-
-    def ordinal_of(self, name: str) -> int | None:
-        """A parameter's place in ``named_parameters()``; ``None`` where there is none such."""
-        return self._names.index(name) if name in self._names else None
-
-    def parameter(self, ordinal: int) -> Tensor:
-        """The parameter at a place."""
-        return self._params[ordinal]
-
-    def with_residuals(self) -> Iterable[tuple[int, str]]:
-        """Place and name of every parameter that keeps residuals.
-
-        Raises:
-            ValueError: The parameters have no names.
-        """
-        if not self._named:
-            raise ValueError("named_parameters was not given: parameters have no names")
-        for ordinal, (name, param) in enumerate(zip(self._names, self._params, strict=True)):
-            if param.requires_grad and self.options.choose(name, param, param.dtype).feedback:
-                yield ordinal, name
-
-    def _ordinal(self, param: Tensor) -> int:
-        place = self._places.get(param)
-        if place is None:
-            if self._named:
-                raise ValueError("a bucket holds a parameter that named_parameters did not name")
-            self._add(f"parameter {len(self._names)}", param)
-            place = self._places[param]
-        return place
 
     @property
     def communicator(self) -> Communicator:
         """The group's communicator, with its traffic counters."""
         return self._comm
-
-    # ----------------------------------------------------------------- layout
-
-    def _layout(self, bucket: GradBucket, flat: Tensor) -> _Layout:
-        """How a bucket's parameters travel in this step."""
-        params = bucket.parameters()
-        ordinals = [self._ordinal(param) for param in params]
-        warm = self.step < self.options.warmup_steps
-        key = (bucket.index(), bucket.buffer().dtype, flat.numel(), warm, *ordinals)
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = self._lay_out(bucket, flat, params, ordinals, warm)
-            # Buckets are rebuilt once or twice; what came before is not needed again.
-            same = [old for old in self._layouts if old[0] == key[0] and old[3] == warm]
-            for old in same:
-                del self._layouts[old]
-            self._layouts[key] = layout
-        return layout
-
-    def _lay_out(
-        self,
-        bucket: GradBucket,
-        flat: Tensor,
-        params: Sequence[Tensor],
-        ordinals: list[int],
-        warm: bool,
-    ) -> _Layout:
-        dtype, names = flat.dtype, [self._names[i] for i in ordinals]
-        # A complex number lies there as two.
-        sizes = np.array(
-            [param.numel() * (2 if param.is_complex() else 1) for param in params], dtype=np.int64
-        )
-        if int(sizes.sum()) != flat.numel():
-            raise ValueError(f"a bucket of {flat.numel()} elements holds {int(sizes.sum())}")
-        parts = [
-            Part(ordinal, int(end - size), int(size))
-            for ordinal, end, size in zip(ordinals, np.cumsum(sizes), sizes, strict=True)
-        ]
-        choices = [
-            Choice(None, reason="warm-up" if warm else "sparse gradient")
-            if warm or bucket.buffer().is_sparse
-            else self.options.choose(name, param, param.dtype if param.is_complex() else dtype)
-            for name, param in zip(names, params, strict=True)
-        ]
-        codecs = [choice.codec for choice in choices]
-        keeps = [choice.feedback for choice in choices]
-
-        def plan_for(owners: int) -> BucketPlan:
-            ranks = self._comm.world_size
-            return BucketPlan(parts, codecs, keeps, flat.dtype, ranks, owners)
-
-        ranks = self._comm.world_size
-        plan = plan_for(ranks)
-        algorithm = "all_gather"
-        if ranks > 1:
-            algorithm = choose_algorithm(self.options.algorithm, plan, ranks)
-        if algorithm == "all_gather":
-            plan = plan_for(1)
-        fields: dict[str, Any] = {
-            f"parameter {part.ordinal}": [
-                name, str(dtype), list(param.shape), repr(choice.codec), choice.feedback,
-            ]
-            for part, name, param, choice in zip(parts, names, params, choices, strict=True)
-        }  # fmt: skip
-        digest = zlib.crc32(repr([str(dtype), algorithm, *fields.items()]).encode())
-        return _Layout(names, choices, plan, algorithm, digest, fields)
 
     # ----------------------------------------------------------------- a bucket
 
@@ -327,7 +195,7 @@ class CompressionState:
         flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer
         if flat.is_complex():
             flat = torch.view_as_real(flat).view(-1)
-        layout = self._layout(bucket, flat)
+        layout = self.layouts.of(bucket, flat, self.step < self.options.warmup_steps)
         fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
         if not layout.agreed:
             fields |= {"numel": flat.numel(), **layout.fields}
@@ -402,8 +270,7 @@ class CompressionState:
         if failure is not None:
             self._open, self._unsettled = False, False
             self._in_flight.clear()
-            for layout in self._layouts.values():
-                layout.agreed = False
+            self.layouts.agree_again()
             raise failure
 
     def _raise_after_backward(self) -> bool:
