@@ -33,8 +33,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "arrays", "codecs", "collectives", "errors", "ops", "optim", "reference", "reference_blocks",
-    "reference_raw", "reference_ternary", "reference_topk", "simulate",
+    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "ops", "optim", "reference",
+    "reference_blocks", "reference_raw", "reference_ternary", "reference_topk", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
@@ -67,6 +67,8 @@ __all__ = [
     "arrays",
     "codecs",
     "collectives",
+    "ddp",
+    "feedback",
     "ops",
     "optim",
     "reduce_scatter",

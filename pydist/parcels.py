@@ -10,7 +10,7 @@ The lengths must be known on the host: with NCCL that waits for the device, twic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,13 +32,21 @@ class Parcels:
         name: What the user called, for messages.
         head: Bytes at the beginning of each row that stay as they are.
         units: Units of a row.
+        count: Told what is sent, and how many bytes of it.
     """
 
     def __init__(
-        self, comm: Communicator, stage: Stage, phase: str, name: str, head: int, units: int
+        self,
+        comm: Communicator,
+        stage: Stage,
+        phase: str,
+        name: str,
+        head: int,
+        units: int,
+        count: Callable[[str, int], None],
     ) -> None:
         self.comm, self.stage, self.phase, self.name = comm, stage, phase, name
-        self.head, self.units = head, units
+        self.head, self.units, self._tell = head, units, count
         self._group = comm.first if phase == "phase 1" else comm.second
         self._sizes: list[int] = []
 
@@ -107,4 +115,4 @@ class Parcels:
         return rows
 
     def _count(self, what: str, lengths: Sequence[int]) -> None:
-        self.comm.traffic.bytes_sent[what] += sum(lengths) - lengths[self.comm.rank]
+        self._tell(what, sum(lengths) - lengths[self.comm.rank])

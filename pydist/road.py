@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,7 +67,18 @@ ALL_GATHER = Route(scatters=False, reduces=False)
 ALGORITHMS = ("auto", *ALL_REDUCE)
 
 
-def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
+class Sizes(Protocol):
+    """What is asked of a coder before there is one: how much it is going to send."""
+
+    @property
+    def units(self) -> int: ...  # noqa: D102
+
+    def message_bytes(self, units: int) -> int: ...  # noqa: D102
+
+    def reduced_bytes(self, units: int) -> int: ...  # noqa: D102
+
+
+def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
     """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
 
     Raises:
@@ -84,7 +96,8 @@ def choose_algorithm(algorithm: str, coder: Coder, ranks: int) -> str:
 
 def chunk_units(coder: Coder) -> int:
     """Units of a chunk."""
-    return max(1, CHUNK_BYTES // coder.unit_bytes)
+    whole: int = getattr(coder, "together", 1)
+    return max(1, CHUNK_BYTES // (coder.unit_bytes * whole)) * whole
 
 
 class _Exchange:
@@ -251,6 +264,7 @@ class Road:
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
         self.stream = _SideStream(device)
         self.stage = stage_of(coder) if comm.world_size > 1 else None
+        self.bytes_sent = 0  # by this rank so far, but for the agreement
 
     # ----------------------------------------------------------------- Job
 
@@ -384,10 +398,11 @@ class Road:
     def parcels(self, phase: str, head: int, units: int) -> Parcels:
         """An exchange of rows that are shortened."""
         assert self.stage is not None
-        return Parcels(self.comm, self.stage, phase, self.call.name, head, units)
+        return Parcels(self.comm, self.stage, phase, self.call.name, head, units, self._count)
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
+        self.bytes_sent += size
 
 
 def await_future(future: Future[None], name: str, timeout: float | None) -> None:

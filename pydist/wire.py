@@ -35,7 +35,7 @@ HEADER_BYTES = _HEADER.size
 
 CODECS = {
     "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
-    "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9,
+    "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9, "bucket": 10,
     "agreement": 255,
 }  # fmt: skip
 

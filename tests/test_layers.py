@@ -37,7 +37,7 @@ LAYERS = [
     {"road"},
     {"hierarchy"},
     {"collectives"},
-    {"simulate"},
+    {"simulate", "feedback"},
     {"ddp", "fsdp", "optim"},
     {"bench"},
     {"cli"},

@@ -1,0 +1,9 @@
+"""Compressed gradients for DistributedDataParallel: a communication hook and its state."""
+
+from __future__ import annotations
+
+from pydist.ddp.checkpoint import saved_world_size
+from pydist.ddp.hook import compress, compression_hook
+from pydist.ddp.state import CompressionState
+
+__all__ = ["CompressionState", "compress", "compression_hook", "saved_world_size"]

@@ -1,0 +1,378 @@
+"""The state of the DDP hook: what is kept from bucket to bucket and from step to step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+from pydist.codecs.base import Worker
+from pydist.codecs.bucket_coder import BucketCoder
+from pydist.codecs.bucket_sections import Feedback
+from pydist.codecs.coders import Codec
+from pydist.collectives import refuse
+from pydist.communicator import Call, Communicator, communicator
+from pydist.ddp import checkpoint
+from pydist.ddp.layout import Layouts, Parameters
+from pydist.ddp.options import Exclude, Options
+from pydist.ddp.stats import Stats
+from pydist.errors import PydistError
+from pydist.feedback import Residuals, any_nonzero
+from pydist.road import Road
+
+logger = logging.getLogger("pydist.ddp")
+
+
+@dataclass
+class _InFlight:
+    """A bucket on its way, and afterwards what became of it."""
+
+    road: Road
+    coder: BucketCoder
+
+
+def _spoiled(buffer: Tensor) -> Tensor:
+    """A bucket's buffer overwritten with NaN; a new one where it is sparse."""
+    if not buffer.is_sparse:
+        return buffer.fill_(float("nan"))
+    dense = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device=buffer.device)
+    return dense.to_sparse(buffer.sparse_dim())
+
+
+class CompressionState:
+    """What :func:`compression_hook` keeps: options, residuals, counters.
+
+    Construction is collective: all ranks of ``group`` make a state, with equal arguments, in the
+    same order as other collective calls of the group.
+
+    Args:
+        codec: A codec such as ``pydist.QSGD(bits=4)`` for all parameters, or a dict from patterns
+            (``fnmatch``, on the parameter's name) to codecs: the first that matches counts,
+            ``None`` and no match travel raw.
+        error_feedback: ``"auto"``: residuals where they help (:func:`pydist.feedback.contracts`);
+            ``True`` or ``False``: for all codecs, or for none; ``"worker"``: as ``True``, but
+            without the residuals of what is encoded again after the reduction.
+        warmup_steps: Steps at first in which everything travels raw.
+        min_numel: Parameters with fewer elements travel raw.
+        exclude: Patterns of names, or a predicate ``(name, parameter) -> bool``, of parameters that
+            travel raw.
+        group: The process group of the DDP model; default the world.
+        seed: Seed of stochastic rounding, 0 … 2**32 - 1.
+        scaler: The ``torch.amp.GradScaler`` that scales the loss: residuals then follow its scale.
+            Otherwise call :meth:`rescale` when the scale changes.
+        exact_skip: A step with a NaN or an infinity on any rank leaves no trace: residuals and step
+            number stay as they were, in all buckets. Takes a second buffer of residuals.
+        op: ``"mean"`` (as DDP without a hook) or ``"sum"`` over the ranks.
+        algorithm: As of :func:`pydist.all_reduce`.
+        residual_dtype: float32, or bfloat16 for half the memory.
+        named_parameters: ``model.named_parameters()``, with or without ``"module."`` in front.
+            Needed for patterns and for checkpoints by name. Without it parameters are numbered in
+            the order in which the first backward hands them out, which is the same on all ranks and
+            in every run of the same model with the same bucket sizes.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, error feedback was forced where it diverges, or
+            parameters are chosen by name and there are no names.
+        MismatchError: Ranks gave different arguments; raised on every rank.
+        PydistError: Another rank has a problem.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | Mapping[str, Codec | None],
+        *,
+        error_feedback: str | bool = "auto",
+        warmup_steps: int = 0,
+        min_numel: int = 1024,
+        exclude: Exclude | None = None,
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
+        exact_skip: bool = False,
+        op: str = "mean",
+        algorithm: str = "auto",
+        residual_dtype: torch.dtype = torch.float32,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        self._comm: Communicator = communicator(group)
+        self.group = group
+        self.scaler = scaler
+        self.step = 0
+        self.stats_of = Stats()
+        self._in_flight: list[_InFlight] = []
+        self._open = False  # inside a step: its last bucket has not come by
+        self._unsettled = False  # a step is over, and what became of it was not looked at
+        self._failure: PydistError | None = None
+        self._lock = threading.Lock()
+        self._scale: float | None = None
+        try:
+            self.options = Options(
+                codec, error_feedback, warmup_steps, min_numel, exclude, seed, op, algorithm,
+                residual_dtype, exact_skip,
+            )  # fmt: skip
+            self.parameters = Parameters(named_parameters)
+            if self.options.needs_names and not self.parameters.named:
+                raise ValueError(
+                    "named_parameters must be given where parameters are chosen by name "
+                    "(codec={pattern: codec}, exclude); or use pydist.ddp.compress(model, codec)"
+                )
+        except Exception as error:
+            # The other ranks are about to wait for this one.
+            refuse(self._comm, Call("CompressionState", {}, problem=str(error)))
+            raise
+        ranks = self._comm.world_size
+        self.residuals = Residuals(residual_dtype, ranks, op == "mean")
+        self.layouts = Layouts(self.options, self.parameters, ranks)
+        call = Call(
+            "CompressionState",
+            {"world_size": ranks, **self.options.described(), **self.parameters.described()},
+        )
+        self._comm.run(lambda: self._comm.agree(call))
+
+    @property
+    def communicator(self) -> Communicator:
+        """The group's communicator, with its traffic counters."""
+        return self._comm
+
+    # ----------------------------------------------------------------- a bucket
+
+    def reduce_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Sends a bucket on its way; :func:`compression_hook` calls it.
+
+        Returns:
+            A future of the bucket's buffer, which then holds the result. It is also completed when
+            something went wrong: the buffer is then NaN, and backward raises at its end.
+        """
+        if not isinstance(bucket, GradBucket):
+            raise TypeError(
+                f"bucket must be a GradBucket, got {type(bucket).__name__}: the Python reducer of "
+                "compiled autograd is not supported; compile the model, not its backward"
+            )
+        if not self._open:
+            self._begin_step()
+        buffer = bucket.buffer()
+        device = buffer.device
+        future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[device] if device.type == "cuda" else []
+        )
+        number, last = self.step, bucket.is_last()
+        in_backward = self._raise_after_backward()
+        try:
+            sent = self._start(bucket, buffer, number)
+        except Exception as error:
+            sent = None
+            self._refuse(bucket, number, error)
+        if sent is None:
+            future.set_result(_spoiled(buffer))
+        else:
+            self._in_flight.append(sent)
+            sent.road.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
+        if last:
+            self._open, self._unsettled = False, True
+        if not in_backward:  # under DDP.join(), where there is no backward that could raise
+            future.wait()
+            self._raise_failure()
+        return future
+
+    def _begin_step(self) -> None:
+        self._settle()
+        if self.scaler is not None:
+            scale = float(self.scaler.get_scale())
+            if self._scale is not None and scale != self._scale:
+                self.residuals.rescale(scale / self._scale)
+            self._scale = scale
+        self._open = True
+
+    def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
+        flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).view(-1)
+        layout = self.layouts.of(bucket, flat, self.step < self.options.warmup_steps)
+        fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
+        if not layout.agreed:
+            fields |= {"numel": flat.numel(), **layout.fields}
+        plan, comm = layout.plan, self._comm
+        staged = self.options.exact_skip
+        feedback: list[Feedback | None] = [None] * len(plan.sections)
+        if any(plan.with_feedback):
+            used = any_nonzero(flat, plan.parts)
+            owner = (comm.rank if plan.owners > 1 else 0) if self.options.owner_feedback else None
+            feedback = [
+                self.residuals.section(
+                    section, plan.parts, used, owner=owner,
+                    devices=(flat.device, comm.device(flat.device)), staged=staged,
+                )
+                if keeps else None
+                for section, keeps in zip(plan.sections, plan.with_feedback, strict=True)
+            ]  # fmt: skip
+        coder = BucketCoder(
+            plan, flat, Worker(comm.rank, comm.world_size, number, torch.get_num_threads()),
+            mean=self.options.op == "mean", seed=self.options.seed, feedback=feedback,
+            staged=staged,
+        )  # fmt: skip
+        call = Call("compression_hook", fields, number)
+        road = Road(comm, coder, call, layout.algorithm, flat.device)
+        comm.submit(road)
+        self.stats_of.sent(layout.choices, plan, flat)
+        layout.agreed = True
+        return _InFlight(road, coder)
+
+    def _refuse(self, bucket: GradBucket, number: int, error: Exception) -> None:
+        """Tells the other ranks, in this bucket's place; all then raise after backward.
+
+        Raising here instead would leave them waiting for this rank's next buckets.
+        """
+        call = Call("compression_hook", {"bucket": bucket.index()}, number, problem=str(error))
+        try:
+            self._comm.refuse(call).result()
+            self._failed(error)
+        except PydistError as refused:
+            self._failed(refused if not isinstance(error, PydistError) else error)
+
+    def _complete(
+        self, sent: _InFlight, buffer: Tensor, future: torch.futures.Future[Tensor]
+    ) -> None:
+        """Runs when a bucket's job is over, in the thread that ended it."""
+        result = buffer
+        try:
+            error = sent.road.future.exception()
+            with sent.road.stream():
+                if error is not None:
+                    self._failed(error)
+                    result = _spoiled(buffer)
+                elif buffer.is_sparse:
+                    dense = sent.coder.bucket.flat.view(buffer.shape)
+                    result = dense.to_sparse(buffer.sparse_dim())
+        except BaseException as error:  # backward must not wait for ever
+            self._failed(error)
+        finally:
+            with sent.road.stream():
+                future.set_result(result)
+
+    # ----------------------------------------------------------------- failures
+
+    def _failed(self, error: BaseException) -> None:
+        with self._lock:
+            if self._failure is None:
+                self._failure = error if isinstance(error, PydistError) else PydistError(str(error))
+
+    def _raise_failure(self) -> None:
+        with self._lock:
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            self._open, self._unsettled = False, False
+            self._in_flight.clear()
+            self.layouts.agree_again()
+            raise failure
+
+    def _raise_after_backward(self) -> bool:
+        """Lets backward raise what went wrong, once DDP is through; False outside of backward."""
+        engine: Any = torch.autograd.Variable._execution_engine
+        try:
+            # DDP queues its own last callback after this hook returns; one more turn puts ours
+            # behind it.
+            engine.queue_callback(lambda: engine.queue_callback(self._raise_failure))
+        except RuntimeError:
+            return False
+        return True
+
+    # ----------------------------------------------------------------- the end of a step
+
+    def _settle(self) -> None:
+        """Looks at what became of the last step: counts it, keeps or drops what it staged."""
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        sent, self._in_flight = self._in_flight, []
+        for one in sent:
+            one.road.wait()
+        bad = self.stats_of.step_over([(one.road, one.coder) for one in sent], self.step)
+        if self.options.exact_skip:
+            if bool(bad):
+                return  # as if the step had never been: its number is given to the next one
+            for one in sent:
+                plan = one.coder.plan
+                for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
+                    if feedback is not None:
+                        self.residuals.commit(section, plan.parts, feedback)
+        self.step += 1
+
+    def rescale(self, ratio: float) -> None:
+        """Follows a loss scale that was multiplied by ``ratio``, where there is no ``scaler``.
+
+        Raises:
+            ValueError: ``ratio`` is not a positive number.
+        """
+        if not 0 < ratio < float("inf"):
+            raise ValueError(f"ratio must be positive and finite, got {ratio}")
+        self._settle()
+        self.residuals.rescale(ratio)
+
+    # ----------------------------------------------------------------- what is known
+
+    def stats(self) -> dict[str, Any]:
+        """What was sent so far and what it cost; see ``docs/ddp.md`` for the entries."""
+        self._settle()
+        return self.stats_of.summary(self._comm, self.residuals, self.step)
+
+    def log(self, writer: Any, step: int | None = None, prefix: str = "pydist") -> None:
+        """Writes scalars to a TensorBoard ``SummaryWriter``, or to what has its ``add_scalar``."""
+        for name, value in self.stats_of.scalars(self.stats()).items():
+            writer.add_scalar(f"{prefix}/{name}", value, self.step if step is None else step)
+
+    def log_summary(self) -> None:
+        """Writes one line to the logger ``pydist.ddp``, level INFO."""
+        logger.info(self.stats_of.line(self.stats()))
+
+    # ----------------------------------------------------------------- checkpoint
+
+    @property
+    def scale(self) -> float | None:
+        """The loss scale that the residuals follow, where there is a scaler."""
+        return self._scale
+
+    def restore(self, step: int, scale: float | None) -> None:
+        """Takes over step and loss scale of a checkpoint."""
+        self.step, self._scale = step, scale
+
+    def sharded(self, saved_world_size: int | None = None) -> checkpoint.Sharded:
+        """The state as torch.distributed.checkpoint takes it.
+
+        Args:
+            saved_world_size: Ranks that saved what is to be loaded, where it was another number
+                (:func:`pydist.ddp.saved_world_size`).
+
+        Raises:
+            ValueError: The parameters have no names (on use).
+        """
+        self._settle()
+        return checkpoint.Sharded(self, saved_world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals by parameter name, for ``torch.save``; ranks differ.
+
+        Save one file a rank (``weights_only=True`` reads it), or see :meth:`sharded`.
+        """
+        self._settle()
+        return checkpoint.state_dict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Restores what :meth:`state_dict` gave.
+
+        Args:
+            state: This rank's own state, saved by the same rank of as many; or the states of all
+                ranks of a world of any size, in rank order.
+
+        Raises:
+            ValueError: The state is of another world size or rank, or of other parameters.
+        """
+        self._settle()
+        checkpoint.load_state_dict(self, state)

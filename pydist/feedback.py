@@ -1,0 +1,285 @@
+"""Error feedback: what a codec did not send this time is added to what it sends next time.
+
+A worker keeps, for every parameter, the rest of what it encoded: ``p = g + e`` is encoded and
+``e = p - sent`` is kept. The owner of a share of a parameter keeps the rest of what it encoded
+again after the reduction. Both are keyed by parameter, so that neither rebuilt buckets nor other
+bucket sizes touch them; which elements a rank owns depends on the parameter alone
+(:mod:`pydist.codecs.shares`).
+
+Sources: Seide et al. 2014 (1-bit SGD); Karimireddy et al., "Error Feedback Fixes SignSGD" (arXiv
+1901.09847); the owner's side as in DoubleSqueeze (arXiv 1905.05957).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydist.codecs.bucket_sections import Feedback, Section
+from pydist.codecs.coders import Codec
+from pydist.codecs.raw import Raw
+from pydist.codecs.shares import Part
+
+
+def contracts(codec: Codec) -> bool:
+    """Whether error feedback makes a codec better: the rule behind ``error_feedback="auto"``.
+
+    It does where what is sent is always nearer to the value than nothing: signs with a scale,
+    rounding to nearest, and random rounding between the levels of the largest magnitude from 3 bits
+    on. With the other unbiased codecs the residual grows without bound.
+    """
+    form = codec.block_format
+    if form is None:
+        return False
+    return not form.stochastic or (form.norm == "max" and form.bits >= 3)
+
+
+def forbids(codec: Codec) -> str | None:
+    """Why a codec cannot have error feedback, where it cannot.
+
+    For levels of the l2 norm of a block of m elements, s of each sign, the bound of the relative
+    variance is ``min(m / s**2, sqrt(m) / s)`` (QSGD, arXiv 1610.02132); from 1 on the residual may
+    grow with every step.
+    """
+    if isinstance(codec, Raw):
+        return None  # it has nothing to keep
+    form = codec.block_format
+    if form is None:
+        return f"{codec} sends signs without a magnitude: what was lost is not defined"
+    if not form.stochastic:
+        return None
+    if form.norm == "max":
+        variance = 1.62 if form.bits == 2 else 0.0  # measured on normal values, block 512
+    else:
+        variance = min(form.block / form.levels**2, math.sqrt(form.block) / form.levels)
+    if variance < 1:
+        return None
+    return (
+        f"the relative variance of {codec} can reach {variance:.3g}: the residual would grow with "
+        "every step"
+    )
+
+
+@dataclass
+class OwnerShare:
+    """What a rank keeps of one parameter as its owner.
+
+    Attributes:
+        first: The first element it is of.
+        values: One entry an element, flat.
+        whole: All ranks hold the same, of the whole parameter (``algorithm="all_gather"``).
+    """
+
+    first: int
+    values: Tensor
+    whole: bool
+
+    @property
+    def last(self) -> int:
+        """One past the last element."""
+        return self.first + self.values.numel()
+
+
+class Residuals:
+    """All residuals of one rank, flat in the memory order of their parameters.
+
+    Args:
+        dtype: float32, or bfloat16 for half the memory.
+        ranks: Ranks of the group.
+        mean: The collective takes means, not sums.
+
+    Attributes:
+        worker: By ordinal, what this rank did not send.
+        owner: By ordinal, what it did not hand out of its share of a parameter.
+    """
+
+    def __init__(self, dtype: torch.dtype, ranks: int, mean: bool) -> None:
+        self.dtype = dtype
+        # The share of one rank's contribution in the result.
+        self.weight = ranks if mean else 1
+        self.worker: dict[int, Tensor] = {}
+        self.owner: dict[int, OwnerShare] = {}
+        self._staged_worker: dict[int, Tensor] = {}
+        self._staged_owner: dict[int, Tensor] = {}
+
+    def worker_of(self, part: Part, device: torch.device) -> Tensor:
+        """A parameter's residual; zeros at first."""
+        held = self.worker.get(part.ordinal)
+        if held is None:
+            held = torch.zeros(part.numel, dtype=self.dtype, device=device)
+            self.worker[part.ordinal] = held
+        return held
+
+    def owner_of(
+        self, part: Part, bounds: tuple[int, int], whole: bool, device: torch.device
+    ) -> Tensor:
+        """The residual of this rank's share of a parameter.
+
+        Elements that it owned before and does not own now leave for its worker residual, where they
+        weigh as much in the next result as they would have here.
+
+        Args:
+            part: The parameter.
+            bounds: Its first element that this rank owns, and one past the last.
+            whole: Every rank reduces everything.
+            device: Where messages are reduced.
+        """
+        first, last = bounds
+        held = self.owner.get(part.ordinal)
+        if held is not None and (held.first, held.last, held.whole) == (first, last, whole):
+            return held.values
+        values = torch.zeros(last - first, dtype=self.dtype, device=device)
+        self.owner[part.ordinal] = OwnerShare(first, values, whole)
+        self._staged_owner.pop(part.ordinal, None)
+        if held is None:
+            return values
+        begin, end = max(first, held.first), min(last, held.last)
+        if whole:  # what the other ranks held of theirs is not here
+            begin = end = first
+        if begin < end:
+            old = held.values[begin - held.first : end - held.first]
+            values[begin - first : end - first] = old.to(device)
+        if not held.whole:  # else its next owner has it too
+            kept = (begin, end) if begin < end else (held.first, held.first)
+            self._leave(part, held, (held.first, kept[0]))
+            self._leave(part, held, (kept[1], held.last))
+        return values
+
+    def _leave(self, part: Part, held: OwnerShare, span: tuple[int, int]) -> None:
+        begin, end = span
+        if begin >= end:
+            return
+        values = held.values[begin - held.first : end - held.first]
+        target = self.worker_of(part, values.device)[begin:end]
+        moved = values.to(target.device, torch.float32) * self.weight
+        target.copy_(target.float() + moved)
+
+    def section(
+        self,
+        section: Section,
+        parts: Sequence[Part],
+        used: np.ndarray,
+        *,
+        owner: int | None,
+        devices: tuple[torch.device, torch.device],
+        staged: bool,
+    ) -> Feedback:
+        """Where the kernels find the residuals of a section.
+
+        Args:
+            section: The section.
+            parts: The parts of its bucket.
+            used: Which parts have a gradient that is not all zeros.
+            owner: This rank's place among the owners; ``None`` keeps no owner's residuals.
+            devices: Of the gradients, and of the messages.
+            staged: New residuals go to a second buffer, until :meth:`commit`.
+        """
+        mine = [parts[i] for i in section.indices]
+        keep: list[Tensor] = []
+        width = self.dtype.itemsize
+        # An owner's elements may move to the worker's side, so they come first.
+        shares = []
+        if owner is not None:
+            whole = section.shares.owners == 1
+            for part, bounds in zip(mine, section.shares.bounds[:, owner].tolist(), strict=True):
+                values = self.owner_of(part, (bounds[0], bounds[1]), whole, devices[1])
+                out = _second(self._staged_owner, part.ordinal, values) if staged else values
+                keep += [values, out]
+                skip = width * bounds[0]
+                shares.append((values.data_ptr() - skip, out.data_ptr() - skip))
+        places = []
+        for part in mine:
+            values = self.worker_of(part, devices[0])
+            out = _second(self._staged_worker, part.ordinal, values) if staged else values
+            keep += [values, out]
+            places.append((values.data_ptr(), out.data_ptr()))
+        worker = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        owners = np.array(shares, dtype=np.int64).reshape(-1, 2).T if owner is not None else None
+        return Feedback(
+            worker=worker[0], worker_out=worker[1],
+            owner=None if owners is None else owners[0],
+            owner_out=None if owners is None else owners[1],
+            dtype=str(self.dtype)[6:], used=used[section.indices],
+            used_by_any=used[section.indices], keep=keep,
+        )  # fmt: skip
+
+    def commit(self, section: Section, parts: Sequence[Part], feedback: Feedback) -> None:
+        """Takes over the staged residuals of a section's parameters that were used."""
+        for i, index in enumerate(section.indices):
+            ordinal = parts[index].ordinal
+            if feedback.used[i]:
+                held = self.worker[ordinal]
+                self.worker[ordinal] = self._staged_worker[ordinal]
+                self._staged_worker[ordinal] = held
+            if feedback.owner is not None and feedback.used_by_any[i]:
+                share = self.owner[ordinal]
+                share.values, self._staged_owner[ordinal] = (
+                    self._staged_owner[ordinal], share.values,
+                )  # fmt: skip
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for held in (self.worker, self.owner, self._staged_worker, self._staged_owner):
+            held.clear()
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All residuals."""
+        yield from self.worker.values()
+        for share in self.owner.values():
+            yield share.values
+
+    def rescale(self, ratio: float) -> None:
+        """Multiplies all residuals, as a loss scale changed by ``ratio``.
+
+        An element that its storage cannot hold any more is dropped.
+        """
+        for values in self.tensors():
+            values.mul_(ratio)
+            values.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all residuals, staged ones too."""
+        staged = [*self._staged_worker.values(), *self._staged_owner.values()]
+        return sum(x.numel() * x.element_size() for x in [*self.tensors(), *staged])
+
+    def norm(self) -> float:
+        """Euclidean norm of what this rank has not sent as a worker."""
+        squares = [float(x.double().square().sum()) for x in self.worker.values()]
+        return math.sqrt(sum(squares))
+
+
+def _second(staged: dict[int, Tensor], ordinal: int, like: Tensor) -> Tensor:
+    if ordinal not in staged or staged[ordinal].shape != like.shape:
+        staged[ordinal] = torch.zeros_like(like)
+    return staged[ordinal]
+
+
+def any_nonzero(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:
+    """Which parameters' gradients are anything but zeros, bool [parts]; NaN is not zero.
+
+    Args:
+        flat: A bucket's buffer: float32, float16 or bfloat16.
+        parts: The parameters in it.
+    """
+    used = np.zeros(len(parts), dtype=bool)
+    if flat.is_cuda:
+        full = [i for i, part in enumerate(parts) if part.numel]  # an empty one has no maximum
+        views = [flat[parts[i].offset : parts[i].offset + parts[i].numel] for i in full]
+        if views:
+            used[full] = (torch.stack(torch._foreach_norm(views, math.inf)) != 0).cpu().numpy()
+        return used
+    # A glance at the first elements settles it nearly always. Bits, as NumPy knows no bfloat16.
+    integer, sign = (torch.int32, 2**31) if flat.element_size() == 4 else (torch.int16, 2**15)
+    bits = flat.view(integer).numpy()
+    mask = bits.dtype.type(sign - 1)
+    for i, part in enumerate(parts):
+        end = part.offset + part.numel
+        glance = bits[part.offset : min(part.offset + 64, end)] & mask
+        used[i] = glance.any() or bool((bits[part.offset : end] & mask).any())
+    return used
