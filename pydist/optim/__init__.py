@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from pydist.optim.lion import DistributedLion
+from pydist.optim.signum import SignSGD, Signum
 
-__all__ = ["DistributedLion"]
+__all__ = ["DistributedLion", "SignSGD", "Signum"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from pydist import checks
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,18 +28,15 @@ def describe(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def check_options(group: dict[str, Any]) -> None:
-    """Raises ValueError where a group's learning rate, decay or betas are out of range."""
-    checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
-    betas = tuple(group["betas"])
+def check_betas(betas: Sequence[float]) -> None:
+    """Raises ValueError unless there are two, each in [0, 1)."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises unless the kernels can work with a group's options and parameters."""
-    check_options(group)
-    for p in group["params"]:
+def check_parameters(params: Iterable[Tensor]) -> None:
+    """Raises unless the kernels can work with the parameters."""
+    for p in params:
         if type(p) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
             raise TypeError(f"params must be plain tensors, got {type(p).__name__}")
         if p.device.type not in ("cpu", "cuda"):
