@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from cases_collectives import bits
-from cases_lion import loss_of, model, parameters, stored, train
 from cases_lion import gradient as lion_gradient
+from cases_lion import loss_of, model, parameters, stored, train
 from signum_oracle import Oracle
 from torch.nn.parallel import DistributedDataParallel
 
