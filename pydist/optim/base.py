@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -76,7 +77,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def name_of(self, ordinal: int) -> str:
         """The parameter's name, where names were given."""
-        return names_of(self.param_groups)[ordinal]
+        return self._names[ordinal]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.Optimizer`` does; collective.
@@ -125,11 +126,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         self._comm.run(start)
         self._layout = call.digest or 1
+        self._names = names_of(self.param_groups)
         # Each parameter's ordinal and group.
         self._places: dict[Tensor, tuple[int, int]] = {}
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
                 self._places[p] = (len(self._places), g)
+
+    def _with_groups(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """Every parameter with its ordinal and its group."""
+        places = itertools.count()
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield next(places), p, group
 
     # ----------------------------------------------------------------- a step
 
@@ -137,6 +146,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps that no rank made because a gradient was not finite."""
         return int(self._skipped)
+
+    def count_skipped(self, steps: int) -> None:
+        """Takes over the count of a checkpoint."""
+        self._skipped = steps
 
     @property
     def communicator(self) -> Communicator:

@@ -1,12 +1,15 @@
-"""What a voting optimizer asks of its parameters, and how it tells the other ranks about them."""
+"""What optimizers ask of their parameters, and how they tell the other ranks about them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pydist import wire
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,3 +74,22 @@ def sample_of(grads: list[Tensor]) -> bytes:
     parts = [grad.reshape(-1)[:64].float().cpu() for grad in grads]
     sample = torch.cat([torch.zeros(1), *parts])
     return sample.numpy().tobytes() if bool(sample.isfinite().all()) else b""
+
+
+def shaped(flat: Tensor, param: Tensor) -> Tensor:
+    """A view of what is flat in a dense parameter's memory order, in the parameter's shape."""
+    return flat.as_strided(param.size(), param.stride(), flat.storage_offset())
+
+
+def which_has(has: np.ndarray) -> Tensor:
+    """One bit a parameter, the first one lowest, padded to payload words."""
+    bits = np.packbits(has, bitorder="little")
+    padded = np.zeros(wire.payload_bytes(len(has)), dtype=np.uint8)
+    padded[: len(bits)] = bits
+    return torch.from_numpy(padded)
+
+
+def any_rank_has(extras: Tensor, count: int) -> np.ndarray:
+    """Which parameters any rank has, from the bits of all ranks, uint8 [ranks, bytes]."""
+    bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
+    return np.unpackbits(bits, count=count, bitorder="little").astype(bool)

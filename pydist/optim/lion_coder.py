@@ -20,6 +20,7 @@ from pydist.codecs.base import Worker
 from pydist.codecs.votes import VoteCoder, VoteRule
 from pydist.kernels import LionOptions
 from pydist.operators import on_device_of
+from pydist.optim.layout import any_rank_has, which_has
 from pydist.wire import IntArray
 
 
@@ -152,15 +153,11 @@ class LionCoder(VoteCoder):
         """One bit a parameter: does this rank have a gradient for it?"""
         if not self.scalars.ask_usage:
             return None
-        bits = np.packbits(self._with_grad, bitorder="little")
-        padded = np.zeros(wire.payload_bytes(len(self.entries)), dtype=np.uint8)
-        padded[: len(bits)] = bits
-        return torch.from_numpy(padded)
+        return which_has(self._with_grad)
 
     def merge_extra(self, extras: Tensor) -> None:
         """A parameter is used where any rank has a gradient for it."""
-        bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
-        self.used = np.unpackbits(bits, count=len(self.entries), bitorder="little").astype(bool)
+        self.used = any_rank_has(extras, len(self.entries))
 
     def pack(self) -> None:
         """Packs everything now: the gradients may change as soon as this returns."""

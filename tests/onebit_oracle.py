@@ -1,0 +1,179 @@
+"""1-bit Adam, 0/1 Adam and 1-bit LAMB again, all workers in one process, in NumPy.
+
+Written from the equations in the optimizers' docstrings (arXiv 2102.02888, 2202.06009, 2104.06069)
+and the design's rules for missing and non-finite gradients. Of the package it uses the codecs'
+specification (``pydist.reference_blocks``), nothing else.
+
+Every operation is one in float32, so equality to the bit can be asked for; sums over a layer add
+halves in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pydist import reference
+from pydist.blocks import BlockFormat
+from pydist.reference_blocks import Draws, dequantize, quantize_feedback
+
+F32 = npt.NDArray[np.float32]
+Grads = list[list["F32 | None"]]
+f = np.float32
+
+
+@dataclass
+class Param:
+    """A parameter, with what all workers share of its state and what each has for itself."""
+
+    x: F32
+    m: F32
+    v: F32
+    residuals: list[F32]
+    owner: F32
+    steps: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Oracle:
+    """What the three have in common; ``step(grads)`` with ``grads[worker][parameter]``."""
+
+    start: list[F32]
+    workers: int
+    storage: Any = "float32"
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    form: BlockFormat | None = BlockFormat("sign", 1, 512, "l1")
+    bias_correction: bool = True
+    residual_storage: Any = "float32"
+    seed: int = 0
+    calls: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        def zeros(x: F32) -> F32:
+            return np.zeros_like(x)
+
+        self.params = [
+            Param(x.copy(), zeros(x), zeros(x), [zeros(x) for _ in range(self.workers)], zeros(x))
+            for x in self.start
+        ]
+
+    # ----------------------------------------------------------------- on the wire
+
+    def raw_mean(self, values: list[F32]) -> F32:
+        """In rank order, rounded to the parameter's type."""
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return reference.round_to(total / f(self.workers), self.storage)
+
+    def feedback_mean(self, ordinal: int, values: list[F32]) -> tuple[F32, list[F32], F32]:
+        """Mean, new worker residuals, new owner's residual of one parameter."""
+        p = self.params[ordinal]
+        if self.form is None:
+            total = values[0]
+            for value in values[1:]:
+                total = total + value
+            return total / f(self.workers), p.residuals, p.owner
+        if not values[0].size:
+            return values[0], p.residuals, p.owner
+        segments = np.array([[0, values[0].size, ordinal, 0]], dtype=np.int64)
+        decoded, residuals = [], []
+        for w, value in enumerate(values):
+            sent, residual, _ = quantize_feedback(
+                value, p.residuals[w], self.form, storage=self.residual_storage,
+                zero_bit=(w + self.calls) % 2, segments=segments,
+                draws=Draws(self.seed, w, 0, self.calls),
+            )  # fmt: skip
+            decoded.append(dequantize(sent, self.form, value.size, segments=segments))
+            residuals.append(residual)
+        total = decoded[0]
+        for value in decoded[1:]:
+            total = total + value
+        sent, owner, _ = quantize_feedback(
+            total / f(self.workers), p.owner, self.form, storage=self.residual_storage,
+            zero_bit=self.calls % 2, segments=segments, draws=Draws(self.seed, 0, 1, self.calls),
+        )  # fmt: skip
+        return dequantize(sent, self.form, total.size, segments=segments), residuals, owner
+
+    # ----------------------------------------------------------------- a step
+
+    def step(self, grads: Grads) -> None:
+        finite = all(np.isfinite(g).all() for row in grads for g in row if g is not None)
+        if finite:
+            for i in range(len(self.params)):
+                given = [grads[w][i] for w in range(self.workers)]
+                if any(g is not None for g in given):
+                    self.move(i, [np.zeros_like(self.start[i]) if g is None else g for g in given])
+        self.skipped += not finite
+        self.calls += 1
+
+    def move(self, i: int, grads: list[F32]) -> None:
+        raise NotImplementedError
+
+    def local(self, i: int, worker: int) -> F32:
+        """A worker's parameter."""
+        return self.params[i].x
+
+    def momentum(self, i: int, worker: int) -> F32:
+        """A worker's momentum."""
+        return self.params[i].m
+
+    # ----------------------------------------------------------------- equations
+
+    def blend(self, m: F32, g: F32) -> F32:
+        return m * f(self.betas[0]) + g * f(1 - self.betas[0])
+
+    def blend_squares(self, v: F32, g: F32) -> F32:
+        return v * f(self.betas[1]) + g * f(1 - self.betas[1]) * g
+
+    def root(self, v: F32, updates: int) -> F32:
+        c2 = 1 / math.sqrt(1 - self.betas[1] ** updates) if self.bias_correction else 1.0
+        return np.sqrt(v) * f(c2) + f(self.eps)
+
+    def c1(self, steps: int) -> float:
+        return 1 / (1 - self.betas[0] ** steps) if self.bias_correction else 1.0
+
+    def moved(self, x: F32, decay: float, way: F32) -> F32:
+        return reference.round_to(x * f(decay) - way, self.storage)
+
+    def compressed_momentum(self, i: int, grads: list[F32]) -> None:
+        """Step 1 and 2 of the compressed stage, and m."""
+        p = self.params[i]
+        mask = (p.v != 0).astype(np.float32)
+        sent = [self.blend(p.m, g) * mask for g in grads]
+        mean, residuals, owner = self.feedback_mean(i, sent)
+        p.m = np.where(mask == 0, f(0), mean)
+        p.residuals = [np.where(mask == 0, f(0), e) for e in residuals]
+        p.owner = np.where(mask == 0, f(0), owner)
+
+
+@dataclass
+class Adam(Oracle):
+    warmup_steps: int = 3
+
+    def moments(self, i: int, grads: list[F32]) -> bool:
+        """m and v of the step; whether it was compressed."""
+        p = self.params[i]
+        compressed = p.steps >= self.warmup_steps
+        if compressed:
+            self.compressed_momentum(i, grads)
+        else:
+            g = self.raw_mean(grads)
+            p.m, p.v = self.blend(p.m, g), self.blend_squares(p.v, g)
+        p.steps += 1
+        return compressed
+
+    def move(self, i: int, grads: list[F32]) -> None:
+        self.moments(i, grads)
+        p = self.params[i]
+        way = p.m / self.root(p.v, min(p.steps, self.warmup_steps)) * f(self.lr * self.c1(p.steps))
+        p.x = self.moved(p.x, 1 - self.lr * self.weight_decay, way)
