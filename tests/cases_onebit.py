@@ -20,6 +20,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 NAMES = list(SHAPES)
 KINDS = {
     "adam": (optim.OneBitAdam, onebit_oracle.Adam),
+    "zero_one": (optim.ZeroOneAdam, onebit_oracle.ZeroOne),
+    "lamb": (optim.OneBitLamb, onebit_oracle.Lamb),
 }
 
 
@@ -106,6 +108,7 @@ def equals_oracle(
     start = [stored(p) for p in parameters(0, getattr(torch, dtype)).values()]
     usual = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, **options}
     make, simulate = KINDS[kind]
+    lrs = usual.pop("lrs", None)
     opt = make(params.items(), **usual)
     settings = {k: v for k, v in usual.items() if k not in ("algorithm", "codec", "residual_dtype")}
     if "residual_dtype" in usual:
@@ -113,8 +116,12 @@ def equals_oracle(
     if "codec" in usual:
         codec = usual["codec"]
         settings["form"] = None if codec is None else codec.block_format
+    if lrs is not None:
+        settings["lrs"] = lrs
     oracle = simulate(start, ranks, dtype, **settings)
     for step in range(other.get("steps", 8)):
+        if lrs is not None:
+            opt.param_groups[0]["lr"] = lrs[step]
         every = everyone(params, rank, ranks, step, other)
         opt.step()
         oracle.step(every)
@@ -128,6 +135,6 @@ def equals_oracle(
                     assert ours.stride() == p.stride() or p.numel() < 2, what
                     assert stored(ours).tobytes() == value.tobytes(), f"{what}: {key}"
         check_residuals(opt, oracle, rank)
-    assert opt.skipped_steps == oracle.skipped
-    assert opt.skipped_steps == other.get("skipped", len({s for s, _, _ in other.get("bad", ())}))
+    assert opt.skipped_steps == oracle.skipped_by(rank)
+    assert oracle.skipped == other.get("skipped", len({s for s, _, _ in other.get("bad", ())}))
     return [bits(p) for p in params.values()]

@@ -119,6 +119,10 @@ class Oracle:
     def move(self, i: int, grads: list[F32]) -> None:
         raise NotImplementedError
 
+    def skipped_by(self, worker: int) -> int:
+        """Steps that a worker did not make."""
+        return self.skipped
+
     def local(self, i: int, worker: int) -> F32:
         """A worker's parameter."""
         return self.params[i].x
@@ -177,3 +181,169 @@ class Adam(Oracle):
         p = self.params[i]
         way = p.m / self.root(p.v, min(p.steps, self.warmup_steps)) * f(self.lr * self.c1(p.steps))
         p.x = self.moved(p.x, 1 - self.lr * self.weight_decay, way)
+
+
+@dataclass
+class Lamb(Adam):
+    eps: float = 1e-6
+    max_coeff: float = 10.0
+    min_coeff: float = 0.01
+    coeff_beta: float = 0.9
+    factor_max: float = 4.0
+    factor_min: float = 0.5
+    factor_threshold: float = 0.1
+
+    def move(self, i: int, grads: list[F32]) -> None:
+        p = self.params[i]
+        before = p.m
+        compressed = self.moments(i, grads)
+        divisor = self.root(p.v, min(p.steps, self.warmup_steps))
+        adam = p.m / divisor * f(self.c1(p.steps))
+        u = adam + p.x * f(self.weight_decay) if self.weight_decay else adam
+        if not compressed:
+            c = self.trust_ratio(p, norm(p.x), norm(u))
+        else:
+            c = p.extra.get("mean", 1.0) * self.factor(p, before, divisor, adam, u)
+        p.x = self.moved(p.x, 1.0, u * f(self.lr * c))
+
+    def trust_ratio(self, p: Param, weight: float, update: float) -> float:
+        if weight == 0 or update == 0:
+            return 1.0
+        c = float(np.clip(weight / update, self.min_coeff, self.max_coeff))
+        mean = p.extra.get("mean")
+        p.extra["mean"] = c if mean is None else self.coeff_beta * mean + (1 - self.coeff_beta) * c
+        return c
+
+    def factor(self, p: Param, before: F32, divisor: F32, adam: F32, u: F32) -> float:
+        g = (p.m - before * f(self.betas[0])) * f(1 / (1 - self.betas[0]))
+        p.extra["fresh"] = self.blend_squares(p.extra.get("fresh", p.v), g)
+        ratios = divisor / self.root(p.extra["fresh"], self.warmup_steps)
+        r = float(np.where(p.v == 0, f(0), ratios).max()) if p.x.size else 1.0
+        if self.weight_decay and norm(u):
+            s = min(1.0, norm(adam) / norm(u))
+            r = r * s + (1 - s)
+        last, t = p.extra.get("factor", 1.0), self.factor_threshold
+        r = float(
+            np.clip(np.clip(r, self.factor_min, self.factor_max), last * (1 - t), last * (1 + t))
+        )
+        p.extra["factor"] = r
+        return r
+
+
+def norm(x: F32) -> float:
+    """Squares in double precision, added by halves."""
+    squares = x.astype(np.float64) ** 2
+    while squares.size > 1:
+        half = (squares.size + 1) // 2
+        first, second = squares[:half], squares[half:]
+        squares = first + np.pad(second, (0, half - second.size))
+    return math.sqrt(squares.sum())
+
+
+@dataclass
+class ZeroOne(Oracle):
+    """``extra`` has each worker's ``m``, ``u`` and ``x`` between two syncs, and ``anchor``."""
+
+    var_freeze_step: int = 6
+    var_update_scaler: int = 2
+    local_step_scaler: int = 4
+    local_step_clipper: int = 4
+    lrs: list[float] | None = None
+    made: int = 0
+    rate_sum: float = 0.0
+    kept: float = 1.0
+    pending: int = 0
+    local_skips: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.local_skips = [0] * self.workers
+        # T_v, written out.
+        self.variance_steps, k, j = set[int](), 0, 0
+        while k < self.var_freeze_step:
+            self.variance_steps.add(k)
+            k, j = k + 2 ** (j // self.var_update_scaler), j + 1
+
+    def step(self, grads: Grads) -> None:
+        t = self.calls
+        if self.lrs is not None:
+            self.lr = self.lrs[t]
+        if not self.lr > 0:
+            grads = [[None if g is None else np.zeros_like(g) for g in row] for row in grads]
+        since = max(0, t - self.var_freeze_step)
+        interval = min(2 ** (since // self.local_step_scaler), self.local_step_clipper)
+        self.in_variance_step = t in self.variance_steps
+        before = (self.rate_sum, self.kept)
+        if self.lr > 0:
+            self.rate = self.lr * self.c1(self.made + 1)
+            self.rate_sum += self.rate
+            self.kept *= 1 - self.lr * self.weight_decay
+        if not self.in_variance_step and self.pending + 1 < interval:
+            self.local_step(grads)
+            self.calls += 1
+            self.pending += 1
+            self.made += self.lr > 0
+            return
+        finite = all(np.isfinite(g).all() for row in grads for g in row if g is not None)
+        if finite and self.rate_sum > 0:
+            for i in range(len(self.params)):
+                given = [grads[w][i] for w in range(self.workers)]
+                if self.pending or any(g is not None for g in given):
+                    self.move(i, [np.zeros_like(self.start[i]) if g is None else g for g in given])
+        self.calls += 1
+        self.skipped += not finite
+        if not finite:
+            self.rate_sum, self.kept = before
+        else:
+            self.made += self.lr > 0
+            self.rate_sum, self.kept, self.pending = 0.0, 1.0, 0
+
+    def local_step(self, grads: Grads) -> None:
+        for w, row in enumerate(grads):
+            if not all(np.isfinite(g).all() for g in row if g is not None):
+                self.local_skips[w] += 1
+                continue
+            for i, given in enumerate(row):
+                p = self.params[i]
+                if self.lr > 0:
+                    m, u = self.next(i, w, np.zeros_like(p.x) if given is None else given)
+                    way = u / self.root(p.v, max(1, p.steps))
+                    p.extra[w] = (m, u, self.moved(p.x, self.kept, way))
+
+    def next(self, i: int, w: int, g: F32) -> tuple[F32, F32]:
+        p = self.params[i]
+        m, u, _ = p.extra.get(w, (p.m, np.zeros_like(p.x), p.x))
+        if self.lr > 0:
+            m = self.blend(m, g) * (p.v != 0).astype(np.float32)
+            u = u + m * f(self.rate) if w in p.extra else m * f(self.rate)
+        return m, u
+
+    def move(self, i: int, grads: list[F32]) -> None:
+        p = self.params[i]
+        if self.in_variance_step:
+            g = self.raw_mean(grads)
+            p.m, p.v = self.blend(p.m, g), self.blend_squares(p.v, g)
+            p.steps += 1
+            u = p.m * f(self.rate_sum)
+        else:
+            mean, residuals, owner = self.feedback_mean(
+                i, [self.next(i, w, g)[1] for w, g in enumerate(grads)]
+            )
+            never = p.v == 0
+            u = np.where(never, f(0), mean)
+            p.residuals = [np.where(never, f(0), e) for e in residuals]
+            p.owner = np.where(never, f(0), owner)
+            p.m = u * f(1 / self.rate_sum)
+        p.x = self.moved(p.x, self.kept, u / self.root(p.v, max(1, p.steps)))
+        p.extra.clear()
+
+    def skipped_by(self, worker: int) -> int:
+        return self.skipped + self.local_skips[worker]
+
+    def local(self, i: int, worker: int) -> F32:
+        p = self.params[i]
+        return p.extra[worker][2] if worker in p.extra else p.x
+
+    def momentum(self, i: int, worker: int) -> F32:
+        p = self.params[i]
+        return p.extra[worker][0] if worker in p.extra else p.m

@@ -6,19 +6,32 @@ from typing import Any
 
 import cases_onebit as cases
 import pytest
-import torch
 from ranks import Worlds
 
 import pydist
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
-EVENTS = {
-    "missing": [(1, 0, "matrix"), (4, 0, "vector"), (5, 0, "one"), (5, 1, "one"), (5, 2, "one"),
-                (5, 3, "one"), (6, 1, "transposed")],
-    "bad": [(2, 1, "vector"), (5, 0, "scalar")],
+# Steps, ranks, parameters. "one" is used by nobody in step 5.
+MISSING = [(1, 0, "matrix"), (4, 0, "vector"), *[(5, rank, "one") for rank in range(4)],
+           (6, 1, "transposed")]  # fmt: skip
+BAD = [(2, 1, "vector"), (5, 0, "scalar")]
+EVENTS: dict[str, dict[str, Any]] = {
+    "adam": {"missing": MISSING, "bad": BAD},
+    "lamb": {"missing": MISSING, "bad": BAD},
+    # Syncs in steps 4 to 6 and 8, and because that one fails in step 9; then in step 13. Between
+    # them a bad gradient concerns one rank alone.
+    "zero_one": {
+        "missing": [*MISSING, (11, 0, "blocks")], "steps": 14, "skipped": 3,
+        "bad": [*BAD, (8, 1, "vector"), (7, 0, "matrix"), (11, 0, "vector")],
+    },
 }  # fmt: skip
-USUAL: dict[str, dict[str, Any]] = {"adam": {"warmup_steps": 3}}
+USUAL: dict[str, dict[str, Any]] = {
+    "adam": {"warmup_steps": 3},
+    "lamb": {"warmup_steps": 3},
+    "zero_one": {"var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 3,
+                 "local_step_clipper": 4, "lrs": [0.0] + [0.01] * 9 + [0.0] + [0.02] * 3},
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "two_phase": {"algorithm": "two_phase"},
     "all_gather": {"algorithm": "all_gather", "codec": pydist.Sign("l2", block=32)},
@@ -35,4 +48,4 @@ def assert_equal_replicas(results: list[list[bytes]]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equals_simulation(worlds: Worlds, ranks: int, option: str, kind: str) -> None:
     options = {**USUAL[kind], **OPTIONS[option]}
-    assert_equal_replicas(worlds(ranks).run(cases.equals_oracle, kind, options, EVENTS))
+    assert_equal_replicas(worlds(ranks).run(cases.equals_oracle, kind, options, EVENTS[kind]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydist.optim.lion import DistributedLion
 from pydist.optim.onebit_adam import OneBitAdam
+from pydist.optim.onebit_lamb import OneBitLamb
 from pydist.optim.signum import SignSGD, Signum
+from pydist.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["DistributedLion", "OneBitAdam", "SignSGD", "Signum"]
+__all__ = ["DistributedLion", "OneBitAdam", "OneBitLamb", "SignSGD", "Signum", "ZeroOneAdam"]
