@@ -50,7 +50,7 @@ class Oracle:
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    form: BlockFormat | None = BlockFormat("sign", 1, 512, "l1")
+    form: BlockFormat | None = BlockFormat("sign", 1, 512, "l2")
     bias_correction: bool = True
     residual_storage: Any = "float32"
     seed: int = 0
@@ -320,7 +320,8 @@ class ZeroOne(Oracle):
 
     def move(self, i: int, grads: list[F32]) -> None:
         p = self.params[i]
-        if self.in_variance_step:
+        first = p.steps == 0 and self.calls < self.var_freeze_step
+        if self.in_variance_step or first:
             g = self.raw_mean(grads)
             p.m, p.v = self.blend(p.m, g), self.blend_squares(p.v, g)
             p.steps += 1

@@ -34,7 +34,7 @@ USUAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "two_phase": {"algorithm": "two_phase"},
-    "all_gather": {"algorithm": "all_gather", "codec": pydist.Sign("l2", block=32)},
+    "all_gather": {"algorithm": "all_gather", "codec": pydist.Sign("l1", block=32)},
     "papers": {"bias_correction": False, "algorithm": "two_phase", "codec": pydist.BlockInt(4)},
 }
 

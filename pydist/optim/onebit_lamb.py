@@ -82,7 +82,7 @@ class OneBitLamb(OneBitAdam):
         factor_max: float = 4.0,
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
-        codec: Codec | None = Sign("l1"),  # noqa: B008, a frozen value
+        codec: Codec | None = Sign("l2"),  # noqa: B008, a frozen value
         bias_correction: bool = True,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,

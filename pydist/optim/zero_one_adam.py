@@ -26,7 +26,7 @@ class ZeroOneAdam(OneBitOptimizer):
 
     Steps are counted from 0. With ``a = lr / (1 - beta1**t)`` in the group's t-th step, a step is:
 
-    - in T_v (``k_0 = 0``, ``k_(j+1) = k_j + 2**floor(j / var_update_scaler)``, below
+    - in T_v, or a parameter's first one (``k_0 = 0``, ``k_(j+1) = k_j + 2**floor(j / var_update_scaler)``, below
       ``var_freeze_step``): gradients are averaged uncompressed, m and v take their mean, and x
       moves as Adam's;
     - else ``m_i = beta1 * m_i + (1 - beta1) * g_i`` and ``u_i = u_i + a * m_i`` on each worker, and
@@ -92,7 +92,7 @@ class ZeroOneAdam(OneBitOptimizer):
         var_update_scaler: int = 16,
         local_step_scaler: int = 32768,
         local_step_clipper: int = 16,
-        codec: Codec | None = Sign("l1"),  # noqa: B008, a frozen value
+        codec: Codec | None = Sign("l2"),  # noqa: B008, a frozen value
         bias_correction: bool = True,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
@@ -159,7 +159,13 @@ class ZeroOneAdam(OneBitOptimizer):
     # ----------------------------------------------------------------- a step
 
     def _compressed(self) -> np.ndarray:
-        return np.full(sum(1 for _ in self.parameters()), not self._in_variance_step())
+        n = sum(1 for _ in self.parameters())
+        if self._in_variance_step():
+            return np.zeros(n, dtype=bool)
+        if self._step >= self._numbers["var_freeze_step"]:
+            return np.ones(n, dtype=bool)
+        # What has no variance yet takes its first step as if it were in T_v.
+        return np.array([self.state[p].get("step", 0) > 0 for p in self.parameters()], dtype=bool)
 
     def _advance(self) -> None:
         grads, problem = self._gradients()
