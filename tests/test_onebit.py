@@ -12,8 +12,8 @@ import pydist
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
-# Steps, ranks, parameters. "one" is used by nobody in step 5.
-MISSING = [(1, 0, "matrix"), (4, 0, "vector"), *[(5, rank, "one") for rank in range(4)],
+# Steps, ranks, parameters. "one" is used by nobody in step 6.
+MISSING = [(1, 0, "matrix"), (4, 0, "vector"), *[(6, rank, "one") for rank in range(4)],
            (6, 1, "transposed")]  # fmt: skip
 BAD = [(2, 1, "vector"), (5, 0, "scalar")]
 EVENTS: dict[str, dict[str, Any]] = {

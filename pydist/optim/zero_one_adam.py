@@ -26,9 +26,9 @@ class ZeroOneAdam(OneBitOptimizer):
 
     Steps are counted from 0. With ``a = lr / (1 - beta1**t)`` in the group's t-th step, a step is:
 
-    - in T_v, or a parameter's first one (``k_0 = 0``, ``k_(j+1) = k_j + 2**floor(j / var_update_scaler)``, below
-      ``var_freeze_step``): gradients are averaged uncompressed, m and v take their mean, and x
-      moves as Adam's;
+    - in T_v, or a parameter's first one (T_v is ``k_0 = 0``,
+      ``k_(j+1) = k_j + 2**floor(j / var_update_scaler)``, below ``var_freeze_step``): gradients are
+      averaged uncompressed, m and v take their mean, and x moves as Adam's;
     - else ``m_i = beta1 * m_i + (1 - beta1) * g_i`` and ``u_i = u_i + a * m_i`` on each worker, and
       where an interval ends, the 1-bit sync: ``u = mean of u_i``, compressed with error feedback
       on both sides; ``m = u / sum(a)``; ``x = x' * d - u / (sqrt(v) * c2 + eps)``; ``u_i = 0``.
