@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import cases_lion
 import onebit_oracle
 import torch
 from cases_collectives import bits
+from cases_lion import parameters, stored
 from torch import Tensor
 
 from pydist import optim
 from pydist.optim.onebit import OneBitOptimizer
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "vector": (1001,), "none": (0,), "one": (1,), "scalar": (), "matrix": (7, 5),
-    "transposed": (9, 4), "channels_last": (2, 3, 4, 4), "blocks": (1536,),
-}  # fmt: skip
+SHAPES = {**cases_lion.SHAPES, "block": (1536,)}
 NAMES = list(SHAPES)
 KINDS = {
     "adam": (optim.OneBitAdam, onebit_oracle.Adam),
@@ -25,34 +23,13 @@ KINDS = {
 }
 
 
-def parameters(rank: int, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
-    """Different on every rank, so that the broadcast at the start is tested too."""
-    generator = torch.Generator().manual_seed(100 + rank)
-    params = {}
-    for name, shape in SHAPES.items():
-        x = torch.randn(shape, generator=generator).to(dtype)
-        if name == "transposed":
-            x = x.t().contiguous().t()
-        if name == "channels_last":
-            x = x.contiguous(memory_format=torch.channels_last)
-        params[name] = torch.nn.Parameter(x)
-    return params
-
-
-def stored(x: Tensor) -> np.ndarray:
-    """Values in memory order, as float32."""
-    x = x.detach()
-    flat = x.as_strided((x.numel(),), (1,)) if x.numel() else x.reshape(-1)
-    return flat.float().numpy().copy()
-
-
 def gradient(name: str, like: Tensor, worker: int, step: int) -> Tensor:
     """Known to all ranks; some elements stay zero, some until the variance is frozen."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * worker + NAMES.index(name))
     grad = torch.empty_like(like).copy_(torch.randn(like.shape, generator=generator))
     if name == "matrix":
         grad[:2] = 0
-    if name == "blocks":
+    if name == "block":
         grad[100 : 300 if step < 4 else 200] = 0
         grad[1024:] = 0
     return grad
@@ -104,8 +81,8 @@ def equals_oracle(
     ``missing`` and ``bad``.
     """
     dtype = other.get("dtype", "float32")
-    params = parameters(rank, getattr(torch, dtype))
-    start = [stored(p) for p in parameters(0, getattr(torch, dtype)).values()]
+    params = parameters(rank, getattr(torch, dtype), SHAPES)
+    start = [stored(p) for p in parameters(0, getattr(torch, dtype), SHAPES).values()]
     usual = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, **options}
     make, simulate = KINDS[kind]
     lrs = usual.pop("lrs", None)

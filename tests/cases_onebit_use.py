@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cases_collectives import bits
-from cases_lion import loss_of, model, train
-from cases_onebit import KINDS, stored
+from cases_lion import loss_of, model, stored, train
+from cases_onebit import KINDS
 from torch import Tensor
 
 import pydist

@@ -12,9 +12,9 @@ import pydist
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
-# Steps, ranks, parameters. "one" is used by nobody in step 6.
-MISSING = [(1, 0, "matrix"), (4, 0, "vector"), *[(6, rank, "one") for rank in range(4)],
-           (6, 1, "transposed")]  # fmt: skip
+# Steps, ranks, parameters. "transposed" is used by nobody in step 6.
+MISSING = [(1, 0, "matrix"), (4, 0, "vector"), *[(6, rank, "transposed") for rank in range(4)],
+           (6, 1, "channels_last")]  # fmt: skip
 BAD = [(2, 1, "vector"), (5, 0, "scalar")]
 EVENTS: dict[str, dict[str, Any]] = {
     "adam": {"missing": MISSING, "bad": BAD},
@@ -22,7 +22,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     # Syncs in steps 4 to 6 and 8, and because that one fails in step 9; then in step 13. Between
     # them a bad gradient concerns one rank alone.
     "zero_one": {
-        "missing": [*MISSING, (11, 0, "blocks")], "steps": 14, "skipped": 3,
+        "missing": [*MISSING, (11, 0, "block")], "steps": 14, "skipped": 3,
         "bad": [*BAD, (8, 1, "vector"), (7, 0, "matrix"), (11, 0, "vector")],
     },
 }  # fmt: skip
