@@ -77,12 +77,13 @@ def equals_oracle(
 ) -> list[bytes]:
     """Equal to the bit after every step.
 
-    ``other``: ``dtype``, ``steps``, ``form`` of the codec, and events (step, worker, parameter):
+    ``other``: ``dtype``, ``steps``, ``shapes``, and events (step, worker, parameter):
     ``missing`` and ``bad``.
     """
     dtype = other.get("dtype", "float32")
-    params = parameters(rank, getattr(torch, dtype), SHAPES)
-    start = [stored(p) for p in parameters(0, getattr(torch, dtype), SHAPES).values()]
+    shapes = other.get("shapes", SHAPES)
+    params = parameters(rank, getattr(torch, dtype), shapes)
+    start = [stored(p) for p in parameters(0, getattr(torch, dtype), shapes).values()]
     usual = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, **options}
     make, simulate = KINDS[kind]
     lrs = usual.pop("lrs", None)

@@ -49,3 +49,10 @@ def assert_equal_replicas(results: list[list[bytes]]) -> None:
 def test_equals_simulation(worlds: Worlds, ranks: int, option: str, kind: str) -> None:
     options = {**USUAL[kind], **OPTIONS[option]}
     assert_equal_replicas(worlds(ranks).run(cases.equals_oracle, kind, options, EVENTS[kind]))
+
+
+def test_many_chunks(worlds: Worlds) -> None:
+    """A parameter that does not fit into a message, and a small one."""
+    options = {"warmup_steps": 2, "codec": pydist.BlockInt(8, block=65536)}
+    other = {"shapes": {"vector": (2**20 + 3,), "matrix": (7, 5)}, "steps": 4}
+    assert_equal_replicas(worlds(2).run(cases.equals_oracle, "adam", options, other))
