@@ -20,11 +20,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 NAMES = list(SHAPES)
 
 
-def parameters(rank: int, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+def parameters(
+    rank: int, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> dict[str, torch.nn.Parameter]:
     """Different on every rank, so that the broadcast at the start is tested too."""
     generator = torch.Generator().manual_seed(100 + rank)
     params = {}
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         x = torch.randn(shape, generator=generator).to(dtype)
         if name == "transposed":
             x = x.t().contiguous().t()

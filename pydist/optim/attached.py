@@ -1,4 +1,4 @@
-"""Distributed Lion's DDP hook: votes travel while backward still runs.
+"""The DDP hook of a voting optimizer: votes travel while backward still runs.
 
 This module has no postponed annotations: DDP checks the hook's annotations as objects.
 """
@@ -10,10 +10,10 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from pydist.optim.lion import DistributedLion
+    from pydist.optim.voting import VotingOptimizer
 
 _ADVICE = (
-    "an attached DistributedLion votes during backward, before gradients can be clipped, unscaled "
+    "an attached optimizer votes during backward, before gradients can be clipped, unscaled "
     "or changed. Use the plain path: do not call attach(), run backward under ddp.no_sync() (or "
     "without DDP) and call step()"
 )
@@ -27,7 +27,7 @@ class Attachment:
         ddp: The DDP model they belong to.
     """
 
-    def __init__(self, optimizer: "DistributedLion", ddp: DistributedDataParallel) -> None:
+    def __init__(self, optimizer: "VotingOptimizer", ddp: DistributedDataParallel) -> None:
         self.optimizer = optimizer
         self.pending: set[int] = set()
         self._versions: dict[int, tuple[int, int]] = {}
@@ -100,7 +100,7 @@ class Attachment:
             self._used.clear()
 
 
-def lion_hook(state: Attachment, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def vote_hook(state: Attachment, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Votes with a bucket's local gradients; ``p.grad`` keeps them as they are.
 
     Args:

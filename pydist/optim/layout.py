@@ -1,14 +1,15 @@
-"""What a voting optimizer asks of its parameters, and how it tells the other ranks about them."""
+"""What optimizers ask of their parameters, and how they tell the other ranks about them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import checks
+from pydist import wire
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,18 +31,15 @@ def describe(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def check_options(group: dict[str, Any]) -> None:
-    """Raises ValueError where a group's learning rate, decay or betas are out of range."""
-    checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
-    betas = tuple(group["betas"])
+def check_betas(betas: Sequence[float]) -> None:
+    """Raises ValueError unless there are two, each in [0, 1)."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises unless the kernels can work with a group's options and parameters."""
-    check_options(group)
-    for p in group["params"]:
+def check_parameters(params: Iterable[Tensor]) -> None:
+    """Raises unless the kernels can work with the parameters."""
+    for p in params:
         if type(p) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
             raise TypeError(f"params must be plain tensors, got {type(p).__name__}")
         if p.device.type not in ("cpu", "cuda"):
@@ -76,3 +74,22 @@ def sample_of(grads: list[Tensor]) -> bytes:
     parts = [grad.reshape(-1)[:64].float().cpu() for grad in grads]
     sample = torch.cat([torch.zeros(1), *parts])
     return sample.numpy().tobytes() if bool(sample.isfinite().all()) else b""
+
+
+def shaped(flat: Tensor, param: Tensor) -> Tensor:
+    """A view of what is flat in a dense parameter's memory order, in the parameter's shape."""
+    return flat.as_strided(param.size(), param.stride(), flat.storage_offset())
+
+
+def which_has(has: np.ndarray) -> Tensor:
+    """One bit a parameter, the first one lowest, padded to payload words."""
+    bits = np.packbits(has, bitorder="little")
+    padded = np.zeros(wire.payload_bytes(len(has)), dtype=np.uint8)
+    padded[: len(bits)] = bits
+    return torch.from_numpy(padded)
+
+
+def any_rank_has(extras: Tensor, count: int) -> np.ndarray:
+    """Which parameters any rank has, from the bits of all ranks, uint8 [ranks, bytes]."""
+    bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
+    return np.unpackbits(bits, count=count, bitorder="little").astype(bool)

@@ -1,4 +1,4 @@
-"""Distributed Lion's votes on the road: packed from gradients, applied to weights.
+"""Votes of Distributed Lion and signSGD on the road: packed from gradients, applied to weights.
 
 Parameters stay where they are. A table of rows (:mod:`pydist.wire`) tells the kernels where each
 gradient, momentum and parameter lies and which bits of the payload are its own, so that one call
@@ -20,6 +20,7 @@ from pydist.codecs.base import Worker
 from pydist.codecs.votes import VoteCoder, VoteRule
 from pydist.kernels import LionOptions
 from pydist.operators import on_device_of
+from pydist.optim.layout import any_rank_has, which_has
 from pydist.wire import IntArray
 
 
@@ -31,7 +32,7 @@ class Entry:
         ordinal: The parameter's place in the optimizer.
         param: The parameter.
         grad: Its gradient, with the parameter's strides; ``None`` where this rank has none.
-        momentum: Its momentum, with the parameter's strides.
+        momentum: Its momentum, with the parameter's strides; ``None`` votes the gradient's sign.
         momentum_out: Where the new momentum goes; ``momentum`` itself for in place.
         beta1: Weight of the old momentum in the vote.
         beta2: Weight of the old momentum in the new one.
@@ -40,8 +41,8 @@ class Entry:
     ordinal: int
     param: Tensor
     grad: Tensor | None
-    momentum: Tensor
-    momentum_out: Tensor
+    momentum: Tensor | None
+    momentum_out: Tensor | None
     beta1: float
     beta2: float
 
@@ -118,6 +119,8 @@ class LionCoder(VoteCoder):
         for i in np.flatnonzero(~self._with_grad):
             entry = self.entries[i]
             entry.grad = torch.zeros_like(entry.param)
+            if entry.momentum is None:
+                continue
             entry.momentum_out = torch.empty_like(entry.momentum)
             self._deferred.append((int(i), entry.momentum_out))
 
@@ -127,9 +130,12 @@ class LionCoder(VoteCoder):
         for i, entry in enumerate(self.entries):
             assert entry.grad is not None
             self.rows[i, wire.X] = entry.grad.data_ptr()
-            self.rows[i, wire.MOMENTUM] = entry.momentum.data_ptr()
-            self.rows[i, wire.MOMENTUM_OUT] = entry.momentum_out.data_ptr()
-            key = (dtype_name(entry.grad), dtype_name(entry.momentum), entry.beta1, entry.beta2)
+            momentum = ""
+            if entry.momentum is not None and entry.momentum_out is not None:
+                self.rows[i, wire.MOMENTUM] = entry.momentum.data_ptr()
+                self.rows[i, wire.MOMENTUM_OUT] = entry.momentum_out.data_ptr()
+                momentum = dtype_name(entry.momentum)
+            key = (dtype_name(entry.grad), momentum, entry.beta1, entry.beta2)
             groups.setdefault(key, []).append(i)
         s = self.scalars
         calls = []
@@ -147,15 +153,11 @@ class LionCoder(VoteCoder):
         """One bit a parameter: does this rank have a gradient for it?"""
         if not self.scalars.ask_usage:
             return None
-        bits = np.packbits(self._with_grad, bitorder="little")
-        padded = np.zeros(wire.payload_bytes(len(self.entries)), dtype=np.uint8)
-        padded[: len(bits)] = bits
-        return torch.from_numpy(padded)
+        return which_has(self._with_grad)
 
     def merge_extra(self, extras: Tensor) -> None:
         """A parameter is used where any rank has a gradient for it."""
-        bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
-        self.used = np.unpackbits(bits, count=len(self.entries), bitorder="little").astype(bool)
+        self.used = any_rank_has(extras, len(self.entries))
 
     def pack(self) -> None:
         """Packs everything now: the gradients may change as soon as this returns."""
@@ -172,13 +174,20 @@ class LionCoder(VoteCoder):
         size = (end - begin) * wire.WORD_BYTES
         payload = torch.empty(size, dtype=torch.uint8, device=self.device)
         for rows, grad, momentum, options in self._pack_calls:
-            widths = (checks.ITEMSIZE[grad], checks.ITEMSIZE[momentum])
+            widths = (checks.ITEMSIZE[grad], checks.ITEMSIZE[momentum] if momentum else 0)
             part = wire.cut_rows(rows, begin, end, widths)
             part[:, wire.WORD] -= begin
-            kernels.launch(
-                self.target(payload), "lion_pack", part, FLOATS[grad], FLOATS[momentum],
-                payload.data_ptr(), options.native(), self.flags.data_ptr(),
-            )  # fmt: skip
+            target, flags = self.target(payload), self.flags.data_ptr()
+            if momentum:
+                kernels.launch(
+                    target, "lion_pack", part, FLOATS[grad], FLOATS[momentum], payload.data_ptr(),
+                    options.native(), flags,
+                )  # fmt: skip
+            else:
+                kernels.launch(
+                    target, "pack_signs", part, FLOATS[grad], payload.data_ptr(),
+                    options.zero_bit, flags,
+                )  # fmt: skip
         return payload
 
     def finish(self, flags: Tensor) -> None:
@@ -196,6 +205,7 @@ class LionCoder(VoteCoder):
         for i, momentum in self._deferred:
             if self.used[i]:
                 old = self.entries[i].momentum
+                assert old is not None
                 old.copy_(momentum if skip is None else torch.where(skip != 0, old, momentum))
 
     def apply(self, scalars: Sequence[tuple[float, float]], skip: Tensor | None) -> None:

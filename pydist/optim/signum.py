@@ -1,0 +1,127 @@
+"""signSGD with majority vote, and with momentum: Signum (arXiv 1802.04434 and 1810.05291)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pydist import checks
+from pydist.optim.voting import VotingOptimizer
+
+
+class Signum(VotingOptimizer):
+    """Signum whose workers vote (arXiv 1810.05291, Algorithm 1).
+
+    Worker i updates its momentum ``v_i = momentum * v_i + (1 - momentum) * g_i`` and sends
+    ``sign(v_i)``, one bit a parameter. All workers then apply
+    ``x -= lr * (delta + weight_decay * x)``, where delta is the majority of the signs, or with
+    ``aggregate="average"`` their mean. The sign is that of the new momentum before it is rounded to
+    ``momentum_dtype``.
+
+    Paths, ties, missing and non-finite gradients and checkpoints are those of
+    :class:`pydist.optim.DistributedLion`, whose kernels do the work: it is Distributed Lion with
+    two equal betas.
+
+    Args:
+        params: ``model.named_parameters()``, parameters, or parameter groups; float32, float16 or
+            bfloat16, all on one device.
+        lr: Learning rate.
+        momentum: Weight of the old momentum, in [0, 1).
+        weight_decay: Decoupled weight decay.
+        aggregate: ``"majority"`` or ``"average"``.
+        ties: ``"hash"``, ``"zero"`` or ``"positive"``; for majorities.
+        group: Process group of the voters; ``None`` is the world.
+        seed: Seed of the tie hash.
+        momentum_dtype: float32 or bfloat16.
+        exact_skip: A skipped step also leaves every momentum as it was.
+        algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
+
+    Raises:
+        TypeError: A parameter has an unsupported dtype or layout.
+        ValueError: An argument is out of range, or there is no process group.
+        MismatchError: The ranks' models or settings differ; raised on every rank.
+    """
+
+    _agreed_options = ("lr", "momentum", "weight_decay")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        aggregate: str = "majority",
+        ties: str = "hash",
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        momentum_dtype: torch.dtype = torch.float32,
+        exact_skip: bool = False,
+        algorithm: str = "auto",
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+            aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=momentum_dtype,
+            binarization_range=None, exact_skip=exact_skip, algorithm=algorithm,
+        )  # fmt: skip
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+
+    def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
+        return group["momentum"], group["momentum"]
+
+
+class SignSGD(VotingOptimizer):
+    """signSGD with majority vote (arXiv 1810.05291, Algorithm 1 without momentum).
+
+    Worker i sends ``sign(g_i)``, one bit a parameter; all apply
+    ``x -= lr * (delta + weight_decay * x)``, where delta is the majority of the signs, or with
+    ``aggregate="average"`` their mean. It keeps no state a parameter.
+
+    Args:
+        params: As for :class:`Signum`.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        aggregate: ``"majority"`` or ``"average"``.
+        ties: ``"hash"``, ``"zero"`` or ``"positive"``; for majorities.
+        group: Process group of the voters; ``None`` is the world.
+        seed: Seed of the tie hash.
+        algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
+
+    Raises:
+        TypeError: A parameter has an unsupported dtype or layout.
+        ValueError: An argument is out of range, or there is no process group.
+        MismatchError: The ranks' models or settings differ; raised on every rank.
+    """
+
+    _has_momentum = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        aggregate: str = "majority",
+        ties: str = "hash",
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        algorithm: str = "auto",
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay},
+            aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=torch.float32,
+            binarization_range=None, exact_skip=False, algorithm=algorithm,
+        )  # fmt: skip
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
+
+    def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 0.0, 0.0
