@@ -1,6 +1,7 @@
-"""Collectives timed on several "hosts" of one machine, joined by links of a chosen speed.
+"""Collectives and training steps timed on several "hosts" of one machine, joined by slow links.
 
     sudo python bench/cluster.py all-reduce --hosts 4 --rate 1gbit
+    sudo python bench/cluster.py step --rate 100mbit
     sudo python bench/cluster.py goodput --rate 100mbit
 
 ``goodput`` checks the links themselves. The hosts are network namespaces (see ``netns.py``), so
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from netns import INTERFACE, Cluster, ClusterError, Shape, check_tools
+from training import HANGS, METHODS, parameters, trainers
 
 WARMUP = 3
 BYTE_CALLS = 5
@@ -78,13 +80,12 @@ def codec_of(name: str) -> Any:
     return getattr(pydist, kind)(argument)
 
 
-def reduce_methods(
-    numel: int, hosts: int, rank: int, codecs: Sequence[str] = ()
-) -> dict[str, Method]:
+def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
     """All-reduce of one tensor: by gloo in fp32 and fp16, and by pydist where it is there."""
     import torch
     import torch.distributed as dist
 
+    numel, rank, hosts = options.numel, dist.get_rank(), dist.get_world_size()
     source = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
 
     def method(
@@ -118,7 +119,7 @@ def reduce_methods(
     methods["pydist mean"] = method(
         torch.float32, lambda tensor: all_reduce(tensor, votes, op="mean"), None
     )
-    for name in codecs:
+    for name in options.codecs:
         codec = codec_of(name)
         payload = codec.block_format.payload_bytes(numel)
         methods[f"pydist {name}"] = method(
@@ -177,15 +178,26 @@ def count_bytes(method: Method) -> float:
     return (sent_bytes() - before) / BYTE_CALLS
 
 
-def reduce_worker(options: argparse.Namespace) -> Report:
+def step_methods(options: argparse.Namespace) -> dict[str, Method]:
+    """A training step of each of the chosen methods; see ``training.py``."""
+    import torch.distributed as dist
+
+    made = trainers(options.methods, dist.get_rank(), options.batch)
+    return {
+        name: Method(call=t.step, reset=lambda: None, predicted=None, check=t.check)
+        for name, t in made.items()
+    }
+
+
+def method_worker(options: argparse.Namespace) -> Report:
     """Measure all methods on this host."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, hosts = dist.get_rank(), dist.get_world_size()
-    methods = reduce_methods(options.numel, hosts, rank, options.codecs)
+    make = step_methods if options.task == "step" else reduce_methods
+    methods = make(options)
     times = interleave(methods, options.repeats)
     report: Report = {
         name: {"times": times[name], "check": method.check(), "predicted": method.predicted}
@@ -234,7 +246,8 @@ def _pour(address: str) -> None:
 
 
 WORKERS: dict[str, Callable[[argparse.Namespace], Report]] = {
-    "all-reduce": reduce_worker,
+    "all-reduce": method_worker,
+    "step": method_worker,
     "goodput": goodput_worker,
 }
 
@@ -289,17 +302,17 @@ def summarise(reports: Sequence[Report]) -> dict[str, Report]:
             "bytes_predicted": predicted,
             "bytes_ratio": max(sent) / predicted if predicted else None,
         }
-    base = next(iter(rows.values()))["seconds"]["median"]
-    for row in rows.values():
-        row["speedup"] = base / row["seconds"]["median"]
     return rows
 
 
 def show(rows: Mapping[str, Report], title: str) -> None:
-    """Print the figures as a table."""
+    """Print the figures as a table, with each method's speed-up over the first."""
     from rich.console import Console
     from rich.table import Table
 
+    base = next(iter(rows.values()))["seconds"]["median"]
+    for row in rows.values():
+        row["speedup"] = base / row["seconds"]["median"]
     table = Table(title=title, caption="slowest host of each repeat; bytes a host sends in a call")
     for head in ("", "median ms", "quartiles ms", "speed-up", "bytes", "predicted", "ratio"):
         table.add_column(head, justify="right" if head else "left")
@@ -326,6 +339,34 @@ def run_all_reduce(options: argparse.Namespace) -> Report:
     return {"methods": rows, "packets_dropped": drops}
 
 
+def run_step(options: argparse.Namespace) -> Report:
+    """Launch, sum up and show the benchmark of training steps.
+
+    A method that hangs (torch's PowerSGD hook does, on gloo) must not take the others with it: it
+    runs in a launch of its own.
+    """
+    together = [name for name in options.methods if name not in HANGS]
+    alone = [[name] for name in options.methods if name in HANGS]
+    rows, failed, drops = {}, {}, 0
+    for names in [together, *alone] if together else alone:
+        settings = argparse.Namespace(**{**vars(options), "methods": names})
+        if names is not together:
+            settings.timeout = options.patience
+        with Cluster(options.hosts, options.rate) as cluster:
+            try:
+                rows |= summarise(launch(cluster, settings))
+            except ClusterError as error:
+                if names is together:
+                    raise
+                failed[names[0]] = str(error).partition("\n")[0]
+            drops += sum(count["drops"] for count in cluster.counters())
+    title = f"DDP step, {parameters():,} parameters, {options.hosts} hosts at {options.rate}"
+    show(rows, title)
+    for name, reason in failed.items():
+        print(f"{name}: {reason}")
+    return {"methods": rows, "failed": failed, "packets_dropped": drops}
+
+
 def run_goodput(options: argparse.Namespace) -> Report:
     """Each host sends to the next one at the same time; show what arrives."""
     with Cluster(options.hosts, options.rate) as cluster:
@@ -338,6 +379,7 @@ def run_goodput(options: argparse.Namespace) -> Report:
 
 TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "all-reduce": run_all_reduce,
+    "step": run_step,
     "goodput": run_goodput,
 }
 
@@ -357,7 +399,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmarks on hosts made of network namespaces.")
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,goodput}")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,step,goodput}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--hosts", type=_at_least(2), default=4)
     common.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
@@ -372,6 +414,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     reduce.add_argument(
         "--codecs", nargs="*", default=[], choices=sorted(CODECS), metavar="CODEC",
         help="mean in these codecs too: " + ", ".join(CODECS),
+    )  # fmt: skip
+    step = tasks.add_parser("step", parents=[common], help="a DDP training step, torch and pydist")
+    step.add_argument("--batch", type=_at_least(1), default=8, help="samples a host and step")
+    step.add_argument("--repeats", type=_at_least(2), default=20)
+    step.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    step.add_argument(
+        "--patience", type=float, default=120.0, metavar="SECONDS",
+        help="for a method that may hang (default %(default)s)",
     )  # fmt: skip
     tasks.add_parser("goodput", parents=[common], help="check the speed of the links")
     return parser.parse_args(arguments)
