@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pydist
 from pydist import simulate
-from pydist.codecs.base import Worker
+from pydist.codecs.base import Worker, stage_of
 from pydist.codecs.coders import Codec, all_gather_coder
 
 Layers = list[Tensor]
@@ -105,13 +105,23 @@ class CodecMethod(Method):
         self.name, self.family = name_of(codec), family or type(codec).__name__
 
     def _coder(self, out: Tensor, x: Tensor) -> Any:
-        return all_gather_coder(out.view(1, -1), x, self.codec, Worker(0, 1, step=0), seed=0)
+        coder = all_gather_coder(out.view(1, -1), x, self.codec, Worker(0, 1, step=0), seed=0)
+        known = coder.prologue()
+        if known is not None:  # what workers tell each other before they encode
+            coder.merge_prologue(known[None])
+        return coder
+
+    def _pack(self, coder: Any, message: Tensor) -> list[Tensor]:
+        """The message as it travels: of its own length, where a stage shortens it."""
+        stage = stage_of(coder)
+        return [message] if stage is None else stage.pack(message, coder.units, [(0, coder.units)])
 
     def send(self, layers: Layers, history: Sequence[Layers] = ()) -> Sent:
         values, size = [], 0
         for i, x in enumerate(layers):
-            coder = self._coder(torch.empty_like(x), x)
-            size += coder.message_bytes(coder.units)
+            slot = Slot(x=x.reshape(-1), out=torch.empty(x.numel()))
+            self.encode(slot)
+            size += sum(part.numel() for part in slot.parcels)
             values.append(simulate.all_gather([x], self.codec, seed=i)[0].view(x.shape))
         return Sent(values, size)
 
@@ -128,9 +138,13 @@ class CodecMethod(Method):
         if not hasattr(slot, "message"):
             slot.message = torch.zeros(1, coder.message_bytes(units), dtype=torch.uint8)
         coder.encode(slot.message, units, 0, units)
+        slot.parcels = self._pack(coder, slot.message)
 
     def decode(self, slot: Slot) -> None:
         coder = self._coder(slot.out, slot.x)
+        stage = stage_of(coder)
+        if stage is not None:
+            stage.unpack(slot.parcels, slot.message, coder.units, [(0, coder.units)])
         coder.decode(slot.message, coder.units, 0, coder.units)
 
 
@@ -142,5 +156,12 @@ CODECS: tuple[CodecMethod, ...] = (
     *(CodecMethod(pydist.QSGD(bits, norm="l2"), "QSGD, l2") for bits in (2, 4, 8)),
     *(CodecMethod(pydist.BlockInt(bits)) for bits in range(2, 9)),
     *(CodecMethod(pydist.BlockFloat(form)) for form in ("e4m3", "e5m2")),
+    *(
+        CodecMethod(pydist.QSGD(bits, norm="l2", entropy="elias"), "QSGD, l2, Elias")
+        for bits in (2, 4, 8)
+    ),
+    CodecMethod(pydist.Ternary()),
+    *(CodecMethod(pydist.TopK(density)) for density in (0.001, 0.01, 0.1)),
+    CodecMethod(pydist.TopK(0.01, values="bfloat16")),
     *(CodecMethod(pydist.Raw(dtype)) for dtype in ("bfloat16", "float16")),
 )
