@@ -25,6 +25,7 @@ from pydist import QSGD, BlockFloat, BlockInt, Sign, arrays, ops, wire
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = int(os.environ.get("PYDIST_FUZZ_RUNS", "1500000"))
+OTHERS = ("blocks", "votes", "values", "topk", "trits")
 SECONDS = os.environ.get("PYDIST_FUZZ_SECONDS", "60")
 TALLY = re.compile(r"^(\w+) +(\d+) payloads, (\d+) malformed, ([\d.]+) s, no error$", re.MULTILINE)
 
@@ -58,10 +59,10 @@ def run(*command: Any) -> str:
 def test_damaged_payloads_under_address_sanitizer() -> None:
     program = build("fuzz")
     report = run(program, "--runs", RUNS, "elias")
-    report += run(program, "--runs", RUNS // 5, "blocks", "votes", "values")
+    report += run(program, "--runs", RUNS // 5, *OTHERS)
     print(f"\n{report}", end="")
     tallies = {name: (int(runs), int(bad)) for name, runs, bad, _ in TALLY.findall(report)}
-    assert tallies.keys() == {"elias", "blocks", "votes", "values"}
+    assert tallies.keys() == {"elias", *OTHERS}
     assert tallies["elias"][0] == RUNS and tallies["elias"][1] > 0.6 * RUNS
 
 

@@ -220,13 +220,131 @@ bool run_values(Input& input) {
   return true;
 }
 
+// ------------------------------------------------------------ top-k blocks
+
+constexpr uint64_t kDensityOne = uint64_t{1} << 32;
+constexpr int kTopKBlocks[] = {32, 64, 512, 1056, 4096};
+
+// Numbers of an input: block, type of the values, density, length, ranks, type of the result.
+struct TopKShape {
+  TopKFormat format;
+  int64_t n, bytes;  // elements; bytes of one payload
+
+  TopKShape(uint32_t block, uint32_t values, uint32_t density, uint32_t length)
+      : format{kTopKBlocks[block % 5], 0, static_cast<DType>(values % 3),
+               std::max<uint64_t>(kDensityOne * (density % 1001) / 1000, 1)},
+        n(length % 9000) {
+    const int k = topk_entries(format, format.block);
+    format.low_bits = kBitmap;
+    if (4 * k <= format.block) {  // floor(log2(block / k)), as pydist/topk.py has it
+      for (int share = format.block / k; share; share /= 2) ++format.low_bits;
+    }
+    bytes = n / format.block * topk_block_bytes(format);
+    if (n % format.block) {
+      bytes += int64_t{4} * topk_layout(format, static_cast<int>(n % format.block)).words;
+    }
+  }
+};
+
+bool run_topk(Input& input) {
+  const uint32_t block = input.number(5), values = input.number(3), density = input.number(1001);
+  const TopKShape shape(block, values, density, input.number(9000));
+  const auto ranks = static_cast<int64_t>(1 + input.number(3));
+  const auto dtype = static_cast<int>(input.number(3));
+  Exact payloads(static_cast<size_t>(ranks * shape.bytes));
+  Exact result(static_cast<size_t>(shape.n * kDTypeBytes[dtype]));
+  Exact reduced(static_cast<size_t>(shape.bytes));
+  input.fill(payloads.data(), payloads.size());
+  const TopKDecode from = {shape.format, payloads.data(), shape.bytes, ranks, 1.0f, false};
+  const Row row = row_of(result.data(), shape.n), plain = row_of(nullptr, shape.n);
+  uint32_t flags = 0, again = 0, cleared = 0;
+  cpu::topk_scatter(&row, 1, static_cast<DType>(dtype), from, &flags, 1);
+  TopKDecode clear = from;
+  clear.ranks = 1;
+  clear.clear = true;
+  cpu::topk_scatter(&row, 1, static_cast<DType>(dtype), clear, &cleared, 1);
+  const TopKEncode to = {shape.format, reduced.data(), shape.bytes, 1, 2, nullptr};
+  cpu::topk_reduce(&plain, 1, from, to, &again, 1);
+  if ((flags ^ again) & kFlagMalformed) fail("one decoder refuses what the other takes");
+  // Whatever was sent, what is sent on is well-formed.
+  const TopKDecode sent = {shape.format, reduced.data(), shape.bytes, 1, 1.0f, false};
+  uint32_t wrong = 0;
+  cpu::topk_scatter(&row, 1, static_cast<DType>(dtype), sent, &wrong, 1);
+  if (wrong & kFlagMalformed) fail("the encoder's bytes are malformed");
+  return !(flags & kFlagMalformed);
+}
+
+Bytes make_topk(Random& random) {
+  uint32_t numbers[6];
+  for (uint32_t& number : numbers) number = static_cast<uint32_t>(random());
+  numbers[2] = random() % 2 ? numbers[2] % 1001 : numbers[2] % 50;
+  numbers[3] = random() % 2 ? numbers[3] % 9000 : numbers[3] % 100;
+  const TopKShape shape(numbers[0] % 5, numbers[1] % 3, numbers[2], numbers[3]);
+  const uint32_t ranks = 1 + numbers[4] % 3;
+  Bytes input;
+  for (const uint32_t number : numbers) append(input, number);
+  std::vector<float> x(static_cast<size_t>(shape.n));
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    const bool constant = random() % 8 == 0;
+    for (float& value : x) {
+      value = constant ? 1.0f : static_cast<float>(static_cast<int64_t>(random() % 2001) - 1000);
+    }
+    Exact payload(static_cast<size_t>(shape.bytes));
+    const TopKEncode to = {shape.format, payload.data(), shape.bytes, rank, 0, nullptr};
+    const Row row = row_of(x.data(), shape.n);
+    cpu::topk_select(&row, 1, DType::kFloat32, to, nullptr, 1);
+    input.insert(input.end(), payload.data(), payload.data() + shape.bytes);
+  }
+  return input;
+}
+
+// ------------------------------------------------------------ trits
+
+constexpr int64_t kTrits = 160;  // elements of a unit
+
+// Trits of one to nine ranks: added up, turned into values; then any bytes as sums.
+bool run_trits(Input& input) {
+  const auto n = static_cast<int64_t>(input.number(3000));
+  const auto ranks = static_cast<int64_t>(1 + input.number(9));
+  const auto dtype = static_cast<int>(input.number(3));
+  const int64_t rest = n % kTrits, units = (n + kTrits - 1) / kTrits;
+  const int64_t size = n / kTrits * 32 + std::min<int64_t>((rest + 3) / 4 * 4, 32);
+  Exact payloads(static_cast<size_t>(ranks * size));
+  Exact sums(static_cast<size_t>(units * sum_unit_bytes(ranks)));
+  Exact values(static_cast<size_t>(n * kDTypeBytes[dtype])), scaler(sizeof(float));
+  input.fill(payloads.data(), payloads.size());
+  input.fill(scaler.data(), scaler.size());
+  Row row = row_of(values.data(), n);
+  row.momentum = row.momentum_out = reinterpret_cast<int64_t>(scaler.data());
+  const TernarySource from = {payloads.data(), size, size, ranks, 1.0f};
+  uint32_t flags = 0, again = 0, wrong = 0;
+  cpu::ternary_sum(&row, 1, from, sums.data(), &flags, 1);
+  cpu::ternary_unpack(&row, 1, static_cast<DType>(dtype), from, &again, 1);
+  if ((flags ^ again) & kFlagMalformed) fail("one decoder refuses what the other takes");
+  const auto all = static_cast<int64_t>(sums.size());
+  const TernarySource reduced = {sums.data(), all, all, ranks, 1.0f};
+  cpu::ternary_unpack_sums(&row, 1, static_cast<DType>(dtype), reduced, &wrong, 1);
+  if (wrong & kFlagMalformed) fail("the encoder's sums are malformed");
+  input.fill(sums.data(), sums.size());
+  cpu::ternary_unpack_sums(&row, 1, static_cast<DType>(dtype), reduced, &flags, 1);
+  return !(flags & kFlagMalformed);
+}
+
+// The numbers, then bytes that are trits; what is missing is zero, and zeros are sums.
+Bytes make_trits(Random& random) {
+  Bytes input;
+  for (int i = 0; i < 3; ++i) append(input, static_cast<uint32_t>(random()));
+  const size_t size = random() % 2000;
+  for (size_t i = 0; i < size; ++i) input.push_back(static_cast<uint8_t>(random() % 243));
+  return input;
+}
+
 }  // namespace
 
 const Target kTargets[] = {
-    {"elias", run_elias, make_elias},
-    {"blocks", run_blocks, random_bytes},
-    {"votes", run_votes, random_bytes},
-    {"values", run_values, random_bytes},
+    {"elias", run_elias, make_elias},   {"blocks", run_blocks, random_bytes},
+    {"votes", run_votes, random_bytes}, {"values", run_values, random_bytes},
+    {"topk", run_topk, make_topk},      {"trits", run_trits, make_trits},
 };
 const size_t kTargetCount = sizeof(kTargets) / sizeof(kTargets[0]);
 
