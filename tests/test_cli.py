@@ -22,6 +22,7 @@ from pydist import (
     reference_elias,
     reference_raw,
     reference_ternary,
+    reference_topk,
     selfcheck,
 )
 from pydist.selfcheck import cases
@@ -140,17 +141,20 @@ def test_check_finds_a_planted_difference(
     assert "instead of 0x" in printed.err
 
 
+# Where a kernel's reference is not called as the kernel is.
+REFERENCES = {"ternary_sum": "sum_payloads"}
+
+
 @pytest.mark.parametrize("kernel", list(selfcheck.KERNELS))
 def test_check_compares_every_kernel(
     kernel: str, few_cases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reference that is wrong in one bit of one element is noticed, whichever kernel it is."""
+    families = {"ternary_": reference_ternary, "topk_": reference_topk}
+    prefix = next((prefix for prefix in families if kernel.startswith(prefix)), "")
+    name = REFERENCES.get(kernel, kernel.removeprefix(prefix))
     modules = (reference, reference_blocks, reference_elias, reference_raw)
-    module, name = reference_ternary, kernel.removeprefix("ternary_")
-    if name == kernel:
-        module = next(module for module in modules if hasattr(module, kernel))
-    elif name == "sum":
-        name = "sum_payloads"
+    module = next(m for m in (families.get(prefix), *modules) if hasattr(m, name))
     right = getattr(module, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
