@@ -83,7 +83,9 @@ def test_a_budget_leaves_rows_out_and_says_so(capsys: pytest.CaptureFixture[str]
     assert cli.main([*SMALL, "--budget", "0", "--no-rivals", *plot]) == 0
     said = capsys.readouterr().out
     assert "not measured: pack_signs float32 64: no time left" in said
-    assert "106 of 106 rows not measured" in said
+    rows_left_out = said.count("not measured: ")
+    assert rows_left_out > 100
+    assert f"{rows_left_out} of {rows_left_out} rows not measured" in said
     assert "nowhere/out.png was not drawn" in said
 
 
@@ -160,7 +162,9 @@ def test_goals_come_first_and_what_is_compiled_last() -> None:
     order = list(dict.fromkeys(options.shown(case.numel) for case in chosen))
     assert order == ["64Mi", "64Ki", "256Mi", "256Ki", "1Mi", "4Mi", "16Mi"]
     plain = len([case for case in chosen if not case.compiled])
-    assert plain == 7 * 46 and not any(case.compiled for case in chosen[:plain])
+    of_a_size = [case for case in chosen if case.numel == 2**26 and not case.compiled]
+    assert len(of_a_size) > 46 and plain == 7 * len(of_a_size)
+    assert not any(case.compiled for case in chosen[:plain])
     assert {options.shown(case.numel) for case in chosen[plain:]} == {"64Mi"}
     assert len(chosen[plain:]) == 16
     assert options.compiled_size([64, 128], "cuda") == 128
