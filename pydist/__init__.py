@@ -31,8 +31,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "ops", "optim", "reference",
-    "reference_blocks", "reference_raw", "simulate",
+    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "fsdp", "ops", "optim",
+    "reference", "reference_blocks", "reference_raw", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
@@ -63,6 +63,7 @@ __all__ = [
     "collectives",
     "ddp",
     "feedback",
+    "fsdp",
     "ops",
     "optim",
     "reduce_scatter",

@@ -107,7 +107,7 @@ class _Exchange:
         self.road, self.begin, self.end, self.extra = road, begin, end, extra
         units = end - begin
         self.shard = -(-units // road.comm.world_size) if road.route.second else units
-        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.numel())
+        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.shape[-1])
         self._sent: Tensor | None = None
         self._arriving: _Pending | None = None
 
@@ -166,7 +166,11 @@ class _Exchange:
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.road.stream():
-            shards = self._arrived()[:, wire.HEADER_BYTES :]
+            received, begin = self._arrived(), wire.HEADER_BYTES
+            if not self.road.route.reduces and self.extra is not None:
+                begin = self.offset
+                self.road.coder.merge_extra(received[:, wire.HEADER_BYTES : begin])
+            shards = received[:, begin:]
             self.road.coder.decode(shards, self.shard, self.begin, self.end)
 
 

@@ -1,0 +1,85 @@
+"""Compressed gradients and weights for fully sharded training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pydist.codecs.coders import Codec
+from pydist.ddp.options import Exclude
+from pydist.fsdp.state import ShardedState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ShardedState", "compress", "restore"]
+
+
+def compress(
+    module: nn.Module,
+    gradients: Codec | None = None,
+    parameters: Codec | None = None,
+    *,
+    error_feedback: bool | str = False,
+    min_numel: int = 1024,
+    exclude: Exclude | None = None,
+    seed: int = 0,
+    residual_dtype: torch.dtype = torch.float32,
+) -> ShardedState:
+    """Compresses what an FSDP2 model sends: gradients, weights, or both.
+
+    Collective: every rank calls it, after ``fully_shard``. Every FSDPModule in the tree gets
+    communication objects of pydist's; :func:`restore` takes them out again.
+
+    1. Gradients: every rank encodes what each rank owns of them and sends it there; the owner
+       decodes, sums in float32 in rank order, and divides. Nothing is encoded again.
+    2. Weights: every rank encodes its shard, and all ranks, the owner too, compute with what was
+       decoded, so all hold the same bits. The shards that the optimizer updates stay exact.
+
+    Blocks and random draws belong to parameters and shards, not to FSDP's buffers.
+
+    Args:
+        module: The model, or a part of it.
+        gradients: Their codec, such as ``pydist.QSGD(bits=4)``; ``None``: as before.
+        parameters: The weights' codec, such as ``pydist.BlockInt(bits=8)``; ``None``: as before.
+        error_feedback: What a gradient's codec loses is added to the next gradient. Each rank then
+            keeps an element of ``residual_dtype`` for every element of the *unsharded* model; the
+            result's ``residual_bytes`` says how much that is. ``"auto"``: where it helps.
+        min_numel: Parameters with fewer elements travel raw.
+        exclude: Patterns of names, or a predicate ``(name, parameter) -> bool``, of parameters that
+            travel raw.
+        seed: Seed of stochastic rounding, 0 … 2**32 - 1.
+        residual_dtype: float32, or bfloat16 for half the memory.
+
+    Returns:
+        The state: ``stats()``, ``state_dict()``, ``residual_bytes``.
+
+    Raises:
+        TypeError: A codec is none.
+        ValueError: No codec was given, an option is out of range, the module has no FSDPModule, is
+            compressed already, or PyTorch takes no custom communication in it.
+        MismatchError: Ranks disagree; raised on every rank.
+        ImportError: This torch has no custom communication for FSDP2.
+    """
+    from pydist.fsdp import install
+
+    return install.compress(
+        module, gradients, parameters, error_feedback=error_feedback, min_numel=min_numel,
+        exclude=exclude, seed=seed, residual_dtype=residual_dtype,
+    )  # fmt: skip
+
+
+def restore(module: nn.Module) -> None:
+    """Undoes :func:`compress`: the model communicates as it did before.
+
+    Args:
+        module: What was given to :func:`compress`.
+
+    Raises:
+        ValueError: It was not.
+    """
+    from pydist.fsdp import install
+
+    install.restore(module)
