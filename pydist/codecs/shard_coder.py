@@ -332,7 +332,7 @@ def gather_coder(
     def apart(packed: Packed) -> tuple[Tensor, Tensor]:
         received, sent = output.new_empty((n, packed.row)), data.new_empty(packed.row)
         packed.take(rank, data, sent)
-        back.extend((packed, i, x, values) for i, (x, values) in enumerate(zip(rows, received)))
+        back.extend((packed, i, x, received[i]) for i, x in enumerate(rows))
         return received, sent
 
     inner: Coder
@@ -346,5 +346,5 @@ def gather_coder(
     if raw.row:
         received, sent = apart(raw)
         beside = GatherRawCoder(received, sent, str(data.dtype)[6:], worker)
-    padding = [x[begin:end] for x, gaps in zip(rows, layout.padding) for begin, end in gaps]
+    padding = [rows[i, a:b] for i, gaps in enumerate(layout.padding) for a, b in gaps]
     return ShardedCoder(inner, beside, 1, back, padding, output)

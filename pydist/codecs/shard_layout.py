@@ -104,7 +104,7 @@ class ShardPlan:
             rows = np.zeros((len(index), 8), dtype=np.int64)
             rows[:, wire.X] = offset[index, rank]
             rows[:, wire.N] = numel[index, rank]
-            rows[:, wire.ORDINAL] = [shards[i].ordinal for i in index]
+            rows[:, wire.ORDINAL] = [shards[int(i)].ordinal for i in index]
             rows[:, wire.FIRST] = rank * most[index] * form.block
             rows = wire.number_rows(rows, form.block)
             rows[:, wire.WORD] = rows[:, wire.WORDS_BEFORE]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from pydist.codecs.coders import Codec
 from pydist.ddp.options import Exclude
 from pydist.fsdp.state import ShardedState
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["ShardedState", "compress", "restore"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,11 @@ def compress(
     first = private.shard_group(found[0][2])
     known = _parameters(module, found)
     state = ShardedState(communicator(first), of_gradients, known)
-    by_tensor = {parameter.ordinal: parameter for parameter in known}
     ordinals = _ordinals(module)
     units = [
         Unit(
             name, group, state,
-            [by_tensor[_ordinal(ordinals, member)] for member in private.parameters_of(group)],
+            [state.parameters[_ordinal(ordinals, x)] for x in private.parameters_of(group)],
             None if parameters is None else of_weights,
         )
         for name, _, group in found
@@ -158,4 +158,4 @@ def _agree(state: ShardedState, units: list[Unit], parameters: Codec | None) -> 
         ]  # fmt: skip
     for comm in {id(unit.comm): unit.comm for unit in units}.values():
         call = Call("pydist.fsdp.compress", {**fields, "world_size": comm.world_size})
-        comm.run(lambda comm=comm, call=call: comm.agree(call))
+        comm.run(partial(comm.agree, call))

@@ -27,9 +27,9 @@ try:
     _SETTERS = (FSDPModule.set_custom_all_gather, FSDPModule.set_custom_reduce_scatter)
 except (ImportError, AttributeError) as error:
     raise ImportError(
-        "pydist.fsdp.compress needs FSDPModule.set_custom_all_gather, set_custom_reduce_scatter and "
-        "torch.distributed.fsdp._fully_shard._fsdp_api, which torch has from 2.9 on (and may move); "
-        f"this is torch {torch.__version__}: {error}"
+        "pydist.fsdp.compress needs FSDPModule.set_custom_all_gather, set_custom_reduce_scatter "
+        "and torch.distributed.fsdp._fully_shard._fsdp_api, which torch 2.9 has and later ones may "
+        f"move; this is torch {torch.__version__}: {error}"
     ) from error
 
 __all__ = ["AllGather", "FSDPModule", "ReduceScatter"]
@@ -62,12 +62,12 @@ def shard_group(group: Any) -> dist.ProcessGroup | None:
 
 def reduce_scatter_of(group: Any) -> ReduceScatter:
     """What reduces a group's gradients now."""
-    return group._reduce_scatter_comm  # type: ignore[no-any-return]
+    return group._reduce_scatter_comm
 
 
 def all_gather_of(group: Any) -> AllGather:
     """What gathers a group's parameters now."""
-    return group._all_gather_comm  # type: ignore[no-any-return]
+    return group._all_gather_comm
 
 
 # --------------------------------------------------------------------------- parameters

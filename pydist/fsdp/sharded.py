@@ -79,7 +79,8 @@ class Unit:
         key = (present, dtype, options is self.weights)
         if key not in self._layouts:
             shards = self.shards(present)
-            coded, raw = [], []
+            coded: list[Shards] = []
+            raw: list[Shards] = []
             counts = self.state.weights if options is self.weights else self.state.gradients
             tensors = [member.sharded_param for member in itertools.compress(self.members, present)]
             for one, given in zip(shards, tensors, strict=True):
@@ -178,7 +179,7 @@ class CompressedReduceScatter(private.ReduceScatter):
             )  # fmt: skip
 
         fields = _fields(
-            layout, codec, op=str(op), factor=factor, seed=state.options.seed,
+            layout, codec, op="mean" if mean else "sum", factor=factor, seed=state.options.seed,
             dtype=str(input_tensor.dtype), numel=input_tensor.numel(),
         )  # fmt: skip
         call = Call(f"reduce-scatter of {unit.name!r}", fields, step)

@@ -60,7 +60,7 @@ class Parameter:
 def choose(
     options: Options, parameter: Parameter, given: Tensor, shards: Shards, dtype: torch.dtype
 ) -> Choice:
-    """How a sharded parameter travels as values of ``dtype``; ``given`` is what a predicate sees."""
+    """How a sharded parameter travels as values of ``dtype``; a predicate sees ``given``."""
     choice = options.choose(parameter.name, parameter.like(), dtype)
     if choice.codec is not None and callable(options.exclude):
         choice = options.choose(parameter.name, given, dtype)
@@ -174,6 +174,11 @@ class ShardedState:
 
     # ----------------------------------------------------------------- checkpoint
 
+    @property
+    def _saved(self) -> Any:
+        """This state as :mod:`pydist.ddp.checkpoint` takes states: by its attributes."""
+        return self
+
     def restore(self, step: int, scale: float | None) -> None:
         """Takes over step and loss scale of a checkpoint."""
         self.step, self.scale = step, scale
@@ -229,7 +234,7 @@ class ShardedState:
         Save one file a rank (``weights_only=True`` reads it), or see :meth:`sharded`.
         """
         with self.in_natural_order():
-            return checkpoint.state_dict(self)
+            return checkpoint.state_dict(self._saved)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Restores what :meth:`state_dict` gave.
@@ -241,7 +246,7 @@ class ShardedState:
         Raises:
             ValueError: The state is of another world size or rank, or of other parameters.
         """
-        checkpoint.load_state_dict(self, state)
+        checkpoint.load_state_dict(self._saved, state)
         self._turn(natural=False)
 
     def sharded(self, saved_world_size: int | None = None) -> checkpoint.Sharded:
@@ -251,12 +256,13 @@ class ShardedState:
             saved_world_size: Ranks that saved what is to be loaded, where it was another number
                 (:func:`pydist.ddp.saved_world_size`).
         """
-        return _Sharded(self, saved_world_size)
+        return _Sharded(self._saved, saved_world_size)
 
 
 class _Sharded(checkpoint.Sharded):
     """The same, with residuals in the order of the parameters' elements."""
 
     def state_dict(self) -> dict[str, Any]:
-        with self._state.in_natural_order():
+        state: Any = self._state
+        with state.in_natural_order():
             return super().state_dict()
