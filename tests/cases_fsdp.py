@@ -113,7 +113,7 @@ def _prepared(kind: str, net: Net) -> Net:
             module._set_unshard_async_op(True)
         net.set_modules_to_forward_prefetch([net.blocks[0]])
         net.blocks[0].set_modules_to_forward_prefetch([net.blocks[1]])
-    elif kind == "unused":
+    elif kind == "unused" and hasattr(net, "set_reduce_scatter_unused_params"):
         net.set_reduce_scatter_unused_params(True)
     return net
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cases_fsdp as cases
+import cases_fsdp1 as cases1
 import pytest
 from ranks import Worlds
 
@@ -54,3 +55,24 @@ def test_equals_reference(
 ) -> None:
     args = (gradients, parameters, feedback, kind)
     assert_equal_replicas(worlds(ranks).run(cases.equals_reference, *args))
+
+
+# --------------------------------------------------------------------------- FSDP1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "kind", "how"),
+    [
+        (2, "FULL_SHARD", "usual", "hook"), (2, "FULL_SHARD", "usual", "compress"),
+        (2, "SHARD_GRAD_OP", "bfloat16", "compress"), (2, "NO_SHARD", "usual", "hook"),
+        (2, "NO_SHARD", "usual", "compress"), (2, "FULL_SHARD", "bfloat16_reduce", "hook"),
+        (2, "FULL_SHARD", "accumulate", "compress"), (2, "FULL_SHARD", "flat", "compress"),
+        (2, "NO_SHARD", "bfloat16_reduce", "compress"), (4, "FULL_SHARD", "usual", "compress"),
+        (4, "SHARD_GRAD_OP", "flat", "hook"), (4, "NO_SHARD", "usual", "compress"),
+    ],
+)  # fmt: skip
+def test_lossless_is_plain_fsdp1(
+    worlds: Worlds, ranks: int, strategy: str, kind: str, how: str
+) -> None:
+    assert_equal_replicas(worlds(ranks).run(cases1.equals_plain, strategy, kind, how))

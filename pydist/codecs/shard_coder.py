@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydist import checks
 from pydist.block_kernels import EncodeOptions
+from pydist.blocks import BlockFormat
 from pydist.codecs.base import Coder, Worker, spoil
 from pydist.codecs.block_coder import BlockCoder
 from pydist.codecs.coders import Codec, all_gather_coder, number_of, reduce_scatter_coder
@@ -230,6 +232,10 @@ class ShardedCoder:
         if raw is not None:
             raw.flags = coder.flags
 
+    def __getattr__(self, name: str) -> Any:
+        """What the road may ask of this coder beyond that."""
+        return getattr(self._coder, name)
+
     def extra(self) -> Tensor | None:
         """The raw values, uint8 [rows, bytes]."""
         if self._raw is None:
@@ -252,6 +258,11 @@ class ShardedCoder:
         for part in self._padding:
             part.zero_()
         spoil(self._result, flags)
+
+
+def _blocks_of(codec: Codec) -> BlockFormat | None:
+    """The format of codecs whose blocks can lie anywhere; the others see one flat tensor."""
+    return None if getattr(codec, "entropy", None) is not None else codec.block_format
 
 
 def scatter_coder(
@@ -293,7 +304,7 @@ def scatter_coder(
         return received, sent
 
     inner: Coder
-    if (form := codec.block_format) is not None:
+    if (form := _blocks_of(codec)) is not None:
         plan = layout.plan(form)
         inner = ScatterShardCoder(
             output, data, plan, number_of(codec), worker, mean=mean, seed=seed, residuals=residuals
@@ -336,7 +347,7 @@ def gather_coder(
         return received, sent
 
     inner: Coder
-    if (form := codec.block_format) is not None:
+    if (form := _blocks_of(codec)) is not None:
         inner = GatherShardCoder(
             output, data, layout.plan(form), number_of(codec), worker, seed=seed
         )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pydist.codecs.coders import Codec
 from pydist.ddp.options import Exclude
+from pydist.fsdp import flat
+from pydist.fsdp.flat import CompressionState, compression_hook
 from pydist.fsdp.state import ShardedState
 
-__all__ = ["ShardedState", "compress", "restore"]
+__all__ = ["CompressionState", "ShardedState", "compress", "compression_hook", "restore"]
 
 
 def compress(
@@ -23,10 +26,12 @@ def compress(
     seed: int = 0,
     residual_dtype: torch.dtype = torch.float32,
 ) -> ShardedState:
-    """Compresses what an FSDP2 model sends: gradients, weights, or both.
+    """Compresses what a sharded model sends: gradients, weights, or both.
 
-    Collective: every rank calls it, after ``fully_shard``. Every FSDPModule in the tree gets
-    communication objects of pydist's; :func:`restore` takes them out again.
+    Collective: every rank calls it, after ``fully_shard`` and before the first forward. Every
+    FSDPModule in the tree gets communication objects of pydist's; :func:`restore` takes them out
+    again. A ``FullyShardedDataParallel`` (FSDP1) gets a hook for its gradients, with a state for
+    every unit.
 
     1. Gradients: every rank encodes what each rank owns of them and sends it there; the owner
        decodes, sums in float32 in rank order, and divides. Nothing is encoded again.
@@ -58,6 +63,16 @@ def compress(
         MismatchError: Ranks disagree; raised on every rank.
         ImportError: This torch has no custom communication for FSDP2.
     """
+    if isinstance(module, FullyShardedDataParallel):
+        if gradients is None or parameters is not None:
+            raise ValueError(
+                "gradients must be a codec and parameters None: FSDP1 takes a hook for gradients "
+                "alone; for weights use FSDP2 (fully_shard)"
+            )
+        return flat.compress(
+            module, gradients, error_feedback=error_feedback, min_numel=min_numel,
+            exclude=exclude, seed=seed, residual_dtype=residual_dtype,
+        )  # fmt: skip
     from pydist.fsdp import install
 
     return install.compress(
@@ -75,6 +90,9 @@ def restore(module: nn.Module) -> None:
     Raises:
         ValueError: It was not.
     """
+    if isinstance(module, FullyShardedDataParallel):
+        flat.restore(module)
+        return
     from pydist.fsdp import install
 
     install.restore(module)

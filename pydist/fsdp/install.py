@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from pydist.codecs.coders import Codec, check_codec
-from pydist.communicator import Call, communicator
+from pydist.communicator import communicator
 from pydist.ddp.options import Exclude, Options, plain_name
 from pydist.fsdp import private
 from pydist.fsdp.sharded import CompressedAllGather, CompressedReduceScatter, Unit
 from pydist.fsdp.state import Parameter, ShardedState
-
-logger = logging.getLogger("pydist.fsdp")
 
 
 def compress(
@@ -59,7 +55,8 @@ def compress(
         )
         for name, _, group in found
     ]  # fmt: skip
-    _agree(state, units, parameters)
+    comms = {id(unit.comm): unit.comm for unit in units}
+    state.agree("pydist.fsdp.compress", list(comms.values()), weights=repr(parameters))
     for unit, (_, child, group) in zip(units, found, strict=True):
         private.watch_backward(group, unit.look)
         child.set_custom_reduce_scatter(
@@ -69,11 +66,7 @@ def compress(
             child.set_custom_all_gather(
                 CompressedAllGather(unit, private.all_gather_of(group), parameters)
             )
-    if state.feedback:
-        logger.warning(
-            "error feedback will take %.3g MB on every rank: a residual for every element of the "
-            "unsharded model", state.residual_bytes / 1e6,
-        )  # fmt: skip
+    state.announce()
     return state
 
 
@@ -147,15 +140,3 @@ def _parameters(
                 )
             )  # fmt: skip
     return sorted(result, key=lambda parameter: parameter.ordinal)
-
-
-def _agree(state: ShardedState, units: list[Unit], parameters: Codec | None) -> None:
-    """Compares options and parameters over all ranks of every group."""
-    fields: dict[str, Any] = {"parameters": repr(parameters), **state.options.described()}
-    for i, parameter in state.parameters.items():
-        fields[f"parameter {i}"] = [
-            parameter.name, str(parameter.dtype), list(parameter.shape), parameter.dim,
-        ]  # fmt: skip
-    for comm in {id(unit.comm): unit.comm for unit in units}.values():
-        call = Call("pydist.fsdp.compress", {**fields, "world_size": comm.world_size})
-        comm.run(partial(comm.agree, call))

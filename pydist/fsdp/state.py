@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from pydist.ddp.options import Choice, Options
 from pydist.feedback import Residuals, contracts
 from pydist.fsdp.stats import Direction
 from pydist.road import Road, Route
+
+logger = logging.getLogger("pydist.fsdp")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def choose(
 def submit(
     comm: Communicator,
     call: Call,
-    route: Route,
+    route: Route | str,
     device: torch.device,
     make: Callable[[Worker], Coder],
 ) -> Road:
@@ -133,6 +137,25 @@ class ShardedState:
             and (contracts(codec) if asked == "auto" else asked)
         )
         self.scale: float | None = None
+
+    def agree(self, name: str, comms: Sequence[Communicator], **more: object) -> None:
+        """Compares options and parameters over all ranks of some groups."""
+        fields: dict[str, Any] = {**more, **self.options.described()}
+        for i, parameter in self.parameters.items():
+            fields[f"parameter {i}"] = [
+                parameter.name, str(parameter.dtype), list(parameter.shape), parameter.dim,
+            ]  # fmt: skip
+        for comm in comms:
+            call = Call(name, {**fields, "world_size": comm.world_size})
+            comm.run(partial(comm.agree, call))
+
+    def announce(self) -> None:
+        """Says what residuals will cost."""
+        if self.feedback:
+            logger.warning(
+                "error feedback will take %.3g MB on every rank: a residual for every element of "
+                "the unsharded model", self.residual_bytes / 1e6,
+            )  # fmt: skip
 
     # ----------------------------------------------------------------- residuals
 
