@@ -373,3 +373,77 @@ def check_residual(net: Net, name: str, got: Tensor, oracle: Oracle, rank: int, 
         wanted = oracle.residuals.get((name, oracle.first(slot, row), rank))
         assert wanted is not None and wanted.size == sizes[row]
         first_difference(shard.reshape(-1), torch.from_numpy(wanted), f"residual of {name}")
+
+
+# --------------------------------------------------------------------------- replicas of a model
+
+
+def across_equals_plain(rank: int, ranks: int) -> list[bytes]:
+    """Shards averaged over replicas by pydist, and by FSDP2 itself."""
+    mesh = _hybrid(ranks)
+    plain, ours = sharded(Net(), mesh=mesh), sharded(Net(), mesh=mesh["inside"])
+    state = fsdp.compress(
+        ours, Raw(), Raw(), across=Raw(), across_group=mesh["across"].get_group(), min_numel=0
+    )
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (plain, ours)]
+    for step in range(2):
+        for net, optimizer in zip((plain, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(net, rank, step, side=step == 1).backward()
+            optimizer.step()
+        for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+            first_difference(local(q), local(p), f"step {step}, {name}")
+    assert state.stats()["across"]["calls"] == 6 and not state.stats()["across"]["uncompressed"]
+    fsdp.restore(ours)
+    calls = state.stats()["across"]["calls"]
+    loss_of(ours, rank, 0).backward()
+    assert state.stats()["across"]["calls"] == calls
+    return [bits(p.full_tensor()) for p in ours.parameters()]
+
+
+def across_equals_reference(rank: int, ranks: int, codec: Any, inside: Any) -> list[bytes]:
+    """Every average over replicas is what the specification says, parameter by parameter."""
+    mesh = _hybrid(ranks)
+    group, inner = mesh["across"].get_group(), mesh["inside"]
+    replica, row = dist.get_rank(group), inner.get_local_rank()
+    net = sharded(Net(), mesh=inner)
+    ordinals = {name: i for i, (name, _) in enumerate(net.named_parameters())}
+    fsdp.compress(net, inside, across=codec, across_group=group, min_numel=SMALL, seed=7)
+    log: list[Any] = []
+    for module in (net, *net.blocks):
+        unit_group = private.groups_of(module)[0]
+
+        def recorded(x: Tensor, hook: Any = unit_group._all_reduce_hook) -> None:
+            given = x.clone()
+            hook(x)
+            log.append((hook.unit, given, x.clone(), hook.unit.reduced[0]))
+
+        unit_group._all_reduce_hook = recorded
+    oracle, form = Oracle(inner.size(), ordinals, codec, 7), codec.block_format
+    for step in range(2):
+        loss_of(net, rank, step).backward()
+    given_names = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert len(log) == 6
+    for unit, x, out, step in log:
+        inputs: list[Any] = [None] * group.size()
+        dist.all_gather_object(inputs, x, group=group)
+        wanted, at = np.zeros(x.numel(), dtype=np.float32), 0
+        for name, shape, dim in held_by(unit, net, given_names):
+            slot, sizes = shard_sizes(shape, dim, inner.size())
+            parts = [one[at : at + sizes[row]].numpy() for one in inputs]
+            if shape.numel() < SMALL:
+                total, _ = reference_raw.sum_values(np.stack(parts), "float32", mean=True)
+            elif parts[0].size:
+                sent = [
+                    oracle.payload(part, i, (name, oracle.first(slot, row)), step, 0)
+                    for i, part in enumerate(parts)
+                ]
+                reduced, _ = rb.reduce_quantized(
+                    np.stack([one for one, _ in sent]), form, parts[0].size, mean=True,
+                    zero_bit=step % 2, draws=rb.Draws(7, 0, 1, step), segments=sent[0][1],
+                )  # fmt: skip
+                total = rb.dequantize(reduced, form, parts[0].size, segments=sent[0][1])
+            wanted[at : at + sizes[row]] = total[: sizes[row]]
+            at += slot
+        first_difference(out, torch.from_numpy(wanted), f"{codec}, {unit.name!r}, {replica}")
+    return [bits(p.grad.full_tensor()) for p in net.parameters() if p.grad is not None]

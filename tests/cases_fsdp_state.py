@@ -129,7 +129,7 @@ def resumes(rank: int, ranks: int, directory: str) -> list[bytes]:
     """Training that was saved and loaded goes on to the bit; both kinds of checkpoint."""
     net, optimizer, state = _training()
     train(net, optimizer, rank, range(3))
-    model = {name: p.full_tensor().clone() for name, p in net.named_parameters()}
+    model = {name: p.full_tensor().detach().clone() for name, p in net.named_parameters()}
     saved = state.state_dict()
     assert saved["step"] == 9 and len(saved["parameters"]) > 3
     dcp.save({"residuals": state.sharded(), "model": net.state_dict()}, checkpoint_id=directory)
@@ -248,7 +248,7 @@ def several_meshes(rank: int, ranks: int) -> tuple[str, str]:
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
     whole = init_device_mesh("cpu", (ranks,))
-    part = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("one", "all"))["all"]
+    part = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("across", "inside"))["inside"]
     net = nn.Linear(8, 8)
     infos = [FSDPMeshInfo(mesh, 0) for mesh in (whole, part)]
     fully_shard(

@@ -10,6 +10,7 @@ import cases_fsdp1 as cases1
 import cases_fsdp_state as states
 import pytest
 from ranks import Worlds
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
 from pydist import QSGD, BlockFloat, BlockInt, Sign
 
@@ -94,7 +95,7 @@ def test_takes_over_from_another_world(worlds: Worlds) -> None:
 PAST = {
     "dtypes": ("parameters", {"parameters of several dtypes travel as bytes": 2}),
     "double": ("gradients", {"codecs do not take torch.float64": 6}),
-    "smaller_mesh": ("parameters", {"resharded over other ranks after forward": 4}),
+    "smaller_mesh": ("parameters", {"resharded over other ranks after forward": 6}),
     "unwatched": ("gradients", {"cannot tell which parameters the buffer holds": 6}),
 }
 
@@ -122,7 +123,7 @@ def test_disagreement(worlds: Worlds) -> None:
 
 def test_misuse(worlds: Worlds) -> None:
     wanted = [
-        ("ValueError", "gradients, parameters: at least one must be a codec"),
+        ("ValueError", "gradients, parameters, across: at least one must be a codec"),
         ("TypeError", "codec must be a pydist codec, got str"),
         ("ValueError", "no part of it was given to torch.distributed.fsdp.fully_shard, got a Net"),
         ("ValueError", "signs without a magnitude"),
@@ -138,8 +139,9 @@ def test_misuse(worlds: Worlds) -> None:
 
 
 def test_several_meshes(worlds: Worlds) -> None:
-    pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common", reason="private")
-    for kind, message in worlds(2).run(states.several_meshes):
+    if not hasattr(_fsdp_common, "ShardPlacementResult"):
+        pytest.skip("this torch has one mesh a module")
+    for kind, message in worlds(4).run(states.several_meshes):
         assert kind == "ValueError" and "has 2 parameter groups" in message, message
 
 
@@ -182,3 +184,18 @@ def test_fsdp1_equals_reference(worlds: Worlds, ranks: int, codec: Any, feedback
 )
 def test_fsdp1_hook_equals_flat(worlds: Worlds, codec: Any, strategy: str) -> None:
     assert_equal_replicas(worlds(2).run(cases1.hook_equals_flat, codec, strategy))
+
+
+# --------------------------------------------------------------------------- replicas of a model
+
+
+def test_across_equals_plain(worlds: Worlds) -> None:
+    assert_equal_replicas(worlds(4).run(cases.across_equals_plain))
+
+
+@pytest.mark.parametrize(
+    ("codec", "inside"),
+    [(QSGD(4, block=64), None), (BlockInt(8, block=32), BlockInt(8)), (Sign("l1", block=96), None)],
+)
+def test_across_equals_reference(worlds: Worlds, codec: Any, inside: Any) -> None:
+    assert_equal_replicas(worlds(4).run(cases.across_equals_reference, codec, inside))

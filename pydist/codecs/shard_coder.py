@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -200,6 +200,12 @@ class Packed:
             torch._foreach_copy_(ours, theirs)
 
 
+class RawValues(Coder, Protocol):
+    """A coder whose flags are also those of another."""
+
+    flags: Tensor
+
+
 class ShardedCoder:
     """All of a buffer: what is encoded, what travels raw in the first chunk, and padding.
 
@@ -216,7 +222,7 @@ class ShardedCoder:
     def __init__(
         self,
         coder: Coder,
-        raw: ScatterRawCoder | GatherRawCoder | None,
+        raw: RawValues | None,
         rows: int,
         copy_back: list[tuple[Packed, int, Tensor, Tensor]],
         padding: list[Tensor],
@@ -260,7 +266,7 @@ class ShardedCoder:
         spoil(self._result, flags)
 
 
-def _blocks_of(codec: Codec) -> BlockFormat | None:
+def blocks_of(codec: Codec) -> BlockFormat | None:
     """The format of codecs whose blocks can lie anywhere; the others see one flat tensor."""
     return None if getattr(codec, "entropy", None) is not None else codec.block_format
 
@@ -304,7 +310,7 @@ def scatter_coder(
         return received, sent
 
     inner: Coder
-    if (form := _blocks_of(codec)) is not None:
+    if (form := blocks_of(codec)) is not None:
         plan = layout.plan(form)
         inner = ScatterShardCoder(
             output, data, plan, number_of(codec), worker, mean=mean, seed=seed, residuals=residuals
@@ -347,7 +353,7 @@ def gather_coder(
         return received, sent
 
     inner: Coder
-    if (form := _blocks_of(codec)) is not None:
+    if (form := blocks_of(codec)) is not None:
         inner = GatherShardCoder(
             output, data, layout.plan(form), number_of(codec), worker, seed=seed
         )

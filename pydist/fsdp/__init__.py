@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -20,6 +21,8 @@ def compress(
     gradients: Codec | None = None,
     parameters: Codec | None = None,
     *,
+    across: Codec | None = None,
+    across_group: dist.ProcessGroup | None = None,
     error_feedback: bool | str = False,
     min_numel: int = 1024,
     exclude: Exclude | None = None,
@@ -44,6 +47,10 @@ def compress(
         module: The model, or a part of it.
         gradients: Their codec, such as ``pydist.QSGD(bits=4)``; ``None``: as before.
         parameters: The weights' codec, such as ``pydist.BlockInt(bits=8)``; ``None``: as before.
+        across: For replicas of a sharded model (HSDP): the codec of the all-reduce that averages
+            each rank's shards over ``across_group``, after the reduce-scatter. Give ``fully_shard``
+            the dimension of the mesh that shards, alone.
+        across_group: The ranks that hold the same shards, of different replicas.
         error_feedback: What a gradient's codec loses is added to the next gradient. Each rank then
             keeps an element of ``residual_dtype`` for every element of the *unsharded* model; the
             result's ``residual_bytes`` says how much that is. ``"auto"``: where it helps.
@@ -64,10 +71,10 @@ def compress(
         ImportError: This torch has no custom communication for FSDP2.
     """
     if isinstance(module, FullyShardedDataParallel):
-        if gradients is None or parameters is not None:
+        if gradients is None or parameters is not None or across is not None:
             raise ValueError(
-                "gradients must be a codec and parameters None: FSDP1 takes a hook for gradients "
-                "alone; for weights use FSDP2 (fully_shard)"
+                "gradients must be a codec, parameters and across None: FSDP1 takes a hook for "
+                "gradients alone; for the others use FSDP2 (fully_shard)"
             )
         return flat.compress(
             module, gradients, error_feedback=error_feedback, min_numel=min_numel,
@@ -76,8 +83,9 @@ def compress(
     from pydist.fsdp import install
 
     return install.compress(
-        module, gradients, parameters, error_feedback=error_feedback, min_numel=min_numel,
-        exclude=exclude, seed=seed, residual_dtype=residual_dtype,
+        module, gradients, parameters, across=across, across_group=across_group,
+        error_feedback=error_feedback, min_numel=min_numel, exclude=exclude, seed=seed,
+        residual_dtype=residual_dtype,
     )  # fmt: skip
 
 

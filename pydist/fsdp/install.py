@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pydist.codecs.coders import Codec, check_codec
 from pydist.communicator import communicator
 from pydist.ddp.options import Exclude, Options, plain_name
 from pydist.fsdp import private
-from pydist.fsdp.sharded import CompressedAllGather, CompressedReduceScatter, Unit
+from pydist.fsdp.sharded import (
+    CompressedAllGather,
+    CompressedAllReduce,
+    CompressedReduceScatter,
+    Unit,
+)
 from pydist.fsdp.state import Parameter, ShardedState
 
 
@@ -20,6 +26,8 @@ def compress(
     gradients: Codec | None,
     parameters: Codec | None,
     *,
+    across: Codec | None,
+    across_group: dist.ProcessGroup | None,
     error_feedback: bool | str,
     min_numel: int,
     exclude: Exclude | None,
@@ -27,14 +35,16 @@ def compress(
     residual_dtype: torch.dtype,
 ) -> ShardedState:
     """See :func:`pydist.fsdp.compress`."""
-    if gradients is None and parameters is None:
-        raise ValueError("gradients, parameters: at least one must be a codec")
-    for codec in (gradients, parameters):
+    if gradients is None and parameters is None and across is None:
+        raise ValueError("gradients, parameters, across: at least one must be a codec")
+    if (across is None) != (across_group is None):
+        raise ValueError("across and across_group go together: a codec, and the ranks it is for")
+    for codec in (gradients, parameters, across):
         if codec is not None:
             check_codec(codec)
     if gradients is None and error_feedback is True:
         raise ValueError("error_feedback=True needs a codec for gradients")
-    found = _groups(module)
+    found = _groups(module, across=across is not None)
 
     def options(codec: Codec | None, feedback: bool | str) -> Options:
         chosen: Any = codec
@@ -42,7 +52,7 @@ def compress(
             chosen, feedback, 0, min_numel, exclude, seed, "mean", "auto", residual_dtype, False
         )
 
-    of_gradients, of_weights = options(gradients, error_feedback), options(parameters, False)
+    of_gradients = options(gradients, error_feedback)
     first = private.shard_group(found[0][2])
     known = _parameters(module, found)
     state = ShardedState(communicator(first), of_gradients, known)
@@ -51,12 +61,14 @@ def compress(
         Unit(
             name, group, state,
             [state.parameters[_ordinal(ordinals, x)] for x in private.parameters_of(group)],
-            None if parameters is None else of_weights,
         )
         for name, _, group in found
     ]  # fmt: skip
     comms = {id(unit.comm): unit.comm for unit in units}
-    state.agree("pydist.fsdp.compress", list(comms.values()), weights=repr(parameters))
+    if across_group is not None:
+        comms[0] = communicator(across_group)
+    codecs = {"weights": repr(parameters), "across": repr(across)}
+    state.agree("pydist.fsdp.compress", list(comms.values()), **codecs)
     for unit, (_, child, group) in zip(units, found, strict=True):
         private.watch_backward(group, unit.look)
         child.set_custom_reduce_scatter(
@@ -64,7 +76,13 @@ def compress(
         )
         if parameters is not None:
             child.set_custom_all_gather(
-                CompressedAllGather(unit, private.all_gather_of(group), parameters)
+                CompressedAllGather(
+                    unit, private.all_gather_of(group), parameters, options(parameters, False)
+                )
+            )
+        if across is not None and across_group is not None:
+            child.set_all_reduce_hook(
+                CompressedAllReduce(unit, across_group, across, options(across, False))
             )
     state.announce()
     return state
@@ -80,13 +98,15 @@ def restore(module: nn.Module) -> None:
                 child.set_custom_reduce_scatter(reduce.before)
                 private.unwatch_backward(group)
                 found += 1
+            if isinstance(private.all_reduce_hook_of(group), CompressedAllReduce):
+                private.remove_all_reduce_hook(group)
             if isinstance(gather, CompressedAllGather):
                 child.set_custom_all_gather(gather.before)
     if not found:
         raise ValueError("module: pydist.fsdp.compress was not called on it")
 
 
-def _groups(module: nn.Module) -> list[tuple[str, private.FSDPModule, Any]]:
+def _groups(module: nn.Module, *, across: bool) -> list[tuple[str, private.FSDPModule, Any]]:
     """All groups of parameters, with the names of their modules, checked."""
     found: dict[int, tuple[str, private.FSDPModule, Any]] = {}
     for name, child in private.fsdp_modules(module):
@@ -100,6 +120,11 @@ def _groups(module: nn.Module) -> list[tuple[str, private.FSDPModule, Any]]:
         for group in groups:
             if private.shard_group(group) is None:
                 raise ValueError(f"module {name!r} is replicated, not sharded")
+            if across and (private.is_hybrid(group) or private.all_reduce_hook_of(group)):
+                raise ValueError(
+                    f"module {name!r} averages over replicas already (a mesh of two dimensions, or "
+                    "an all-reduce hook): across needs fully_shard on the one that shards alone"
+                )
             if isinstance(private.reduce_scatter_of(group), CompressedReduceScatter):
                 raise ValueError(
                     f"module {name!r} is compressed already; call pydist.fsdp.restore first"

@@ -70,6 +70,21 @@ def all_gather_of(group: Any) -> AllGather:
     return group._all_gather_comm
 
 
+def all_reduce_hook_of(group: Any) -> Any:
+    """What runs after a group's reduce-scatter."""
+    return group._all_reduce_hook
+
+
+def remove_all_reduce_hook(group: Any) -> None:
+    """Takes that away; PyTorch has no call for it."""
+    group._all_reduce_hook = None
+
+
+def is_hybrid(group: Any) -> bool:
+    """Whether FSDP2 itself averages over replicas."""
+    return bool(group._is_hsdp)
+
+
 # --------------------------------------------------------------------------- parameters
 
 

@@ -47,7 +47,7 @@ def is_replicated(unit: FullyShardedDataParallel) -> bool:
 def group_of(unit: FullyShardedDataParallel) -> dist.ProcessGroup:
     """The ranks that reduce its gradients."""
     group: Any = unit.process_group
-    return group  # type: ignore[no-any-return]
+    return group
 
 
 def parameters_of(unit: FullyShardedDataParallel) -> Iterator[FlatParameter]:
@@ -69,7 +69,7 @@ def requires_grad(unit: FullyShardedDataParallel) -> bool:
 def device_of(unit: FullyShardedDataParallel) -> torch.device:
     """Where a unit computes."""
     device: Any = unit.compute_device
-    return device  # type: ignore[no-any-return]
+    return device
 
 
 def dtype_of(unit: FullyShardedDataParallel) -> torch.dtype:

@@ -14,6 +14,7 @@ from pydist.codecs.base import Coder, Worker
 from pydist.codecs.coders import Codec
 from pydist.codecs.shard_coder import gather_coder, scatter_coder
 from pydist.codecs.shard_layout import Layout, Shards
+from pydist.codecs.shard_reduce import reduce_coder
 from pydist.communicator import Call, communicator
 from pydist.ddp.options import Options
 from pydist.fsdp import private
@@ -32,7 +33,6 @@ class Unit:
         group: FSDP2's object.
         state: What the model keeps.
         parameters: Its parameters, in the order of its buffers.
-        weights: How weights travel; ``None`` leaves them alone.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class Unit:
         group: Any,
         state: ShardedState,
         parameters: Sequence[Parameter],
-        weights: Options | None,
     ) -> None:
         self.name, self.group, self.state = name, group, state
-        self.parameters, self.weights = list(parameters), weights
+        self.parameters = list(parameters)
         shard_group = private.shard_group(group)
         assert shard_group is not None
         self.comm = communicator(shard_group)
         self.members = private.parameters_of(group)
         self.present: tuple[bool, ...] | None = None
+        self.reduced: tuple[int, tuple[bool, ...] | None] = 0, None
         self.weight_step = 0
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
@@ -74,14 +74,15 @@ class Unit:
             private.padded_numel(member) for member in itertools.compress(self.members, present)
         )
 
-    def layout(self, present: tuple[bool, ...], dtype: torch.dtype, options: Options) -> Layout:
+    def layout(
+        self, present: tuple[bool, ...], dtype: torch.dtype, options: Options, counts: Direction
+    ) -> Layout:
         """A buffer of some of the parameters; made once."""
-        key = (present, dtype, options is self.weights)
+        key = (present, dtype, id(options))
         if key not in self._layouts:
             shards = self.shards(present)
             coded: list[Shards] = []
             raw: list[Shards] = []
-            counts = self.state.weights if options is self.weights else self.state.gradients
             tensors = [member.sharded_param for member in itertools.compress(self.members, present)]
             for one, given in zip(shards, tensors, strict=True):
                 parameter = self.state.parameters[one.ordinal]
@@ -160,6 +161,7 @@ class CompressedReduceScatter(private.ReduceScatter):
         unit, state = self.unit, self.unit.state
         step, state.step = state.step, state.step + 1
         present, unit.present = unit.present, None
+        unit.reduced = step, present
         size = state.gradients.planned(output_tensor, group.size())
         reduction = _reduction(op)
         reason = self._reason(input_tensor, group, reduction, present)
@@ -168,7 +170,7 @@ class CompressedReduceScatter(private.ReduceScatter):
             return self.before(output_tensor, input_tensor, group, op, async_op)
         assert reduction is not None and present is not None and self.codec is not None
         mean, factor = reduction
-        layout = unit.layout(present, input_tensor.dtype, state.options)
+        layout = unit.layout(present, input_tensor.dtype, state.options, state.gradients)
         codec = self.codec
 
         def make(worker: Worker) -> Coder:
@@ -224,6 +226,44 @@ def _reduction(op: Any) -> tuple[bool, float] | None:
     return None
 
 
+class CompressedAllReduce:
+    """Averages a unit's reduced gradients over replicas of the model: an all-reduce hook.
+
+    Args:
+        unit: The unit.
+        group: The ranks that have the same shards.
+        codec: The codec across them.
+        options: It, and what travels raw.
+    """
+
+    def __init__(
+        self, unit: Unit, group: dist.ProcessGroup, codec: Codec, options: Options
+    ) -> None:
+        self.unit, self.codec, self.options, self.group = unit, codec, options, group
+        self.comm = communicator(group)
+
+    def __call__(self, reduced: Tensor) -> None:
+        """Averages this rank's row, in place."""
+        unit, state, codec = self.unit, self.unit.state, self.codec
+        step, present = unit.reduced
+        ranks = self.comm.world_size
+        size = state.across.planned(reduced[: -(-reduced.numel() // ranks)], 2 * ranks - 1)
+        if reduced.dtype not in _FLOATS or present is None or unit.row(present) != reduced.numel():
+            state.across.passed("cannot tell which parameters the buffer holds", size)
+            dist.all_reduce(reduced, group=self.group)
+            reduced.div_(ranks)
+            return
+        layout = unit.layout(present, reduced.dtype, self.options, state.across)
+        seed = self.options.seed
+
+        def make(worker: Worker) -> Coder:
+            return reduce_coder(reduced, unit.comm.rank, layout, codec, worker, seed=seed)
+
+        fields = _fields(layout, codec, seed=seed, dtype=str(reduced.dtype), row=unit.comm.rank)
+        call = Call(f"all-reduce of {unit.name!r}", fields, step)
+        _Work(submit(self.comm, call, "auto", reduced.device, make), state.across).wait()
+
+
 # --------------------------------------------------------------------------- weights
 
 
@@ -234,10 +274,13 @@ class CompressedAllGather(private.AllGather):
         unit: The unit.
         before: What did it before; still does what pydist does not take.
         codec: The weights' codec.
+        options: It, and what travels raw.
     """
 
-    def __init__(self, unit: Unit, before: private.AllGather, codec: Codec) -> None:
-        self.unit, self.before, self.codec = unit, before, codec
+    def __init__(
+        self, unit: Unit, before: private.AllGather, codec: Codec, options: Options
+    ) -> None:
+        self.unit, self.before, self.codec, self.options = unit, before, codec, options
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for a buffer, as before."""
@@ -260,9 +303,8 @@ class CompressedAllGather(private.AllGather):
         if reason:
             state.weights.passed(reason, size)
             return self.before(output_tensor, input_tensor, group, async_op)
-        assert unit.weights is not None
-        layout = unit.layout((True,) * len(unit.members), input_tensor.dtype, unit.weights)
-        seed = unit.weights.seed
+        whole, seed = (True,) * len(unit.members), self.options.seed
+        layout = unit.layout(whole, input_tensor.dtype, self.options, state.weights)
 
         def make(worker: Worker) -> Coder:
             return gather_coder(output_tensor, input_tensor, layout, codec, worker, seed=seed)

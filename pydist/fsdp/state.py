@@ -128,7 +128,7 @@ class ShardedState:
         self.parameters = {parameter.ordinal: parameter for parameter in parameters}
         self._ordinals = {parameter.name: parameter.ordinal for parameter in parameters}
         self.residuals = Residuals(options.residual_dtype, comm.world_size, mean=True)
-        self.gradients, self.weights = Direction(), Direction()
+        self.gradients, self.weights, self.across = Direction(), Direction(), Direction()
         self.step = 0
         codec, asked = options.codec, options.error_feedback
         self.feedback = bool(
@@ -190,6 +190,7 @@ class ShardedState:
         return {
             "gradients": self.gradients.summary(),
             "parameters": self.weights.summary(),
+            "across": self.across.summary(),
             "residual_bytes": self.residuals.memory_bytes,
             "residual_norm": self.residuals.norm(),
             "world_size": self.communicator.world_size,
