@@ -228,12 +228,12 @@ class Road:
     def chunks(self) -> Generator[_Exchange, None, None]:
         """Agrees, then sends chunk after chunk."""
         units, size = self.coder.units, chunk_units(self.coder)
-        extra = self.coder.extra()
-        exchanges = [
-            _Exchange(self, begin, min(begin + size, units), None if begin else extra)
-            for begin in range(0, units, size)
-        ]
         with self.stream():
+            extra = self.coder.extra()
+            exchanges = [
+                _Exchange(self, begin, min(begin + size, units), None if begin else extra)
+                for begin in range(0, units, size)
+            ]
             # Where encoding changes nothing but buffers of its own, it hides the agreement's
             # round trip. Otherwise a disagreement must leave everything as it was.
             early = exchanges[:1] if self.coder.repeatable else []
