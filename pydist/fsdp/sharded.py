@@ -133,7 +133,17 @@ def _size(tensor: Tensor) -> int:
 # --------------------------------------------------------------------------- gradients
 
 
-class CompressedReduceScatter(private.ReduceScatter):
+class _Before:
+    """Memory comes from where it came before."""
+
+    before: private.ReduceScatter | private.AllGather
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a buffer, as before."""
+        return self.before.allocate(size, dtype=dtype, device=device)
+
+
+class CompressedReduceScatter(_Before, private.ReduceScatter):
     """Reduces a unit's gradients in compressed form.
 
     Args:
@@ -143,11 +153,8 @@ class CompressedReduceScatter(private.ReduceScatter):
     """
 
     def __init__(self, unit: Unit, before: private.ReduceScatter, codec: Codec | None) -> None:
-        self.unit, self.before, self.codec = unit, before, codec
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a buffer, as before."""
-        return self.before.allocate(size, dtype=dtype, device=device)
+        self.unit, self.codec = unit, codec
+        self.before: private.ReduceScatter = before
 
     def __call__(
         self,
@@ -267,7 +274,7 @@ class CompressedAllReduce:
 # --------------------------------------------------------------------------- weights
 
 
-class CompressedAllGather(private.AllGather):
+class CompressedAllGather(_Before, private.AllGather):
     """Gathers a unit's parameters in compressed form; the shards themselves stay as they are.
 
     Args:
@@ -280,11 +287,8 @@ class CompressedAllGather(private.AllGather):
     def __init__(
         self, unit: Unit, before: private.AllGather, codec: Codec, options: Options
     ) -> None:
-        self.unit, self.before, self.codec, self.options = unit, before, codec, options
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a buffer, as before."""
-        return self.before.allocate(size, dtype=dtype, device=device)
+        self.unit, self.codec, self.options = unit, codec, options
+        self.before: private.AllGather = before
 
     def __call__(
         self,
