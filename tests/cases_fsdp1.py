@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from cases_codecs import expected_all_reduce, expected_reduce_scatter, first_difference
 from cases_collectives import bits
-from cases_fsdp import SMALL, Net, Oracle, loss_of
+from cases_fsdp import SMALL, Net, Oracle, chunks_of, loss_of
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
@@ -99,6 +99,7 @@ def _held(unit: FSDP, name: str, row: int, ranks: int) -> list[tuple[str, int, l
     return held
 
 
+@chunks_of(1500)
 def equals_reference(rank: int, ranks: int, codec: Any, feedback: bool) -> list[bytes]:
     """Every unit's reduction is what the specification says, parameter by parameter."""
     net = wrapped(Net(), "FULL_SHARD")
