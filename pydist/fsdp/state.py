@@ -61,6 +61,44 @@ class Parameter:
         return torch.empty(1, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
+class Parameters:
+    """The parameters of a sharded model by place and by name.
+
+    Args:
+        parameters: All of them, in the order of ``named_parameters()``.
+
+    Attributes:
+        names: By place, their names.
+        tensors: By place, tensors of their whole shapes, without memory of their own.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._all = {parameter.ordinal: parameter for parameter in parameters}
+        self._ordinals = {parameter.name: parameter.ordinal for parameter in parameters}
+        self.names = {i: parameter.name for i, parameter in self._all.items()}
+        self.tensors = {i: parameter.like() for i, parameter in self._all.items()}
+
+    def __getitem__(self, ordinal: int) -> Parameter:
+        return self._all[ordinal]
+
+    def ordinal_of(self, name: str) -> int | None:
+        """The place of a name; ``None`` where there is none such."""
+        return self._ordinals.get(name)
+
+    def described(self) -> dict[str, Any]:
+        """Name, dtype, shape and sharded dimension of all: equal on all ranks."""
+        return {
+            f"parameter {i}": [one.name, str(one.dtype), list(one.shape), one.dim]
+            for i, one in self._all.items()
+        }
+
+    def with_residuals(self, options: Options) -> Iterable[tuple[int, str]]:
+        """Place and name of every parameter that keeps residuals."""
+        for ordinal, one in self._all.items():
+            if one.requires_grad and options.choose(one.name, one.like(), torch.float32).feedback:
+                yield ordinal, one.name
+
+
 def choose(
     options: Options, parameter: Parameter, given: Tensor, shards: Shards, dtype: torch.dtype
 ) -> Choice:
@@ -125,8 +163,7 @@ class ShardedState:
     ) -> None:
         self.communicator = comm
         self.options = options
-        self.parameters = {parameter.ordinal: parameter for parameter in parameters}
-        self._ordinals = {parameter.name: parameter.ordinal for parameter in parameters}
+        self.parameters = Parameters(parameters)
         self.residuals = Residuals(options.residual_dtype, comm.world_size, mean=True)
         self.gradients, self.weights, self.across = Direction(), Direction(), Direction()
         self.step = 0
@@ -140,11 +177,7 @@ class ShardedState:
 
     def agree(self, name: str, comms: Sequence[Communicator], **more: object) -> None:
         """Compares options and parameters over all ranks of some groups."""
-        fields: dict[str, Any] = {**more, **self.options.described()}
-        for i, parameter in self.parameters.items():
-            fields[f"parameter {i}"] = [
-                parameter.name, str(parameter.dtype), list(parameter.shape), parameter.dim,
-            ]  # fmt: skip
+        fields = {**more, **self.options.described(), **self.parameters.described()}
         for comm in comms:
             call = Call(name, {**fields, "world_size": comm.world_size})
             comm.run(partial(comm.agree, call))
@@ -171,7 +204,8 @@ class ShardedState:
     def residual_bytes(self) -> int:
         """Bytes that residuals will take on this rank once every parameter had a gradient."""
         width = self.options.residual_dtype.itemsize
-        return sum(width * self.parameters[ordinal].numel for ordinal, _ in self.with_residuals())
+        kept = self.parameters.with_residuals(self.options)
+        return sum(width * self.parameters[ordinal].numel for ordinal, _ in kept)
 
     def rescale(self, ratio: float) -> None:
         """Follows a loss scale that was multiplied by ``ratio``.
@@ -206,28 +240,6 @@ class ShardedState:
     def restore(self, step: int, scale: float | None) -> None:
         """Takes over step and loss scale of a checkpoint."""
         self.step, self.scale = step, scale
-
-    def name_of(self, ordinal: int) -> str:
-        """A parameter's name."""
-        return self.parameters[ordinal].name
-
-    def ordinal_of(self, name: str) -> int | None:
-        """A parameter's place in ``named_parameters()``; ``None`` where there is none such."""
-        return self._ordinals.get(name)
-
-    def parameter(self, ordinal: int) -> Tensor:
-        """A tensor of the shape of the parameter at a place."""
-        return self.parameters[ordinal].like()
-
-    def with_residuals(self) -> Iterable[tuple[int, str]]:
-        """Place and name of every parameter that keeps residuals."""
-        for ordinal, parameter in self.parameters.items():
-            if parameter.requires_grad and self.keeps(parameter):
-                yield ordinal, parameter.name
-
-    def keeps(self, parameter: Parameter) -> bool:
-        """Whether a parameter that is trained keeps residuals."""
-        return self.options.choose(parameter.name, parameter.like(), torch.float32).feedback
 
     @contextmanager
     def in_natural_order(self) -> Iterator[None]:
