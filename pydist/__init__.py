@@ -33,8 +33,9 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "ops", "optim", "reference",
-    "reference_blocks", "reference_raw", "reference_ternary", "reference_topk", "simulate",
+    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "fsdp", "ops", "optim",
+    "reference", "reference_blocks", "reference_raw", "reference_ternary",
+    "reference_topk", "simulate",
 }  # fmt: skip
 _HOMES = {
     "BlockFloat": "codecs",
@@ -69,6 +70,7 @@ __all__ = [
     "collectives",
     "ddp",
     "feedback",
+    "fsdp",
     "ops",
     "optim",
     "reduce_scatter",

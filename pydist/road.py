@@ -111,7 +111,7 @@ class _Exchange:
         self.road, self.begin, self.end, self.extra = road, begin, end, extra
         units = end - begin
         self.shard = -(-units // road.comm.world_size) if road.route.second else units
-        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.numel())
+        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.shape[-1])
         self._sent: Tensor | None = None
         self._arriving: _Pending | Parcels | None = None
 
@@ -210,8 +210,11 @@ class _Exchange:
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.road.stream():
-            received = self._arrived()
-            shards = received[:, wire.HEADER_BYTES :]
+            received, begin = self._arrived(), wire.HEADER_BYTES
+            if not self.road.route.reduces and self.extra is not None:
+                begin = self.offset
+                self.road.coder.merge_extra(received[:, wire.HEADER_BYTES : begin])
+            shards = received[:, begin:]
             self.road.coder.decode(shards, self.shard, self.begin, self.end)
             self.road.done(received)
 
@@ -271,12 +274,12 @@ class Road:
     def chunks(self) -> Generator[_Exchange, None, None]:
         """Agrees, then sends chunk after chunk."""
         units, size = self.coder.units, chunk_units(self.coder)
-        extra = self.coder.extra()
-        exchanges = [
-            _Exchange(self, begin, min(begin + size, units), None if begin else extra)
-            for begin in range(0, units, size)
-        ]
         with self.stream():
+            extra = self.coder.extra()
+            exchanges = [
+                _Exchange(self, begin, min(begin + size, units), None if begin else extra)
+                for begin in range(0, units, size)
+            ]
             encoded = self._agree(exchanges[:1])
             # Lengths travel while the next chunk is encoded.
             ahead, announced = 1 if self.stage else 0, deque[_Exchange]()

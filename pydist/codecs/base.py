@@ -70,11 +70,16 @@ class Coder(Protocol):
         ...
 
     def extra(self) -> Tensor | None:
-        """Bytes that travel once a call from every rank to every rank (uint8, multiple of 4)."""
+        """Bytes that travel once a call, from every rank to every rank.
+
+        Returns:
+            uint8 [bytes], or [rows, bytes] with a row for each of the first chunk's messages; a
+            multiple of 4. ``None`` where there are none.
+        """
         ...
 
     def merge_extra(self, extras: Tensor) -> None:
-        """Takes the extra bytes of all ranks, uint8 [ranks, bytes]."""
+        """Takes the extra bytes that all ranks have sent here, uint8 [ranks, bytes]."""
         ...
 
     def prologue(self) -> Tensor | None:
