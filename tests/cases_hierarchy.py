@@ -17,12 +17,25 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, hierarchy, reference_raw, road, simulate
+from pydist import (
+    QSGD,
+    BlockFloat,
+    BlockInt,
+    Raw,
+    Sign,
+    Ternary,
+    TopK,
+    hierarchy,
+    reference_raw,
+    road,
+    simulate,
+)
 from pydist.collectives import load_state_dict, state_dict
 
 CODECS = [
     QSGD(4, block=64), BlockInt(8), BlockInt(4, 32, "stochastic"), BlockFloat(block=96),
-    Sign("l1", block=32), Raw(), Raw("bfloat16"),
+    Sign("l1", block=32), Raw(), Raw("bfloat16"), TopK(0.1, block=64),
+    QSGD(3, block=64, norm="l2", entropy="elias"),
 ]  # fmt: skip
 _kept: dict[int, Any] = {}
 
@@ -49,7 +62,8 @@ def equals_simulation(
     group, results = levels(ranks, local), []
     whole, road.CHUNK_BYTES = road.CHUNK_BYTES, chunk or road.CHUNK_BYTES
     try:
-        for number, codec in enumerate(CODECS):
+        # Not equal to a flat call: every share has a scaler of its own.
+        for number, codec in enumerate([*CODECS, Ternary()]):
             for n in sizes:
                 for name in dtypes:
                     tensors = inputs(ranks, n, getattr(torch, name), seed=n + number)
