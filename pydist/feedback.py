@@ -24,15 +24,18 @@ from pydist.codecs.bucket_sections import Feedback, Section
 from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part
+from pydist.codecs.topk import TopK
 
 
 def contracts(codec: Codec) -> bool:
     """Whether error feedback makes a codec better: the rule behind ``error_feedback="auto"``.
 
-    It does where what is sent is always nearer to the value than nothing: signs with a scale,
-    rounding to nearest, and random rounding between the levels of the largest magnitude from 3 bits
-    on. With the other unbiased codecs the residual grows without bound.
+    It does where what is sent is always nearer to the value than nothing: signs with a scale, the
+    largest entries, rounding to nearest, and random rounding between the levels of the largest
+    magnitude from 3 bits on. With the other unbiased codecs the residual grows without bound.
     """
+    if isinstance(codec, TopK):
+        return True
     form = codec.block_format
     if form is None:
         return False
@@ -46,8 +49,8 @@ def forbids(codec: Codec) -> str | None:
     variance is ``min(m / s**2, sqrt(m) / s)`` (QSGD, arXiv 1610.02132); from 1 on the residual may
     grow with every step.
     """
-    if isinstance(codec, Raw):
-        return None  # it has nothing to keep
+    if isinstance(codec, Raw | TopK):
+        return None  # Raw has nothing to keep
     form = codec.block_format
     if form is None:
         return f"{codec} sends signs without a magnitude: what was lost is not defined"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, road
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, TopK, road
 from pydist.ddp.options import Options
 from pydist.ddp.state import CompressionState
 
@@ -28,7 +28,10 @@ CODECS: dict[str, Any] = {
     "int5": BlockInt(5, block=32), "int4_random": BlockInt(4, rounding="stochastic"),
     "int8": BlockInt(8), "e4m3": BlockFloat(block=32), "e5m2": BlockFloat("e5m2"),
     "raw16": Raw("bfloat16"),
+    "topk": TopK(0.05, block=64), "topk16": TopK(0.3, block=96, values="float16"),
+    "topk_long": TopK(0.01, values="bfloat16"),
     "mixed": {"first.*": Sign("l1", block=96), "*.weight": BlockInt(4), "scale": Raw("float16")},
+    "sparse": {"first.*": TopK(0.1, block=32), "left.*": QSGD(4), "*": TopK(0.02, block=128)},
 }  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

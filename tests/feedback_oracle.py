@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pydist import Sign, wire
+from pydist import Sign, TopK, wire
 from pydist import reference as ref
 from pydist import reference_blocks as rb
 from pydist import reference_raw as rr
+from pydist import reference_topk as rt
 
 
 @dataclass
@@ -67,6 +68,8 @@ class Oracle:
     def _reduced(self, name: str, kind: Kind, gradients: list[Any], step: int) -> Any:
         if kind.numel == 0:
             return np.zeros(0, dtype=np.float32)
+        if isinstance(kind.codec, TopK):
+            return self._largest(name, kind, gradients, step)
         if not hasattr(kind.codec, "block_format") or kind.codec.block_format is None:
             return self._unscaled(kind, gradients, step)
         form = kind.codec.block_format
@@ -103,6 +106,32 @@ class Oracle:
             assert np.array_equal(new, (gradient + old) - sent)
         self.worker[rank][name] = new
         return payload
+
+    def _largest(self, name: str, kind: Kind, gradients: list[Any], step: int) -> Any:
+        form, n = kind.codec.topk_format, kind.numel
+        table = wire.segments([n], [kind.ordinal], block=form.block)
+        how: dict[str, Any] = {"seed": self.seed, "step": step, "segments": table}
+
+        def kept(p: Any, old: Any) -> tuple[Any, Any]:
+            payload, new, _ = rt.feedback(p, old, form, storage=self.storage, **how)
+            if self.storage == "float32":  # the rule in words, as in _worker
+                sent = rt.scatter(payload[None], form, n, segments=table)
+                assert np.array_equal(new, (p + old) - sent)
+            return payload, new
+
+        payloads = []
+        for rank, gradient in enumerate(gradients):
+            if kind.feedback and gradient.any():
+                payload, self.worker[rank][name] = kept(gradient, self.worker[rank][name])
+            else:
+                payload, _ = rt.select(gradient, form, **how)
+            payloads.append(payload)
+        total = rt.scatter(np.stack(payloads), form, n, mean=self.mean, segments=table)
+        if kind.feedback and self.with_owner and any(g.any() for g in gradients):
+            payload, self.owner[name] = kept(total, self.owner[name])
+        else:
+            payload, _ = rt.select(total, form, **how)
+        return rt.scatter(payload[None], form, n, segments=table)
 
     def _unscaled(self, kind: Kind, gradients: list[Any], step: int) -> Any:
         if isinstance(kind.codec, Sign):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, wire
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, TopK, wire
 from pydist import reference_blocks as rb
 from pydist.codecs.base import Worker
 from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
@@ -21,7 +21,8 @@ from pydist.feedback import Residuals, any_nonzero, contracts, forbids
 
 def test_where_error_feedback_goes() -> None:
     on = [Sign("l1"), Sign("l2"), BlockInt(2), BlockInt(8), BlockFloat(), BlockFloat("e5m2"),
-          QSGD(3), QSGD(8), BlockInt(3, rounding="stochastic")]  # fmt: skip
+          QSGD(3), QSGD(8), BlockInt(3, rounding="stochastic"), TopK(),
+          TopK(0.1, block=32)]  # fmt: skip
     off = [Sign(None), QSGD(2), QSGD(4, norm="l2"), QSGD(8, norm="l2"), Raw(), Raw("bfloat16")]
     assert all(contracts(codec) for codec in on) and not any(contracts(codec) for codec in off)
     diverges = {Sign(None), QSGD(2), QSGD(2, norm="l2"), QSGD(4, norm="l2"),
@@ -32,7 +33,7 @@ def test_where_error_feedback_goes() -> None:
         for forced in (True, "worker"):
             with pytest.raises(ValueError, match=f"error_feedback={forced}: "):
                 options(codec, error_feedback=forced)
-    assert "relative variance of QSGD(bits=4, block=512, norm='l2') can reach 3.23" in str(
+    assert f"relative variance of {QSGD(4, norm='l2')} can reach 3.23" in str(
         forbids(QSGD(4, norm="l2"))
     )
 
@@ -79,6 +80,8 @@ def test_choice_of_a_codec() -> None:
     assert rules.choose("b.weight", tiny, x.dtype).reason == "fewer than 10 elements"
     wide = options(QSGD(4, block=65536))
     assert wide.choose("w", x, x.dtype).reason == "would not be smaller"
+    assert options(TopK(1.0)).choose("w", x, x.dtype).reason == "would not be smaller"
+    assert options(TopK()).choose("w", x, x.dtype).feedback
     picky = options(QSGD(4), exclude=lambda name, p: p.dim() == 1)
     assert picky.choose("w", x, x.dtype).reason == "excluded by predicate"
     assert plain_name("module._orig_mod.a._checkpoint_wrapped_module.w") == "a.w"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydist import wire
-from pydist.blocks import BlockFormat
+from pydist.blocks import SCALE_BYTES, BlockFormat
 from pydist.codecs.base import Worker, spoil
 from pydist.codecs.bucket_sections import (
     BlockSection,
@@ -30,6 +30,8 @@ from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part, Piece
 from pydist.codecs.sign import Sign
+from pydist.codecs.topk import TopK
+from pydist.codecs.topk_section import TopKSection
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,17 @@ class Slot:
 
 def check_bucket_codec(codec: Codec) -> None:
     """Raises TypeError unless parameters of this codec can share a bucket's messages."""
-    known = isinstance(codec, Sign | Raw) or isinstance(codec.block_format, BlockFormat)
+    known = isinstance(codec, Sign | Raw | TopK) or isinstance(codec.block_format, BlockFormat)
     if not known or getattr(codec, "entropy", None) is not None:
         raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients yet")
+
+
+def bytes_in_bucket(codec: Codec, numel: int) -> int:
+    """Bytes of the messages of one parameter's whole units; 0 of codecs that are always smaller."""
+    if isinstance(codec, TopK):
+        return codec.topk_format.blocks(numel) * codec.topk_format.block_bytes
+    form = codec.block_format
+    return 0 if form is None else form.blocks(numel) * (form.block_bytes + SCALE_BYTES)
 
 
 class BucketPlan:
@@ -95,6 +105,8 @@ class BucketPlan:
             dtype = getattr(torch, name) if name else self.dtype
             return RawSection(self.parts, indices, dtype, self.owners)
         check_bucket_codec(codec)
+        if isinstance(codec, TopK):
+            return TopKSection(self.parts, indices, codec.topk_format, self.owners)
         if codec.block_format is None:
             return VoteSection(self.parts, indices, self.ranks, self.owners)
         return BlockSection(self.parts, indices, codec.block_format, self.owners)
@@ -170,7 +182,7 @@ class BucketCoder:
     ) -> None:
         self.plan, self.feedback = plan, list(feedback)
         self.flags = torch.zeros(1, dtype=torch.int32, device=flat.device)
-        self.bucket = Bucket(flat, worker, mean, seed, self.flags)
+        self.bucket = Bucket(flat, worker, mean, seed, self.flags, torch.zeros_like(self.flags))
         self.together = plan.owners
         self.units = plan.units
         self.message_bytes, self.reduced_bytes = plan.message_bytes, plan.reduced_bytes
@@ -252,9 +264,9 @@ class BucketCoder:
                     slot.section.decode(self.bucket, part, slot.piece)
 
     def finish(self, flags: Tensor) -> None:
-        """Overwrites the bucket with NaN where any rank's input was not finite."""
-        self.not_finite = flags
-        spoil(self.bucket.flat, flags)
+        """Overwrites the bucket with NaN where any rank's input, or a value, was not finite."""
+        self.not_finite = flags | self.bucket.seen.to(flags.device)
+        spoil(self.bucket.flat, self.not_finite)
 
 
 class _Timed:

@@ -74,6 +74,7 @@ class Bucket:
         mean: Divide sums by the number of ranks.
         seed: Seed of stochastic rounding and the tie hash.
         flags: int32[1], raised by what is encoded.
+        seen: int32[1], raised by what is decoded, on all ranks alike.
     """
 
     flat: Tensor
@@ -81,6 +82,7 @@ class Bucket:
     mean: bool
     seed: int
     flags: Tensor
+    seen: Tensor
 
     @property
     def divisor(self) -> int:
@@ -143,9 +145,10 @@ class Section(Protocol):
         ...
 
 
-def _launch(
+def launch(
     bucket: Bucket, near: Tensor, kernel: str, rows: IntArray, *args: object, unit: int
 ) -> None:
+    """Calls a kernel on rows of ``unit`` elements a unit of work, where ``near`` is."""
     kernels.launch(bucket.target(near), kernel, wire.number_rows(rows, unit), *args, unit=unit)
 
 
@@ -180,12 +183,12 @@ class BlockSection:
         if feedback is not None:
             feedback.place(rows, piece.part, owner=False)
             used = feedback.used[piece.part]
-            _launch(
+            launch(
                 bucket, out, "quantize_feedback", rows[used], bucket.dtype,
                 FLOATS[feedback.dtype], room, flags, unit=self.form.block,
             )  # fmt: skip
             plain = rows[~used]
-        _launch(bucket, out, "quantize", plain, bucket.dtype, room, flags, unit=self.form.block)
+        launch(bucket, out, "quantize", plain, bucket.dtype, room, flags, unit=self.form.block)
         out[:, :size] = codes
         out[:, size:] = scales
 
@@ -211,18 +214,18 @@ class BlockSection:
         rows, raised = piece.rows.copy(), flags.data_ptr()
         if feedback is None or feedback.owner is None:
             rows[:, wire.X] = 0
-            _launch(bucket, messages, "reduce_quantized", rows, source, room, raised, unit=block)
+            launch(bucket, messages, "reduce_quantized", rows, source, room, raised, unit=block)
             return
         total = messages.new_empty(int(rows[:, wire.N].sum()), dtype=torch.float32)
         wire.dense_addresses(rows, wire.X, total.data_ptr(), total.element_size())
-        _launch(bucket, messages, "dequantize", rows, FLOAT32, source, unit=block)
+        launch(bucket, messages, "dequantize", rows, FLOAT32, source, unit=block)
         feedback.place(rows, piece.part, owner=True)
         used = feedback.used_by_any[piece.part]
-        _launch(
+        launch(
             bucket, messages, "quantize_feedback", rows[used], FLOAT32, FLOATS[feedback.dtype],
             room, raised, unit=block,
         )  # fmt: skip
-        _launch(bucket, messages, "quantize", rows[~used], FLOAT32, room, raised, unit=block)
+        launch(bucket, messages, "quantize", rows[~used], FLOAT32, room, raised, unit=block)
 
     def decode(self, bucket: Bucket, shards: Tensor, piece: Piece) -> None:
         """Codes and scales of all owners side by side, then one pass."""
@@ -232,7 +235,7 @@ class BlockSection:
             block_kernels.native_format(self.form), codes.data_ptr(), scales.data_ptr(), 0, 1, 1
         )
         rows = bucket.addressed(piece.rows)
-        _launch(bucket, bucket.flat, "dequantize", rows, bucket.dtype, source, unit=self.form.block)
+        launch(bucket, bucket.flat, "dequantize", rows, bucket.dtype, source, unit=self.form.block)
 
 
 # --------------------------------------------------------------------------- bare signs
@@ -253,7 +256,7 @@ class VoteSection:
         """Sign bits; zeros vote by the parity of rank + step."""
         payload = torch.zeros(out.shape, dtype=torch.uint8, device=out.device)
         zero_bit = (bucket.worker.rank + bucket.worker.step) % 2
-        _launch(
+        launch(
             bucket, out, "pack_signs", bucket.addressed(piece.rows), bucket.dtype,
             payload.data_ptr(), zero_bit, bucket.flags.data_ptr(), unit=wire.WORD_BITS,
         )  # fmt: skip
@@ -275,7 +278,7 @@ class VoteSection:
             messages.data_ptr(), messages.stride(0), len(messages), out.data_ptr(), size,
             checks.TIES["hash"], bucket.seed, bucket.worker.step, 0,
         )  # fmt: skip
-        _launch(bucket, messages, "count_votes", piece.rows.copy(), args, unit=wire.WORD_BITS)
+        launch(bucket, messages, "count_votes", piece.rows.copy(), args, unit=wire.WORD_BITS)
 
     def decode(self, bucket: Bucket, shards: Tensor, piece: Piece) -> None:
         """The counts as values."""
@@ -285,7 +288,7 @@ class VoteSection:
             planes.data_ptr(), planes.stride(0), self.planes, bucket.worker.ranks, bucket.divisor
         )
         rows = bucket.addressed(piece.rows)
-        _launch(bucket, bucket.flat, "unpack_votes", rows, bucket.dtype, args, unit=wire.WORD_BITS)
+        launch(bucket, bucket.flat, "unpack_votes", rows, bucket.dtype, args, unit=wire.WORD_BITS)
 
 
 # --------------------------------------------------------------------------- raw
@@ -324,7 +327,7 @@ class RawSection:
         """Writes the sum of the rows of ``source``, over ``divisor``, to where ``rows`` say."""
         args = _C.SumArgs(source.data_ptr(), source.stride(0), len(source), divisor)
         kinds = FLOATS[str(self.dtype)[6:]], to
-        _launch(bucket, source, "sum_values", rows, *kinds, args, flags, unit=UNIT)
+        launch(bucket, source, "sum_values", rows, *kinds, args, flags, unit=UNIT)
 
     def encode(self, bucket: Bucket, feedback: Feedback | None, out: Tensor, piece: Piece) -> None:
         """The values, rounded to the wire's type, zeros behind them."""
@@ -334,7 +337,7 @@ class RawSection:
         rows = wire.one_row(sent.data_ptr(), sent.numel())
         kinds = bucket.dtype, FLOATS[str(self.dtype)[6:]]
         flags = bucket.flags.data_ptr()
-        _launch(bucket, values, "sum_values", rows, *kinds, args, flags, unit=UNIT)
+        launch(bucket, values, "sum_values", rows, *kinds, args, flags, unit=UNIT)
         out.copy_(sent.view(torch.uint8))
 
     def reduce(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pydist import checks, wire
-from pydist.codecs.bucket_coder import check_bucket_codec
+from pydist.codecs.bucket_coder import bytes_in_bucket, check_bucket_codec
 from pydist.codecs.coders import Codec, check_codec, check_op
 from pydist.codecs.raw import Raw
 from pydist.feedback import contracts, forbids
@@ -157,11 +157,8 @@ class Options:
             return Choice(None, reason="no codec for its name")
         if numel < self.min_numel:
             return Choice(None, reason=f"fewer than {self.min_numel} elements")
-        form = codec.block_format
         # A short last block is filled up, so a block should be small against its parameter.
-        if form is not None and form.blocks(numel) * (form.block_bytes + 4) >= (
-            numel * dtype.itemsize
-        ):
+        if (size := bytes_in_bucket(codec, numel)) and size >= numel * dtype.itemsize:
             return Choice(None, reason="would not be smaller")
         keeps = contracts(codec) if self.error_feedback == "auto" else bool(self.error_feedback)
         return Choice(codec, feedback=keeps and not isinstance(codec, Raw))
