@@ -24,6 +24,7 @@ from pydist.codecs.bucket_sections import Feedback, Section
 from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part
+from pydist.codecs.ternary import Ternary
 from pydist.codecs.topk import TopK
 
 
@@ -51,6 +52,11 @@ def forbids(codec: Codec) -> str | None:
     """
     if isinstance(codec, Raw | TopK):
         return None  # Raw has nothing to keep
+    if isinstance(codec, Ternary):
+        return (
+            f"{codec} rounds at random to one level for a whole layer: its relative variance grows "
+            "with the square root of the layer's elements, and the residual would grow with it"
+        )
     form = codec.block_format
     if form is None:
         return f"{codec} sends signs without a magnitude: what was lost is not defined"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, TopK, road
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, road
 from pydist.ddp.options import Options
 from pydist.ddp.state import CompressionState
 
@@ -32,6 +32,8 @@ CODECS: dict[str, Any] = {
     "topk_long": TopK(0.01, values="bfloat16"),
     "mixed": {"first.*": Sign("l1", block=96), "*.weight": BlockInt(4), "scale": Raw("float16")},
     "sparse": {"first.*": TopK(0.1, block=32), "left.*": QSGD(4), "*": TopK(0.02, block=128)},
+    "ternary": Ternary(), "trits": {"first.*": TopK(0.1, block=32), "turned": Sign("l1"),
+    "left.*": Ternary(clip=None), "*": Ternary()},
 }  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

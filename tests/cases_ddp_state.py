@@ -14,12 +14,14 @@ from cases_faults import raised_by, still_works
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from pydist import QSGD, BlockInt, Sign
+from pydist import QSGD, BlockInt, Sign, Ternary, TopK
 from pydist.codecs.bucket_coder import BucketCoder
 from pydist.communicator import communicator
 from pydist.ddp import CompressionState, compress, compression_hook
 
 SMALL = {"bucket_cap_mb": 0.0001}
+SPARSE = {"0.*": TopK(0.1, block=32), "2.*": TopK(0.02), "*": Ternary()}
+TRITS = {"2.*": Ternary(), "*": TopK(0.1, block=64, values="float16")}
 
 
 def model() -> torch.nn.Module:
@@ -62,11 +64,11 @@ def everything(net: torch.nn.Module, state: CompressionState) -> list[Any]:
 # --------------------------------------------------------------------------- buckets
 
 
-def any_buckets(rank: int, ranks: int) -> list[Any]:
+def any_buckets(rank: int, ranks: int, codec: Any = None) -> list[Any]:
     """However the parameters are cut into buckets, the result is the same to the bit."""
     results = []
     for ddp_options in ({}, SMALL, {"bucket_cap_mb": 0.006, "gradient_as_bucket_view": True}):
-        net, ddp, state, opt = setup(ddp=ddp_options, algorithm="two_phase")
+        net, ddp, state, opt = setup(codec, ddp=ddp_options, algorithm="two_phase")
         steps_of(net, opt, rank, range(5), ddp)
         results.append(everything(net, state))
     assert results[0] == results[1] == results[2]
@@ -94,10 +96,10 @@ def plain_registration(rank: int, ranks: int) -> list[bytes]:
 # --------------------------------------------------------------------------- not finite
 
 
-def skipped(rank: int, ranks: int, exact: bool) -> list[Any]:
+def skipped(rank: int, ranks: int, exact: bool, codec: Any = None) -> list[Any]:
     """A NaN in one bucket on one rank; the optimizer is told by the gradients' NaN."""
-    net, ddp, state, opt = setup(exact_skip=exact)
-    clean, clean_ddp, clean_state, clean_opt = setup(exact_skip=exact)
+    net, ddp, state, opt = setup(codec, exact_skip=exact)
+    clean, clean_ddp, clean_state, clean_opt = setup(codec, exact_skip=exact)
     for step in range(6):
         if step == 3:
             before = everything(net, state)

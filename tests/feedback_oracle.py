@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ternary_oracle
+import torch
 
-from pydist import Sign, TopK, wire
+from pydist import Sign, Ternary, TopK, wire
 from pydist import reference as ref
 from pydist import reference_blocks as rb
 from pydist import reference_raw as rr
+from pydist import reference_ternary as r3
 from pydist import reference_topk as rt
+from pydist.ternary import UNIT
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Oracle:
             return np.zeros(0, dtype=np.float32)
         if isinstance(kind.codec, TopK):
             return self._largest(name, kind, gradients, step)
+        if isinstance(kind.codec, Ternary):
+            return self._trits(kind, gradients, step)
         if not hasattr(kind.codec, "block_format") or kind.codec.block_format is None:
             return self._unscaled(kind, gradients, step)
         form = kind.codec.block_format
@@ -132,6 +138,17 @@ class Oracle:
         else:
             payload, _ = rt.select(total, form, **how)
         return rt.scatter(payload[None], form, n, segments=table)
+
+    def _trits(self, kind: Kind, gradients: list[Any], step: int) -> Any:
+        assert not kind.feedback
+        n, table = kind.numel, wire.segments([kind.numel], [kind.ordinal], block=UNIT)
+        payloads, shared = ternary_oracle.payloads(
+            [torch.from_numpy(g) for g in gradients], kind.codec.clip, self.seed, step, table
+        )
+        sums = r3.sum_payloads(payloads, n, segments=table)
+        return r3.values_of_sums(sums, shared, n, ranks=self.ranks, mean=self.mean, segments=table)[
+            0
+        ]
 
     def _unscaled(self, kind: Kind, gradients: list[Any], step: int) -> Any:
         if isinstance(kind.codec, Sign):

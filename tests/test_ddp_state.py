@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_any_buckets(worlds: Worlds, ranks: int) -> None:
-    same_on_all_ranks(worlds(ranks).run(cases.any_buckets))
+    for codec in (None, cases.SPARSE):
+        same_on_all_ranks(worlds(ranks).run(cases.any_buckets, codec))
 
 
 def test_plain_registration(worlds: Worlds) -> None:
@@ -25,7 +26,8 @@ def test_plain_registration(worlds: Worlds) -> None:
 @pytest.mark.parametrize("exact", [False, True], ids=["usual", "exact_skip"])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_not_finite(worlds: Worlds, ranks: int, exact: bool) -> None:
-    same_on_all_ranks(worlds(ranks).run(cases.skipped, exact))
+    for codec in (None, cases.SPARSE, cases.TRITS):
+        same_on_all_ranks(worlds(ranks).run(cases.skipped, exact, codec))
 
 
 @pytest.mark.parametrize("how", ["scaler", "rescale"])

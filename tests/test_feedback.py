@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, TopK, wire
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, wire
 from pydist import reference_blocks as rb
 from pydist.codecs.base import Worker
 from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
@@ -23,10 +23,11 @@ def test_where_error_feedback_goes() -> None:
     on = [Sign("l1"), Sign("l2"), BlockInt(2), BlockInt(8), BlockFloat(), BlockFloat("e5m2"),
           QSGD(3), QSGD(8), BlockInt(3, rounding="stochastic"), TopK(),
           TopK(0.1, block=32)]  # fmt: skip
-    off = [Sign(None), QSGD(2), QSGD(4, norm="l2"), QSGD(8, norm="l2"), Raw(), Raw("bfloat16")]
+    off = [Sign(None), QSGD(2), QSGD(4, norm="l2"), QSGD(8, norm="l2"), Raw(), Raw("bfloat16"),
+           Ternary()]  # fmt: skip
     assert all(contracts(codec) for codec in on) and not any(contracts(codec) for codec in off)
     diverges = {Sign(None), QSGD(2), QSGD(2, norm="l2"), QSGD(4, norm="l2"),
-                BlockInt(2, rounding="stochastic")}  # fmt: skip
+                BlockInt(2, rounding="stochastic"), Ternary(None)}  # fmt: skip
     assert all(forbids(codec) for codec in diverges)
     assert not any(forbids(codec) for codec in [*on, QSGD(8, norm="l2"), Raw()])
     for codec in diverges:
@@ -82,6 +83,7 @@ def test_choice_of_a_codec() -> None:
     assert wide.choose("w", x, x.dtype).reason == "would not be smaller"
     assert options(TopK(1.0)).choose("w", x, x.dtype).reason == "would not be smaller"
     assert options(TopK()).choose("w", x, x.dtype).feedback
+    assert not options(Ternary()).choose("w", x, x.dtype).feedback
     picky = options(QSGD(4), exclude=lambda name, p: p.dim() == 1)
     assert picky.choose("w", x, x.dtype).reason == "excluded by predicate"
     assert plain_name("module._orig_mod.a._checkpoint_wrapped_module.w") == "a.w"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pydist import wire
+from pydist import ternary, wire
 from pydist.blocks import SCALE_BYTES, BlockFormat
 from pydist.codecs.base import Worker, spoil
 from pydist.codecs.bucket_sections import (
@@ -30,6 +30,8 @@ from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part, Piece
 from pydist.codecs.sign import Sign
+from pydist.codecs.ternary import Ternary
+from pydist.codecs.ternary_section import TernarySection
 from pydist.codecs.topk import TopK
 from pydist.codecs.topk_section import TopKSection
 
@@ -47,7 +49,9 @@ class Slot:
 
 def check_bucket_codec(codec: Codec) -> None:
     """Raises TypeError unless parameters of this codec can share a bucket's messages."""
-    known = isinstance(codec, Sign | Raw | TopK) or isinstance(codec.block_format, BlockFormat)
+    known = isinstance(codec, Sign | Raw | Ternary | TopK) or isinstance(
+        codec.block_format, BlockFormat
+    )
     if not known or getattr(codec, "entropy", None) is not None:
         raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients yet")
 
@@ -56,6 +60,8 @@ def bytes_in_bucket(codec: Codec, numel: int) -> int:
     """Bytes of the messages of one parameter's whole units; 0 of codecs that are always smaller."""
     if isinstance(codec, TopK):
         return codec.topk_format.blocks(numel) * codec.topk_format.block_bytes
+    if isinstance(codec, Ternary):
+        return ternary.units_for(numel) * ternary.UNIT_BYTES
     form = codec.block_format
     return 0 if form is None else form.blocks(numel) * (form.block_bytes + SCALE_BYTES)
 
@@ -107,6 +113,8 @@ class BucketPlan:
         check_bucket_codec(codec)
         if isinstance(codec, TopK):
             return TopKSection(self.parts, indices, codec.topk_format, self.owners)
+        if isinstance(codec, Ternary):
+            return TernarySection(self.parts, indices, codec.clip, self.ranks, self.owners)
         if codec.block_format is None:
             return VoteSection(self.parts, indices, self.ranks, self.owners)
         return BlockSection(self.parts, indices, codec.block_format, self.owners)
@@ -215,12 +223,25 @@ class BucketCoder:
         for feedback, place in self._listed():
             feedback.used_by_any = bits[place]
 
+    # ----------------------------------------------------------------- scalers
+
     def prologue(self) -> Tensor | None:
-        """Nothing that must be known of other ranks before encoding."""
-        return None
+        """This rank's scalers of all parameters that travel as trits, float32 as bytes."""
+        sections = [s for s in self.plan.sections if isinstance(s, TernarySection)]
+        for section in sections:
+            own = section.scalers(self.bucket)
+            self.bucket.scalers[section] = own, own
+        if not sections:
+            return None
+        return torch.cat([own for own, _ in self.bucket.scalers.values()]).view(torch.uint8)
 
     def merge_prologue(self, prologues: Tensor) -> None:
-        """Nothing to merge."""
+        """Takes the largest scaler over ranks; NaN where one is."""
+        shared = prologues.view(torch.float32).amax(0).to(self.flags.device)
+        at = 0
+        for section, (own, _) in self.bucket.scalers.items():
+            self.bucket.scalers[section] = own, shared[at : at + len(own)]
+            at += len(own)
 
     # ----------------------------------------------------------------- on the way
 

@@ -75,6 +75,8 @@ class Bucket:
         seed: Seed of stochastic rounding and the tie hash.
         flags: int32[1], raised by what is encoded.
         seen: int32[1], raised by what is decoded, on all ranks alike.
+        scalers: By section, this rank's and the shared scaler of each of its parameters, where it
+            has any; float32.
     """
 
     flat: Tensor
@@ -83,6 +85,7 @@ class Bucket:
     seed: int
     flags: Tensor
     seen: Tensor
+    scalers: dict[Section, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def divisor(self) -> int:
