@@ -32,6 +32,9 @@ CODECS: dict[str, Any] = {
     "topk_long": TopK(0.01, values="bfloat16"),
     "mixed": {"first.*": Sign("l1", block=96), "*.weight": BlockInt(4), "scale": Raw("float16")},
     "sparse": {"first.*": TopK(0.1, block=32), "left.*": QSGD(4), "*": TopK(0.02, block=128)},
+    "elias": QSGD(4, block=64, entropy="elias"),
+    "coded": {"first.*": QSGD(3, block=32, entropy="elias"), "turned": TopK(0.1, block=32),
+    "left.*": QSGD(8, norm="l2", entropy="elias"), "right.*": Sign(None), "*": Ternary()},
     "ternary": Ternary(), "trits": {"first.*": TopK(0.1, block=32), "turned": Sign("l1"),
     "left.*": Ternary(clip=None), "*": Ternary()},
 }  # fmt: skip

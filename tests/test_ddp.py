@@ -33,7 +33,7 @@ def cases_of(ranks: int) -> list[tuple[Any, ...]]:
     for i, codec in enumerate(cases.CODECS):
         mode = list(cases.MODES)[(i + 2 * ranks) % len(cases.MODES)]
         extra, chunk = EXTRAS[(2 * i + ranks) % len(EXTRAS)]
-        if codec in ("votes", "qsgd2", "qsgd4_l2", "ternary", "trits"):
+        if codec in ("votes", "qsgd2", "qsgd4_l2", "ternary", "trits", "coded"):
             extra = {k: v for k, v in extra.items() if k != "error_feedback"}
         result.append((codec, DTYPES[(i + ranks) % 3], mode, extra, chunk))
     return result

@@ -26,6 +26,7 @@ from pydist.codecs.bucket_sections import (
     Section,
     VoteSection,
 )
+from pydist.codecs.bucket_stage import BucketStage, is_coded
 from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part, Piece
@@ -52,8 +53,8 @@ def check_bucket_codec(codec: Codec) -> None:
     known = isinstance(codec, Sign | Raw | Ternary | TopK) or isinstance(
         codec.block_format, BlockFormat
     )
-    if not known or getattr(codec, "entropy", None) is not None:
-        raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients yet")
+    if not known:
+        raise TypeError(f"codec {codec} cannot share the messages of a bucket of gradients")
 
 
 def bytes_in_bucket(codec: Codec, numel: int) -> int:
@@ -117,7 +118,8 @@ class BucketPlan:
             return TernarySection(self.parts, indices, codec.clip, self.ranks, self.owners)
         if codec.block_format is None:
             return VoteSection(self.parts, indices, self.ranks, self.owners)
-        return BlockSection(self.parts, indices, codec.block_format, self.owners)
+        entropy = getattr(codec, "entropy", None)
+        return BlockSection(self.parts, indices, codec.block_format, self.owners, entropy)
 
     @property
     def units(self) -> int:
@@ -171,6 +173,7 @@ class BucketCoder:
 
     Attributes:
         seconds: Time spent encoding, reducing and decoding (on CUDA: launching).
+        stage: What shortens the sections that are entropy coded; ``None`` where none is.
         not_finite: int32[1], the flags of all ranks; known when the call is complete.
     """
 
@@ -191,6 +194,8 @@ class BucketCoder:
         self.plan, self.feedback = plan, list(feedback)
         self.flags = torch.zeros(1, dtype=torch.int32, device=flat.device)
         self.bucket = Bucket(flat, worker, mean, seed, self.flags, torch.zeros_like(self.flags))
+        coded = any(is_coded(section) for section in plan.sections)
+        self.stage = BucketStage(plan, self.bucket) if coded else None
         self.together = plan.owners
         self.units = plan.units
         self.message_bytes, self.reduced_bytes = plan.message_bytes, plan.reduced_bytes

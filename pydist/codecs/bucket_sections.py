@@ -161,8 +161,16 @@ def launch(
 class BlockSection:
     """Blocks with a scale: in a row all codes, then all scales."""
 
-    def __init__(self, parts: Sequence[Part], indices: list[int], form: BlockFormat, owners: int):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        indices: list[int],
+        form: BlockFormat,
+        owners: int,
+        entropy: str | None = None,
+    ) -> None:
         self.indices = indices
+        self.entropy = entropy
         self.form = form
         self.shares = Shares([parts[i] for i in indices], form.block, owners)
         self.unit_bytes = self.reduced_unit_bytes = form.block_bytes + SCALE_BYTES
