@@ -318,7 +318,9 @@ class Road:
         if not prologues:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
-        self.coder.merge_prologue(self.share(prologues.pop()))
+        everyones = self.share(prologues.pop())
+        self.coder.merge_prologue(everyones)
+        self.done(everyones)
         return 0
 
     def wait(self, timeout: float | None = None) -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import pydist
-from pydist import QSGD, BlockInt, Raw, Sign, road, wire
+from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK, road, wire
 from pydist.codecs.base import Worker
 from pydist.codecs.block_coder import TensorBlockCoder
 from pydist.codecs.coders import all_reduce_coder, reduce_scatter_coder
 from pydist.communicator import IN_FLIGHT, communicator
 from pydist.staging import IDLE_BYTES
 
-CODECS = [Sign(None), Sign("l1"), QSGD(4), BlockInt(8), Raw(), Raw("bfloat16")]
+CODECS = [Sign(None), Sign("l1"), QSGD(4), BlockInt(8), Raw(), Raw("bfloat16"), Ternary(), TopK(0.1)]
 
 
 def _sent(coder: Any, ranks: int, reduces: bool) -> tuple[int, int]:
