@@ -16,7 +16,16 @@ from pydist.codecs.coders import all_reduce_coder, reduce_scatter_coder
 from pydist.communicator import IN_FLIGHT, communicator
 from pydist.staging import IDLE_BYTES
 
-CODECS = [Sign(None), Sign("l1"), QSGD(4), BlockInt(8), Raw(), Raw("bfloat16"), Ternary(), TopK(0.1)]
+CODECS = [
+    Sign(None),
+    Sign("l1"),
+    QSGD(4),
+    BlockInt(8),
+    Raw(),
+    Raw("bfloat16"),
+    Ternary(),
+    TopK(0.1),
+]
 
 
 def _sent(coder: Any, ranks: int, reduces: bool) -> tuple[int, int]:
