@@ -256,3 +256,9 @@ def several_meshes(rank: int, ranks: int) -> tuple[str, str]:
         shard_placement_fn=lambda p: ShardPlacementResult(Shard(0), infos[p.ndim == 1]),
     )  # fmt: skip
     return raised_by(lambda: fsdp.compress(net, QSGD(4)))
+
+
+def refused_codec(rank: int, ranks: int, codec: Any) -> tuple[str, str]:
+    """What has no coder for sharded gradients is refused before anything is installed."""
+    net = sharded(Net())
+    return raised_by(lambda: fsdp.compress(net, codec))

@@ -12,7 +12,8 @@ import pytest
 from ranks import Worlds
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign
+from pydist import QSGD, BlockFloat, BlockInt, Sign, Ternary, TopK
+from pydist.fsdp.state import check_gradient_codec
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -199,3 +200,10 @@ def test_across_equals_plain(worlds: Worlds) -> None:
 )
 def test_across_equals_reference(worlds: Worlds, codec: Any, inside: Any) -> None:
     assert_equal_replicas(worlds(4).run(cases.across_equals_reference, codec, inside))
+
+
+@pytest.mark.parametrize("codec", [TopK(), Ternary(), QSGD(4, entropy="elias")], ids=str)
+def test_codecs_that_gradients_cannot_have(worlds: Worlds, codec: Any) -> None:
+    for raised, message in worlds(2).run(states.refused_codec, codec):
+        assert raised == "TypeError" and message.startswith(f"codec {codec} cannot encode"), message
+    check_gradient_codec(QSGD(4))

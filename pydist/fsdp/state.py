@@ -18,6 +18,8 @@ from pydist.codecs.coders import Codec
 from pydist.codecs.shard_layout import Residuals as Places
 from pydist.codecs.shard_layout import Shards
 from pydist.codecs.shares import Part
+from pydist.codecs.ternary import Ternary
+from pydist.codecs.topk import TopK
 from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator
 from pydist.ddp import checkpoint
@@ -99,6 +101,15 @@ class Parameters:
                 yield ordinal, one.name
 
 
+def check_gradient_codec(codec: object) -> None:
+    """Raises TypeError where gradients would travel as one flat tensor, and without residuals.
+
+    Top-k blocks, trits and Elias codes have no coder here whose blocks lie by parameter.
+    """
+    if isinstance(codec, TopK | Ternary) or getattr(codec, "entropy", None) is not None:
+        raise TypeError(f"codec {codec} cannot encode the gradients of FSDP yet")
+
+
 def choose(
     options: Options, parameter: Parameter, given: Tensor, shards: Shards, dtype: torch.dtype
 ) -> Choice:
@@ -161,6 +172,7 @@ class ShardedState:
     def __init__(
         self, comm: Communicator, options: Options, parameters: Sequence[Parameter]
     ) -> None:
+        check_gradient_codec(options.codec)
         self.communicator = comm
         self.options = options
         self.parameters = Parameters(parameters)
