@@ -10,10 +10,8 @@
 //                         is an instruction for it; stream_end orders them before later stores
 //   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
 //   store_low_bytes       the lowest byte of each lane's bit pattern
-//   load_codes            kCodes codes of 1 to 7 bits that follow each other, 8 * kWideLanes of
-//   them
-//                         (or 32, if those are more), as the bit patterns of Vecs; reads nothing
-//                         else
+//   load_codes            kCodes codes of 1 to 7 bits that follow each other, 8 * kWideLanes (or
+//                         32, if those are more), as bit patterns of Vecs; reads nothing else
 //   from_integers         such bit patterns as floats
 //   narrow_bytes          the lowest bytes of 8 * kWideLanes / kLanes Vecs' bit patterns
 //   min, max              of numbers; with NaN, either
@@ -22,12 +20,11 @@
 //   bits_of, mask_from    a Mask as kLanes bits, lane 0 the lowest; and back
 //   abs_below             |x| below the limit, decided on the bit pattern
 //   store_places          base + the numbers of the lanes whose bits are set, ascending; returns
-//                         their number. May write kLanes
+//                         how many. May write kLanes numbers
 //   Wide, kWideLanes      64-bit lanes: bits to be counted, or the products that Philox is made of
 //                         (wide_mul32 reads the low halves; wide_high moves the high ones there)
-//   store_fields          the lowest `bits` bytes of the first kFields lanes, without a gap; the
-//   rest
-//                         of a lane must be zero; writes nothing else
+//   store_fields          the lowest `bits` bytes of the first kFields lanes, without a gap; what
+//                         else a lane holds must be zero; writes nothing else
 //   wide_groups           which Philox group each lane holds, such that store_groups() can write
 //                         the low halves of the four counters group by group: kWideLanes groups of
 //                         four words
