@@ -16,6 +16,10 @@ def test_any_buckets(worlds: Worlds, ranks: int) -> None:
         same_on_all_ranks(worlds(ranks).run(cases.any_buckets, codec))
 
 
+def test_entropy_changes_no_bit(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(3).run(cases.shortened))
+
+
 def test_plain_registration(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(cases.plain_registration))
 
