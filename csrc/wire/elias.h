@@ -166,6 +166,9 @@ PYDIST_INLINE void refill(BitReader& r) {
     return;
   }
 #endif
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // inlined in many places, unrolled in each: then nvcc spills
+#endif
   while (r.have <= 56 && r.p < r.end) {
     r.bits |= static_cast<uint64_t>(*r.p++) << r.have;
     r.have += 8;
