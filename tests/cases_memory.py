@@ -57,15 +57,15 @@ def one_call(rank: int, ranks: int, n: int, chunk: int | None) -> list[tuple[str
             scatterer = reduce_scatter_coder(share, x, codec, worker, **options)
             calls = {
                 "all_reduce": (
-                    lambda c=codec: pydist.all_reduce(x, c, algorithm="two_phase"),
+                    lambda c=codec: pydist.all_reduce(x, c, algorithm="two_phase", step=0),
                     _sent(reducer, ranks, True),
                 ),
                 "reduce_scatter": (
-                    lambda c=codec: pydist.reduce_scatter(share, x, c),
+                    lambda c=codec: pydist.reduce_scatter(share, x, c, step=0),
                     _sent(scatterer, ranks, False),
                 ),
                 "all_gather": (
-                    lambda c=codec: pydist.all_gather(x, share, c),
+                    lambda c=codec: pydist.all_gather(x, share, c, step=0),
                     _sent(scatterer, ranks, False),
                 ),
             }
@@ -85,7 +85,7 @@ def two_ranks_gather(rank: int, ranks: int, n: int) -> None:
     coder = all_reduce_coder(x, QSGD(4), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
     payload, _ = _sent(coder, 1, True)
     comm.staging.clear()
-    pydist.all_reduce(x, QSGD(4))
+    pydist.all_reduce(x, QSGD(4), step=0)
     assert 2 * payload <= comm.staging.peak <= 3 * payload
 
 
@@ -110,7 +110,7 @@ def many_calls(rank: int, ranks: int) -> None:
     comm.staging.clear()
     try:
         works = [
-            pydist.all_reduce(x, QSGD(8), op="sum", algorithm="two_phase", async_op=True)
+            pydist.all_reduce(x, QSGD(8), op="sum", algorithm="two_phase", async_op=True, step=0)
             for x in xs
         ]
         for work in works:
@@ -125,7 +125,7 @@ def many_calls(rank: int, ranks: int) -> None:
     assert comm.staging.in_use == 0
     peak = comm.staging.peak
     for _ in range(3):
-        pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase")
+        pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase", step=0)
     assert comm.staging.peak == peak, "buffers that were there were not used again"
 
 
@@ -135,6 +135,6 @@ def after_failures(rank: int, ranks: int) -> None:
     for _ in range(3):
         x = torch.ones(1000 + (rank == 0))
         with pytest.raises(pydist.MismatchError):
-            pydist.all_reduce(x, QSGD(4))
+            pydist.all_reduce(x, QSGD(4), step=0)
         assert comm.staging.in_use == 0
-    pydist.all_reduce(x[:1000], QSGD(4))
+    pydist.all_reduce(x[:1000], QSGD(4), step=0)
