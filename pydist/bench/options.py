@@ -14,6 +14,8 @@ KERNELS = (
     "lion_apply_",
     "quantize",
     "dequantize",
+    "elias_encode",
+    "elias_decode",
     "ternary_scale",
     "ternary_pack",
     "ternary_unpack",
