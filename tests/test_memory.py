@@ -25,6 +25,7 @@ def test_gathered_payloads(worlds: Worlds) -> None:
     worlds(2).run(cases.two_ranks_gather, 100_000)
 
 
+@pytest.mark.soak  # stalls once in several runs; not yet known whether the test or the road does
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_many_calls_hold_a_bounded_number_of_chunks(worlds: Worlds, ranks: int) -> None:
     worlds(ranks).run(cases.many_calls)
