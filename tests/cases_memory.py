@@ -99,12 +99,11 @@ def many_calls(rank: int, ranks: int) -> None:
     decode, held = TensorBlockCoder.decode, []
 
     def late(self: TensorBlockCoder, *args: Any) -> None:
-        # Until the front thread has done what it may. It may have to wait for that of another rank,
-        # whose queue is full and whose back thread waits for this one: so not for ever.
-        deadline = time.monotonic() + 1
-        while not held and not comm._chunks.full() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 20
+        while not held and not comm._chunks.full():  # the front thread has done what it may
+            assert time.monotonic() < deadline, "the queue never fills"
             time.sleep(0.001)
-        held.append(held[0] if held else comm._chunks.full())
+        held.append(True)
         decode(self, *args)
 
     TensorBlockCoder.decode = late  # type: ignore[method-assign]
@@ -122,8 +121,7 @@ def many_calls(rank: int, ranks: int) -> None:
     # One waits to get between the threads, the next is made; one is reduced, one is decoded (where
     # a small message may have got a large buffer).
     bound = (2 * IN_FLIGHT + 2 + 2 + 2) * chunk
-    assert comm.staging.peak <= bound, (comm.staging.peak, chunk)
-    assert not held[0] or comm.staging.peak >= 2 * IN_FLIGHT * chunk, (comm.staging.peak, chunk)
+    assert 2 * IN_FLIGHT * chunk <= comm.staging.peak <= bound, (comm.staging.peak, chunk)
     assert comm.staging.in_use == 0
     peak = comm.staging.peak
     for _ in range(3):
