@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -19,16 +20,23 @@ class Staging:
     call failed) is freed with the last tensor that uses it. May be used by several threads.
 
     Attributes:
-        in_use: Bytes of the buffers that are out.
         idle: Bytes of those that wait here.
         peak: The most that both have been together since :meth:`clear`.
     """
 
     def __init__(self) -> None:
-        self.in_use = self.idle = self.peak = 0
+        self.idle = self.peak = 0
         self._lock = threading.Lock()
-        self._out: dict[int, int] = {}  # size at each address
+        # By address. One that is freed leaves by itself: its address may come up again elsewhere.
+        self._out: weakref.WeakValueDictionary[int, torch.UntypedStorage] = (
+            weakref.WeakValueDictionary()
+        )
         self._idle: list[Tensor] = []  # by size
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the buffers that are out."""
+        return sum(storage.nbytes() for storage in list(self._out.values()))
 
     def take(self, rows: int, columns: int) -> Tensor:
         """An uninitialised uint8 [rows, columns]."""
@@ -42,22 +50,21 @@ class Staging:
             else:
                 buffer = self._idle.pop(place)
                 self.idle -= buffer.numel()
-            # What was never given back was freed, and its address may come up again.
-            self.in_use += buffer.numel() - self._out.get(buffer.data_ptr(), 0)
-            self._out[buffer.data_ptr()] = buffer.numel()
+            self._out[buffer.data_ptr()] = buffer.untyped_storage()
             self.peak = max(self.peak, self.in_use + self.idle)
         return buffer[:size].view(rows, columns)
 
     def give(self, taken: Tensor) -> None:
         """Takes a buffer back; nothing may read or write it any more. Others are let be."""
         with self._lock:
-            size = self._out.pop(taken.data_ptr(), None)
-            if size is None:
+            storage = self._out.get(taken.data_ptr())
+            if storage is None or storage is not taken.untyped_storage():
                 return
-            self.in_use -= size
+            del self._out[taken.data_ptr()]
+            size = storage.nbytes()
             if self.idle + size <= IDLE_BYTES:
                 self.idle += size
-                buffer = taken.new_empty(0).set_(taken.untyped_storage())
+                buffer = taken.new_empty(0).set_(storage)
                 self._idle.insert(sum(b.numel() < size for b in self._idle), buffer)
 
     def clear(self) -> None:

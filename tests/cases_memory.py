@@ -89,12 +89,14 @@ def two_ranks_gather(rank: int, ranks: int, n: int) -> None:
     assert 2 * payload <= comm.staging.peak <= 3 * payload
 
 
-def many_calls(rank: int, ranks: int) -> None:
-    """However many calls are under way, IN_FLIGHT bounds them; and that bound is reached."""
-    comm = communicator()
-    n, calls = 4096, 40  # one chunk each
-    xs = [torch.ones(n) for _ in range(calls)]
-    coder = all_reduce_coder(xs[0], QSGD(8), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
+def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
+    """However many chunks are under way, of one call or of many, IN_FLIGHT bounds them; and the
+    queue between the threads is used to the full."""
+    comm, n = communicator(), 4096  # of a chunk
+    xs = [torch.ones(n * chunks) for _ in range(calls)]
+    coder = all_reduce_coder(
+        xs[0][:n], QSGD(8), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0
+    )
     chunk, _ = _sent(coder, ranks, True)
     decode, held = TensorBlockCoder.decode, []
 
@@ -103,10 +105,11 @@ def many_calls(rank: int, ranks: int) -> None:
         while not held and not comm._chunks.full():  # the front thread has done what it may
             assert time.monotonic() < deadline, "the queue never fills"
             time.sleep(0.001)
-        held.append(True)
+        held.append(comm.staging.in_use)
         decode(self, *args)
 
     TensorBlockCoder.decode = late  # type: ignore[method-assign]
+    whole, road.CHUNK_BYTES = road.CHUNK_BYTES, coder.units * coder.unit_bytes
     comm.staging.clear()
     try:
         works = [
@@ -115,18 +118,25 @@ def many_calls(rank: int, ranks: int) -> None:
         ]
         for work in works:
             work.wait()
+        peak = comm.staging.peak
+        for _ in range(3):
+            pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase", step=0)
+        again = comm.staging.peak
     finally:
         TensorBlockCoder.decode = decode  # type: ignore[method-assign]
-    assert all(bool((x == ranks).all()) for x in xs)
+        road.CHUNK_BYTES = whole
+    # Only now: a rank that raised earlier would leave the others waiting.
+    assert all(bool((x == ranks).all()) for x in xs[1:]) and bool((xs[0] == ranks**4).all())
+    assert comm.staging.in_use == 0
+    # A full queue has a chunk in every place, or in every second one where each is followed by the
+    # end of its call; each has a payload sent and one received.
+    queued = 2 * (IN_FLIGHT if calls == 1 else IN_FLIGHT // 2) * chunk
+    assert held[0] >= queued, (held[0], queued)
     # One waits to get between the threads, the next is made; one is reduced, one is decoded (where
     # a small message may have got a large buffer).
     bound = (2 * IN_FLIGHT + 2 + 2 + 2) * chunk
-    assert 2 * IN_FLIGHT * chunk <= comm.staging.peak <= bound, (comm.staging.peak, chunk)
-    assert comm.staging.in_use == 0
-    peak = comm.staging.peak
-    for _ in range(3):
-        pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase", step=0)
-    assert comm.staging.peak == peak, "buffers that were there were not used again"
+    assert peak <= bound, (peak, chunk)
+    assert again == peak, "buffers that were there were not used again"
 
 
 def after_failures(rank: int, ranks: int) -> None:
