@@ -33,8 +33,8 @@ float scale_of(const float* x, int n, const BlockFormat& f, uint32_t largest) {
 // ------------------------------------------------------------ codes of a tile
 // x has n elements, a multiple of 32; the stream of their codes goes to `out`, and nothing more.
 
-// code(j) has the codes of the elements from j on in the low bytes of its lanes.
-template <bool kBytes, typename Code>
+// code(j) has the codes of the elements from j on in byte kByte of its lanes.
+template <bool kBytes, int kByte, typename Code>
 PYDIST_INLINE void put_groups(int n, int bits, const Code& code, unsigned char* out) {
   const CodeBits form = code_bits(bits);
   for_groups(n, [&](int j, auto count) {
@@ -43,7 +43,7 @@ PYDIST_INLINE void put_groups(int n, int bits, const Code& code, unsigned char* 
     for (int k = 0; k < kGroupVecs; ++k) {
       v[k] = k * kLanes < kCount ? code(j + k * kLanes) : set1(0.0f);
     }
-    const Wide codes = narrow_bytes(v);
+    const Wide codes = narrow_bytes<kByte>(v);
     if (!kBytes) {
       store_codes<kCount>(form, codes, out + j / 8 * bits);
     } else if (kCount == kGroup) {
@@ -53,10 +53,10 @@ PYDIST_INLINE void put_groups(int n, int bits, const Code& code, unsigned char* 
     }
   });
 }
-template <typename Code>
+template <int kByte = 0, typename Code>
 PYDIST_INLINE void put_codes(int n, int bits, const Code& code, unsigned char* out) {
-  if (bits == 8) return put_groups<true>(n, bits, code, out);
-  put_groups<false>(n, bits, code, out);
+  if (bits == 8) return put_groups<true, kByte>(n, bits, code, out);
+  put_groups<false, kByte>(n, bits, code, out);
 }
 
 void sign_codes(const float* x, int n, int bits, bool zero_bit, unsigned char* out) {
@@ -78,21 +78,21 @@ void nearest_codes(const float* x, int n, int bits, float factor, float top, uns
   put_codes(n, bits, code, out);
 }
 
+// A level a goes up where the draw is below the 16 bits behind its point, and what is behind those:
+// q = floor((ceil(2^16 a) + 65535 - draw) / 2^16). As integers of 24 bits, q is the third byte; so
+// is top + q, and top - q = floor((2^16 top - ceil(2^16 a) + draw) / 2^16).
 void stochastic_codes(const float* x, int n, int bits, float factor, float top,
                       const uint16_t* draws, unsigned char* out) {
-  const Vec f = set1(factor), high = set1(top), magic = set1(kRoundingMagic);
-  const Vec one = set1(1.0f), zero = set1(0.0f), unit = set1(65536.0f);
+  const Vec f = set1(factor), high = set1(top);
+  const uint32_t middle = static_cast<uint32_t>(top) << 16;
+  const Vec negative = set1(bits_float(middle)), positive = set1(bits_float(middle + 0xFFFFu));
   const auto code = [&](int j) {
     const Vec v = load(x + j);
     const Vec a = min(mul(abs(v), f), high);
-    const Vec near = sub(add(a, magic), magic);
-    const Vec floor = sub(near, select(greater(near, a), one, zero));
-    const Mask up = greater(mul(sub(a, floor), unit), load_halves(draws + j));
-    const Vec level = add(floor, select(up, one, zero));
-    const Vec q = select(greater(zero, v), sub(zero, level), level);
-    return add(add(q, magic), high);
+    const Vec q = sub_bits(ceil_bits(a), load_half_bits(draws + j));
+    return select(sign_bit(v), sub_bits(negative, q), add_bits(positive, q));
   };
-  put_codes(n, bits, code, out);
+  put_codes<2>(n, bits, code, out);
 }
 
 template <Scheme kScheme>

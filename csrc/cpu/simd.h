@@ -9,11 +9,16 @@
 //   stream, stream_end    whole aligned vectors of float32 without NaN, past the caches where there
 //                         is an instruction for it; stream_end orders them before later stores
 //   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
+//   load_half_bits        those of 16 bits as bit patterns
+//   add_bits, sub_bits    of bit patterns as integers, modulo 2^32
+//   sign_bit              of each lane, as a Mask for select alone
+//   ceil_bits             the smallest integer not below x * 2^16, for x in [0, 128), in the low 24
+//                         bits; the others are the same for every x
 //   store_low_bytes       the lowest byte of each lane's bit pattern
 //   load_codes            kCodes codes of 1 to 7 bits that follow each other, 8 * kWideLanes (or
 //                         32, if those are more), as bit patterns of Vecs; reads nothing else
 //   from_integers         such bit patterns as floats
-//   narrow_bytes          the lowest bytes of 8 * kWideLanes / kLanes Vecs' bit patterns
+//   narrow_bytes          a byte (the lowest) of 8 * kWideLanes / kLanes Vecs' bit patterns
 //   min, max              of numbers; with NaN, either
 //   max_bits              of bit patterns without sign, as integers: NaN is above all numbers
 //   top_bits              the largest of a Vec's lanes, likewise
@@ -87,6 +92,8 @@ PYDIST_INLINE int store_places_one_by_one(uint32_t* p, uint32_t lanes, uint32_t 
 #endif
 
 namespace pydist::cpu::PYDIST_ISA {
+
+PYDIST_INLINE Vec load_halves(const uint16_t* p) { return from_integers(load_half_bits(p)); }
 
 constexpr uint32_t kLaneMask = kLanes == 32 ? 0xFFFFFFFFu : (1u << kLanes) - 1u;
 

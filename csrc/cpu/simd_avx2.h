@@ -83,9 +83,19 @@ PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-PYDIST_INLINE Vec load_halves(const uint16_t* p) {
-  return _mm256_cvtepi32_ps(
+PYDIST_INLINE Vec load_half_bits(const uint16_t* p) {
+  return _mm256_castsi256_ps(
       _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+PYDIST_INLINE Vec add_bits(Vec a, Vec b) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+PYDIST_INLINE Vec sub_bits(Vec a, Vec b) {
+  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+PYDIST_INLINE Mask sign_bit(Vec x) { return x; }  // all that select looks at
+PYDIST_INLINE Vec ceil_bits(Vec x) {
+  return add(_mm256_ceil_ps(mul(x, set1(65536.0f))), set1(8388608.0f));
 }
 PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   const __m128i low = narrow(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0xFF)));
@@ -126,9 +136,12 @@ PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm256_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
 
+template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   const __m256i low = _mm256_set1_epi32(0xFF);
-  const auto bytes = [&](Vec x) { return _mm256_and_si256(_mm256_castps_si256(x), low); };
+  const auto bytes = [&](Vec x) {
+    return _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(x), 8 * kByte), low);
+  };
   // Four bytes of each of the four in turn, half of the lanes at a time.
   const __m256i mixed = _mm256_packus_epi16(_mm256_packus_epi32(bytes(v[0]), bytes(v[1])),
                                             _mm256_packus_epi32(bytes(v[2]), bytes(v[3])));

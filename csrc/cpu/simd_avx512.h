@@ -67,9 +67,20 @@ PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-PYDIST_INLINE Vec load_halves(const uint16_t* p) {
-  return _mm512_cvtepi32_ps(
+PYDIST_INLINE Vec load_half_bits(const uint16_t* p) {
+  return _mm512_castsi512_ps(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+PYDIST_INLINE Vec add_bits(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+PYDIST_INLINE Vec sub_bits(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+PYDIST_INLINE Mask sign_bit(Vec x) { return _mm512_movepi32_mask(_mm512_castps_si512(x)); }
+// From 128 on the last bit of a float is worth 2^-16.
+PYDIST_INLINE Vec ceil_bits(Vec x) {
+  return _mm512_add_round_ps(x, set1(128.0f), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
 }
 PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
@@ -112,12 +123,15 @@ PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm512_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
 
+// Each Vec's bytes to a word of every quarter of the lanes; then the quarters of each together.
+template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
-  const __m512i low = _mm512_set1_epi32(0xFF);
-  const auto bytes = [&](Vec x) { return _mm512_and_si512(_mm512_castps_si512(x), low); };
-  // Four bytes of each of the four in turn, a quarter of the lanes at a time.
-  const __m512i mixed = _mm512_packus_epi16(_mm512_packus_epi32(bytes(v[0]), bytes(v[1])),
-                                            _mm512_packus_epi32(bytes(v[2]), bytes(v[3])));
+  const __m512i from = _mm512_set1_epi32(0x0C080400 + 0x01010101 * kByte);
+  const auto bytes = [&](int k) { return _mm512_castps_si512(v[k]); };
+  __m512i mixed = _mm512_shuffle_epi8(bytes(0), from);
+  mixed = _mm512_mask_shuffle_epi8(mixed, 0x00F000F000F000F0u, bytes(1), from);
+  mixed = _mm512_mask_shuffle_epi8(mixed, 0x0F000F000F000F00u, bytes(2), from);
+  mixed = _mm512_mask_shuffle_epi8(mixed, 0xF000F000F000F000u, bytes(3), from);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, mixed);
 }

@@ -73,8 +73,18 @@ PYDIST_INLINE Vec load_bytes(const uint8_t* p) {
   const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
   return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
 }
-PYDIST_INLINE Vec load_halves(const uint16_t* p) {
-  return vcvtq_f32_u32(vmovl_u16(vreinterpret_u16_u8(load8(p))));
+PYDIST_INLINE Vec load_half_bits(const uint16_t* p) {
+  return vreinterpretq_f32_u32(vmovl_u16(vreinterpret_u16_u8(load8(p))));
+}
+PYDIST_INLINE Vec add_bits(Vec a, Vec b) {
+  return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+PYDIST_INLINE Vec sub_bits(Vec a, Vec b) {
+  return vreinterpretq_f32_u32(vsubq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+PYDIST_INLINE Mask sign_bit(Vec x) { return vcltzq_s32(vreinterpretq_s32_f32(x)); }
+PYDIST_INLINE Vec ceil_bits(Vec x) {
+  return add(vrndpq_f32(mul(x, set1(65536.0f))), set1(8388608.0f));
 }
 PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) {
   const uint16x4_t low = vmovn_u32(vreinterpretq_u32_f32(x));
@@ -108,8 +118,12 @@ PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(n)); }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(-n)); }
 
+template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
-  const auto halves = [](Vec x) { return vmovn_u32(vreinterpretq_u32_f32(x)); };
+  const auto halves = [](Vec x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    return vmovn_u32(kByte ? vshlq_u32(bits, vdupq_n_s32(-8 * kByte)) : bits);
+  };
   const uint8x8_t low = vmovn_u16(vcombine_u16(halves(v[0]), halves(v[1])));
   const uint8x8_t high = vmovn_u16(vcombine_u16(halves(v[2]), halves(v[3])));
   return vreinterpretq_u64_u8(vcombine_u8(low, high));

@@ -46,10 +46,18 @@ PYDIST_INLINE void stream_end() {}
 
 PYDIST_INLINE Vec from_integers(Vec x) { return static_cast<float>(float_bits(x)); }
 PYDIST_INLINE Vec load_bytes(const uint8_t* p) { return *p; }
-PYDIST_INLINE Vec load_halves(const uint16_t* p) {
+PYDIST_INLINE Vec load_half_bits(const uint16_t* p) {
   uint16_t x;
   std::memcpy(&x, p, sizeof(x));  // a word's half: no uint16_t to the compiler
-  return x;
+  return bits_float(x);
+}
+PYDIST_INLINE Vec add_bits(Vec a, Vec b) { return bits_float(float_bits(a) + float_bits(b)); }
+PYDIST_INLINE Vec sub_bits(Vec a, Vec b) { return bits_float(float_bits(a) - float_bits(b)); }
+PYDIST_INLINE Mask sign_bit(Vec x) { return float_bits(x) >> 31; }
+PYDIST_INLINE Vec ceil_bits(Vec x) {
+  const float scaled = x * 65536.0f;
+  const auto whole = static_cast<uint32_t>(scaled);
+  return bits_float(whole + (static_cast<float>(whole) < scaled));
 }
 PYDIST_INLINE void store_low_bytes(uint8_t* p, Vec x) { *p = static_cast<uint8_t>(float_bits(x)); }
 
@@ -79,9 +87,12 @@ PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c &
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return x << n; }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return x >> n; }
 
+template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {
   Wide x = 0;
-  for (int k = 0; k < 8; ++k) x |= static_cast<Wide>(float_bits(v[k]) & 0xFFu) << (8 * k);
+  for (int k = 0; k < 8; ++k) {
+    x |= static_cast<Wide>(float_bits(v[k]) >> (8 * kByte) & 0xFFu) << (8 * k);
+  }
   return x;
 }
 
