@@ -1,5 +1,9 @@
 #include "driver.h"
 
+#if defined(PYDIST_X86)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -16,11 +20,19 @@ namespace {
 
 // ------------------------------------------------------------ which instruction set
 
+#if defined(PYDIST_X86)
+// Not every compiler's __builtin_cpu_supports() knows the name (clang 14 does not).
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> supported_tables() {
   std::vector<const Kernels*> tables = {&kScalar};
 #if defined(PYDIST_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
   if (avx2) tables.push_back(&kAvx2);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {

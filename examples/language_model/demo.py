@@ -29,14 +29,15 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 
 
-def run_workers(arguments: argparse.Namespace, settings: Settings, results: Path) -> int:
+def run_workers(
+    workers: int, methods: list[str], settings: Settings, results: Path, device: str = "cpu"
+) -> int:
     """Starts the workers with torchrun and waits for them; Ctrl-C ends them all."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(arguments.workers)),
+        *("--nproc-per-node", str(workers)),
         *(str(HERE / "train.py"), "--settings", json.dumps(asdict(settings))),
-        *("--methods", *arguments.methods, "--device", arguments.device),
-        *("--results", str(results)),
+        *("--methods", *methods, "--device", device, "--results", str(results)),
     ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(command, env=environment)
@@ -121,7 +122,9 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         results = Path(directory) / "results.json"
-        code = run_workers(arguments, settings, results)
+        code = run_workers(
+            arguments.workers, arguments.methods, settings, results, arguments.device
+        )
         if code:
             return code
         report = json.loads(results.read_text())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
+from pydist.codecs.coders import Codec
 from pydist.road import LATENCY_BYTES
 
 
@@ -41,9 +44,13 @@ class Method:
     Attributes:
         title: Name for people.
         lr: Best learning rate of the grid in `README.md`.
-        betas: As the optimizer takes them.
+        betas: As the optimizer takes them; SGD has the first as momentum.
         weight_decay: Decoupled weight decay.
         aggregate: How Distributed Lion reduces votes; empty for averaged gradients.
+        codec: How gradients travel through `pydist.ddp.compress`; none: as DDP sends them.
+        error_feedback: As `compress` takes it.
+        sgd: SGD with momentum.
+        frozen_after: 1-bit Adam: share of the steps after which its variance is frozen.
     """
 
     title: str
@@ -51,14 +58,20 @@ class Method:
     betas: tuple[float, float]
     weight_decay: float
     aggregate: str = ""
+    codec: Codec | None = None
+    error_feedback: str | bool = "auto"
+    sgd: bool = False
+    frozen_after: float = 0.0
 
-    def predicted_bytes(self, parameters: int, workers: int) -> float:
-        """Payload bytes a worker sends in a step, without headers.
+    def predicted_bytes(self, parameters: int, workers: int) -> float | None:
+        """Payload bytes a worker sends in a step, without headers; only of the demo's methods.
 
         An all-reduce of float32 gradients sends every byte twice but for the worker's own share; a
         vote sends one bit up and the majority (or the count of the votes) down. Two workers, or
         workers with little to say, send each other all their votes instead: one phase, not two.
         """
+        if self.codec is not None or self.sgd or self.frozen_after:
+            return None
         share = (workers - 1) / workers
         if not self.aggregate:
             return 2 * share * 4 * parameters
@@ -74,3 +87,33 @@ METHODS = {
     "majority": Method("Distributed Lion, majority", 6e-3, (0.9, 0.95), 0.5, "majority"),
     "average": Method("Distributed Lion, average", 24e-3, (0.9, 0.95), 0.5, "average"),
 }
+
+
+def _adamw(title: str, codec: Codec | None, **options: Any) -> Method:
+    return replace(METHODS["adamw"], title=title, codec=codec, **options)
+
+
+def _sgd(title: str, codec: Codec | None, **options: Any) -> Method:
+    return Method(f"SGD, {title}", 0.5, (0.0, 0.0), 0.0, codec=codec, sgd=True, **options)
+
+
+CODECS = {
+    "bf16": _adamw("bfloat16", Raw("bfloat16")),
+    "float8": _adamw("BlockFloat(e4m3)", BlockFloat("e4m3")),
+    "qsgd8": _adamw("QSGD(8)", QSGD(8)),
+    "qsgd4": _adamw("QSGD(4)", QSGD(4)),
+    "qsgd2": _adamw("QSGD(2), no feedback", QSGD(2)),
+    "int4": _adamw("BlockInt(4)", BlockInt(4)),
+    "ternary": _adamw("Ternary, no feedback", Ternary()),
+    "sign": _adamw("Sign(l1)", Sign("l1")),
+    "sign-plain": _adamw("Sign(l1), no feedback", Sign("l1"), error_feedback=False),
+    "topk": _adamw("TopK(0.01)", TopK(0.01)),
+    "topk-plain": _adamw("TopK(0.01), no feedback", TopK(0.01), error_feedback=False),
+    "onebit-adam": _adamw("1-bit Adam", None, frozen_after=0.2),
+    "sgd": _sgd("fp32 gradients", None),
+    "sgd-sign": _sgd("Sign(l1)", Sign("l1")),
+    "sgd-sign-plain": _sgd("Sign(l1), no feedback", Sign("l1"), error_feedback=False),
+    "sgd-topk": _sgd("TopK(0.01)", TopK(0.01)),
+    "sgd-topk-plain": _sgd("TopK(0.01), no feedback", TopK(0.01), error_feedback=False),
+}
+"""What `convergence.py` compares with AdamW, or with SGD, on averaged float32 gradients."""

@@ -11,6 +11,7 @@ import json
 import math
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from data import Batches, load_text, split, validation_set
 from lion import Lion
-from methods import METHODS, Settings
+from methods import CODECS, METHODS, Settings
 from model import ByteTransformer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import pydist
 
 VALIDATIONS = 12  # points of a curve
+TRAINED = METHODS | CODECS
 
 
 @dataclass
@@ -49,12 +51,24 @@ def build(
     method: str, model: ByteTransformer, settings: Settings, device: torch.device
 ) -> tuple[DDP, torch.optim.Optimizer]:
     """Wraps the model and makes the optimizer of a method."""
-    m = METHODS[method]
+    m = TRAINED[method]
     lr = settings.learning_rate or m.lr
     # The model's only buffer is a constant; broadcasting it would cost more than the votes.
     devices = [device.index] if device.type == "cuda" else None
     ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
-    if method == "adamw":
+    if m.codec is not None:
+        pydist.ddp.compress(ddp, m.codec, error_feedback=m.error_feedback, seed=settings.seed)
+    if m.frozen_after:
+        return ddp, pydist.optim.OneBitAdam(
+            ddp.module.named_parameters(),
+            lr=lr,
+            betas=m.betas,
+            weight_decay=m.weight_decay,
+            warmup_steps=round(m.frozen_after * settings.steps),
+        )
+    if m.sgd:
+        return ddp, torch.optim.SGD(ddp.parameters(), lr=lr, momentum=m.betas[0])
+    if method != "lion" and not m.aggregate:
         return ddp, torch.optim.AdamW(
             ddp.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
         )
@@ -124,7 +138,7 @@ def train(
     model = ByteTransformer(settings.context, settings.width, settings.depth, settings.heads)
     ddp, optimizer = build(method, model.to(device), settings, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
-    bar = progress.add_task(METHODS[method].title, total=settings.steps) if progress else None
+    bar = progress.add_task(TRAINED[method].title, total=settings.steps) if progress else None
 
     sent, seconds, curve = 0.0, 0.0, [Point(0, 0.0, validate(model, tokens))]
     ends = [round(settings.steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)]
@@ -134,7 +148,9 @@ def train(
         counter, start = interface_bytes(), time.perf_counter()
         while step < end:
             optimizer.zero_grad()
-            loss_of(ddp, next(batches).to(device)).backward()
+            # 1-bit Adam sends momenta, not gradients.
+            with ddp.no_sync() if TRAINED[method].frozen_after else nullcontext():
+                loss_of(ddp, next(batches).to(device)).backward()
             optimizer.step()
             scheduler.step()
             step += 1
@@ -152,7 +168,7 @@ def train(
         "curve": [asdict(point) for point in curve],
         "validation_loss": curve[-1].validation_loss,
         "bytes_measured": sent / settings.steps,
-        "bytes_predicted": METHODS[method].predicted_bytes(parameters, world_size),
+        "bytes_predicted": TRAINED[method].predicted_bytes(parameters, world_size),
         "seconds_per_step": seconds / settings.steps,
     }
 
@@ -163,7 +179,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settings", required=True, help="Settings as JSON")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, required=True)
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()

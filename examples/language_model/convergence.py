@@ -1,0 +1,161 @@
+"""Trains the demo's model with every codec, several seeds each, beside AdamW on float32 gradients.
+
+    python examples/language_model/convergence.py --output build/convergence
+
+All methods see the same batches and have AdamW's learning rate, so what differs is how gradients
+travel. Writes `convergence.json` after each run of a seed, and takes up from there: runs that are in
+the file are not made again. Then prints the table and draws `convergence.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from demo import run_workers
+from matplotlib import pyplot as plt
+from methods import CODECS, METHODS, Settings
+from rich.console import Console
+from rich.table import Table
+
+BASELINE = "adamw"
+TITLES = {name: method.title for name, method in (METHODS | CODECS).items()}
+PAIRS = {"sign": "sign-plain", "topk": "topk-plain"}
+"""What is drawn with and without error feedback."""
+
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def by_method(report: dict[str, Any]) -> Runs:
+    """The runs of each method, one a seed."""
+    runs: Runs = {}
+    for run in report["runs"]:
+        runs.setdefault(run["method"], []).append(run)
+    return runs
+
+
+def losses(runs: list[dict[str, Any]]) -> list[float]:
+    """Final validation losses, one a seed."""
+    return [run["validation_loss"] for run in runs]
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Prints every method's loss beside the baseline's of the same seeds, and what it sends."""
+    runs = by_method(report)
+    base = runs[BASELINE]
+    table = Table(
+        title=f"{report['workers']} workers, {base[0]['parameters']:,} parameters, "
+        f"{report['settings']['steps']} steps, seeds {report['seeds']}"
+    )
+    table.add_column("gradients as")
+    for title in ("validation loss", "lowest - highest", "against fp32", "kB a step", "less by"):
+        table.add_column(title, justify="right")
+    sent_by_base = statistics.mean(run["bytes_measured"] for run in base)
+    for name, mine in runs.items():
+        mean = statistics.mean(losses(mine))
+        sent = statistics.mean(run["bytes_measured"] for run in mine)
+        table.add_row(
+            TITLES[name],
+            f"{mean:.4f}",
+            f"{min(losses(mine)):.4f} - {max(losses(mine)):.4f}",
+            f"{100 * (mean / statistics.mean(losses(base)) - 1):+.2f} %",
+            f"{sent / 1e3:,.1f}",
+            f"{sent_by_base / sent:.1f}x",
+        )
+    Console(width=110).print(table)
+
+
+def curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Steps and the mean loss over seeds at each."""
+    points = [run["curve"][1:] for run in runs]
+    steps = [point["step"] for point in points[0]]
+    return steps, [
+        statistics.mean(row[i]["validation_loss"] for row in points) for i in range(len(steps))
+    ]
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draws curves with and without error feedback, and the final loss against the bytes sent."""
+    runs = by_method(report)
+    figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.6))
+    by_step.plot(*curve(runs[BASELINE]), color="black", label=TITLES[BASELINE])
+    for number, (name, plain) in enumerate(PAIRS.items()):
+        for which, style in ((name, "-"), (plain, ":")):
+            if which in runs:
+                by_step.plot(*curve(runs[which]), style, color=f"C{number}", label=TITLES[which])
+    for name, mine in runs.items():
+        sent = statistics.mean(run["bytes_measured"] for run in mine) / 1e3
+        ends = losses(mine)
+        middle = statistics.mean(ends)
+        spread = [[middle - min(ends)], [max(ends) - middle]]
+        by_bytes.errorbar([sent], [middle], yerr=spread, fmt="o", capsize=3)
+        by_bytes.annotate(TITLES[name], (sent, middle), (5, 4), textcoords="offset points",
+                          fontsize=7)  # fmt: skip
+    by_bytes.axhline(statistics.mean(losses(runs[BASELINE])), color="black", lw=0.6)
+    by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
+    by_bytes.set(xlabel="kB sent by a worker and step", xscale="log")
+    for axes in (by_step, by_bytes):
+        axes.grid(alpha=0.3)
+    by_step.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Runs what is missing; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [BASELINE, *CODECS]
+    parser.add_argument("--workers", type=int, default=4, help="processes (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="default %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--output", type=Path, default=Path("build/convergence"))
+    arguments = parser.parse_args()
+    if arguments.workers < 1 or arguments.steps < 12:
+        parser.error("--workers must be at least 1 and --steps at least 12")
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "convergence.json"
+    command = shlex.join(["python", "examples/language_model/convergence.py", *sys.argv[1:]])
+    settings = Settings(steps=arguments.steps, warmup=max(1, arguments.steps // 50))
+    report: dict[str, Any] = {
+        "command": command, "workers": arguments.workers, "settings": asdict(settings),
+        "seeds": arguments.seeds, "runs": [],
+    }  # fmt: skip
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in ("workers", "settings"):
+            if before[name] != report[name]:
+                parser.error(f"{path} has {name}={before[name]}, not {report[name]}: remove it")
+        report["runs"] = before["runs"]
+    done = {(run["method"], run["seed"]) for run in report["runs"]}
+    for seed in arguments.seeds:
+        missing = [name for name in arguments.methods if (name, seed) not in done]
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            results = Path(directory) / "results.json"
+            own = Settings(**asdict(settings) | {"seed": seed})
+            if code := run_workers(arguments.workers, missing, own, results):
+                return code
+            report["runs"] += [
+                {**run, "seed": seed} for run in json.loads(results.read_text())["runs"]
+            ]
+        path.write_text(json.dumps(report, indent=1))
+    print_table(report)
+    plot(report, arguments.output / "convergence.png")
+    print(f"Wrote {path} and {arguments.output / 'convergence.png'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
