@@ -3,8 +3,8 @@
     python examples/language_model/convergence.py --output build/convergence
 
 All methods see the same batches and have AdamW's learning rate, so what differs is how gradients
-travel. Writes `convergence.json` after each run of a seed, and takes up from there: runs that are in
-the file are not made again. Then prints the table and draws `convergence.png`.
+travel. Writes `convergence.json` after each seed, and takes up from there: runs that are in the
+file are not made again. Then prints the table and draws `convergence.png`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
 from pydist.optim.layout import check_parameters, describe, names_of
+from pydist.optim.shards import local_of
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -30,6 +31,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     # GradScaler then calls step() on every rank, also where only one rank saw an infinity.
     _step_supports_amp_scaling = True
+
+    # Whether parameters may be DTensors, of which each rank has a part.
+    _takes_shards = False
 
     # Options of a parameter group that must be equal on all ranks in every step.
     _agreed_options: tuple[str, ...] = ("lr", "weight_decay")
@@ -93,7 +97,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         try:
             super().add_param_group(param_group)
             self._check_options(self.param_groups[-1])
-            check_parameters(self.param_groups[-1]["params"])
+            check_parameters(self.param_groups[-1]["params"], shards=self._takes_shards)
             devices = {p.device for p in self.parameters()}
             if len(devices) > 1:
                 raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
@@ -119,10 +123,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._comm.world_size == 1:
                 return
             for p in self.parameters():
-                data = p.detach().contiguous()
+                mine = local_of(p).detach()
+                data = mine.contiguous()
                 dist.broadcast(data, self._comm.ranks[0], group=self._comm.first)
-                if data.data_ptr() != p.data_ptr():
-                    p.detach().copy_(data)
+                if data.data_ptr() != mine.data_ptr():
+                    mine.copy_(data)
 
         self._comm.run(start)
         self._layout = call.digest or 1
@@ -199,7 +204,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Divides by a GradScaler's scale, as step() is then called with scaled gradients."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, scale.double().reciprocal().float())
 
     def _call(self, fields: dict[str, Any], problem: str | None) -> Call:

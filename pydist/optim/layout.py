@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pydist import wire
+from pydist.optim.shards import check_placements, is_sharded, local_of, part_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,7 +28,11 @@ def describe(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     params = [p for group in param_groups for p in group["params"]]
     fields: dict[str, Any] = {"parameters": len(params)}
     for i, (name, p) in enumerate(zip(names_of(param_groups), params, strict=True)):
-        fields[f"parameter {i}"] = [name, str(p.dtype), list(p.shape), list(p.stride())]
+        local = local_of(p)
+        shape, strides = list(local.shape), list(local.stride())
+        fields[f"parameter {i}"] = [name, str(p.dtype), shape, strides]
+        if is_sharded(p):
+            fields[f"shard of parameter {i}"] = part_of(p)
     return fields
 
 
@@ -37,10 +42,17 @@ def check_betas(betas: Sequence[float]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def check_parameters(params: Iterable[Tensor]) -> None:
-    """Raises unless the kernels can work with the parameters."""
-    for p in params:
-        if type(p) not in (Tensor, torch.nn.Parameter):  # a DTensor's memory is elsewhere
+def check_parameters(params: Iterable[Tensor], *, shards: bool) -> None:
+    """Raises unless the kernels can work with the parameters.
+
+    Args:
+        params: The parameters.
+        shards: DTensors are taken.
+    """
+    for given in params:
+        check_placements(given)
+        p = local_of(given) if shards else given
+        if type(p) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"params must be plain tensors, got {type(p).__name__}")
         if p.device.type not in ("cpu", "cuda"):
             raise ValueError(f"params must be on cpu or cuda, got {p.device}")

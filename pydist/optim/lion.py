@@ -27,11 +27,16 @@ class DistributedLion(VotingOptimizer):
     A NaN or an infinity in any rank's gradient skips the step on all ranks (``skipped_steps``). A
     parameter that no rank has a gradient for is left alone.
 
+    Of a sharded model (DTensors of FSDP2 or tensor parallelism) the replicas of a shard vote:
+    ``group`` is then the group of the ranks that hold the same shard. A step that a NaN or an error
+    spoils for one shard is made for none; on CUDA the step waits for the device to know.
+
     Construction, ``add_param_group`` and ``step`` are collective: every rank calls them.
 
     Args:
         params: ``model.named_parameters()``, parameters, or parameter groups, as for any
-            ``torch.optim.Optimizer``; float32, float16 or bfloat16, all on one device.
+            ``torch.optim.Optimizer``; float32, float16 or bfloat16, all on one device. DTensors
+            vote by shard.
         lr: Learning rate; about a third to a half of AdamW's.
         betas: Weights of the old momentum in the vote and in the new momentum.
         weight_decay: Decoupled weight decay; about ten times AdamW's.

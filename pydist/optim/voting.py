@@ -21,6 +21,7 @@ from pydist.optim.attached import Attachment, vote_hook
 from pydist.optim.base import DistributedOptimizer
 from pydist.optim.layout import check_gradient, sample_of, with_strides_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
+from pydist.optim.shards import agree_over_shards, is_sharded, local_of, shard_groups
 from pydist.road import ALGORITHMS, Road
 
 AGGREGATES = ("majority", "average")
@@ -32,6 +33,8 @@ class VotingOptimizer(DistributedOptimizer):
     Subclasses say which mix (:meth:`_weights`) and which arguments they have; those here are
     documented at :class:`pydist.optim.DistributedLion`.
     """
+
+    _takes_shards = True
 
     # Without momenta the sign of the gradient itself is the vote.
     _has_momentum = True
@@ -118,9 +121,9 @@ class VotingOptimizer(DistributedOptimizer):
             if not self._in_flight:
                 raise RuntimeError("step() without votes: no backward ran outside no_sync()")
         votes, failure = self._collect_votes()
-        if failure is not None:
-            raise failure
-        self._apply(votes)
+        flags = [coder.flags for coder in votes]
+        mine = torch.stack(flags).amax(0) if flags else torch.zeros(1, dtype=torch.int32)
+        self._apply(votes, agree_over_shards(mine, failure, shard_groups(self.parameters())))
         if not self._equality_checked:
             self._warn_if_equal()
 
@@ -179,11 +182,13 @@ class VotingOptimizer(DistributedOptimizer):
         self._submit(entries, problem, {"bucket": bucket.index()}, pack_now=True)
 
     def _entry(self, ordinal: int, p: Tensor, group: dict[str, Any], grad: Tensor | None) -> Entry:
+        mine = local_of(p)
         if grad is not None:
+            grad = local_of(grad) if is_sharded(p) else grad
             check_gradient(self.name_of(ordinal), grad)
-            grad = with_strides_of(p, grad)
+            grad = with_strides_of(mine, grad)
         if not self._has_momentum:
-            return Entry(ordinal, p, grad, None, None, 0.0, 0.0)
+            return Entry(ordinal, mine, grad, None, None, 0.0, 0.0)
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p, dtype=self._momentum_dtype)
@@ -192,7 +197,8 @@ class VotingOptimizer(DistributedOptimizer):
             if p not in self._staged:
                 self._staged[p] = torch.zeros_like(out)
             out = self._staged[p]
-        return Entry(ordinal, p, grad, state["momentum"], out, *self._weights(group))
+        momentum = local_of(state["momentum"])
+        return Entry(ordinal, mine, grad, momentum, local_of(out), *self._weights(group))
 
     def _submit(
         self,
@@ -226,10 +232,9 @@ class VotingOptimizer(DistributedOptimizer):
         self._comm.submit(road)
         self._in_flight.append((road.wait, coder))
 
-    def _apply(self, coders: list[LionCoder]) -> None:
+    def _apply(self, coders: list[LionCoder], flags: Tensor) -> None:
         if not coders:
             return
-        flags = torch.stack([coder.flags for coder in coders]).amax(0)
         on_host = flags.device.type == "cpu"
         if on_host or self._staged is not None:
             skip = bool(flags.item())
@@ -238,29 +243,32 @@ class VotingOptimizer(DistributedOptimizer):
                 return
         else:
             self._skipped = self._skipped + (flags[0] != 0).long()
-        rates = [(float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups]
+        rates = [(float(g["lr"]), float(g["weight_decay"])) for _, _, g in self._with_groups()]
         for coder in coders:
             coder.commit_deferred(None if on_host else flags)
-            scalars = [rates[self._places[entry.param][1]] for entry in coder.entries]
+            scalars = [rates[entry.ordinal] for entry in coder.entries]
             coder.apply(scalars, None if on_host else flags)
             self._commit_staged(coder)
+        torch.autograd.graph.increment_version([p for p in self.parameters() if is_sharded(p)])
 
     def _commit_staged(self, coder: LionCoder) -> None:
         if self._staged is None:
             return
+        params = list(self.parameters())
         for i, entry in enumerate(coder.entries):
+            p = params[entry.ordinal]
             if entry.momentum is None or entry.momentum_out is None or not coder.used[i]:
                 continue
-            if entry.momentum_out is self._staged[entry.param]:
-                self.state[entry.param]["momentum"] = entry.momentum_out
-                self._staged[entry.param] = entry.momentum
+            if entry.momentum_out is local_of(self._staged[p]):
+                state = self.state[p]
+                state["momentum"], self._staged[p] = self._staged[p], state["momentum"]
 
     def _warn_if_equal(self) -> None:
         """Warns where all ranks' gradients are equal: then they were averaged before the vote."""
         if self._attachment is not None or self._comm.world_size == 1:
             self._equality_checked = True
             return
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
         mine = sample_of(grads)
         everyone = self._comm.run(lambda: self._comm.gather_bytes(mine))
         if not all(everyone):

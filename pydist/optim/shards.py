@@ -1,0 +1,92 @@
+"""Parameters that are DTensors: what this rank has of them, and who has the rest.
+
+FSDP2 and tensor parallelism hand an optimizer DTensors. The kernels work on a rank's local part,
+and the ranks that vote on it must hold the same part: replicas of a shard, not other shards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydist.errors import PydistError
+
+FAILED = 1 << 30
+"""Flag of a step that failed in another group of voters."""
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor; without importing what defines them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local_of(x: Tensor) -> Tensor:
+    """A DTensor's part on this rank; another tensor itself."""
+    return cast(Any, x)._local_tensor if is_sharded(x) else x
+
+
+def _dimensions(x: Any) -> list[int]:
+    """Mesh dimensions over which a DTensor is cut."""
+    return [i for i, placement in enumerate(x.placements) if placement.is_shard()]
+
+
+def check_placements(x: Tensor) -> None:
+    """Raises TypeError for a DTensor of partial sums."""
+    if is_sharded(x) and any(placement.is_partial() for placement in cast(Any, x).placements):
+        raise TypeError(f"params must be whole or cut, got a DTensor of {cast(Any, x).placements}")
+
+
+def part_of(x: Tensor) -> list[Any]:
+    """Which part of a DTensor this rank has: global shape, placements, place among the parts."""
+    if not is_sharded(x):
+        return []
+    tensor = cast(Any, x)
+    coordinate = tensor.device_mesh.get_coordinate()
+    cuts = _dimensions(tensor)
+    placements = [str(tensor.placements[i]) for i in cuts]
+    return [list(tensor.shape), placements, [coordinate[i] for i in cuts]]
+
+
+def shard_groups(params: Iterable[Tensor]) -> list[dist.ProcessGroup]:
+    """The groups of ranks that have the other parts, each once, in the order of the parameters."""
+    groups: dict[str, dist.ProcessGroup] = {}
+    for x in params:
+        if is_sharded(x):
+            tensor = cast(Any, x)
+            for dimension in _dimensions(tensor):
+                group = tensor.device_mesh.get_group(dimension)
+                groups.setdefault(group.group_name, group)
+    return list(groups.values())
+
+
+def agree_over_shards(
+    flags: Tensor, failure: PydistError | None, groups: list[dist.ProcessGroup]
+) -> Tensor:
+    """All parts of a model make a step, or none does.
+
+    Args:
+        flags: int32[1], this group of voters' flags.
+        failure: Why this group of voters failed.
+        groups: Of the ranks that have the other parts.
+
+    Returns:
+        The flags of all parts, int32[1].
+
+    Raises:
+        PydistError: The step failed, here or where another part is.
+    """
+    if groups:
+        flags = flags.clone() if failure is None else torch.full_like(flags, FAILED)
+        for group in groups:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    if failure is not None:
+        raise failure
+    if groups and int(flags) >= FAILED:
+        raise PydistError("the step failed on the ranks that have another shard of the parameters")
+    return flags
