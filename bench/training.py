@@ -46,7 +46,8 @@ class Trainer:
         return float(sum(p.detach().double().sum() for p in self.model.parameters()))
 
 
-def _model() -> nn.Sequential:
+def model_of() -> nn.Sequential:
+    """The multilayer perceptron, the same on every host."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for before, after in zip(WIDTHS, WIDTHS[1:], strict=False):
@@ -56,7 +57,7 @@ def _model() -> nn.Sequential:
 
 def parameters() -> int:
     """Parameters of the model."""
-    return sum(p.numel() for p in _model().parameters())
+    return sum(p.numel() for p in model_of().parameters())
 
 
 def _trainer(
@@ -67,7 +68,7 @@ def _trainer(
     *,
     sync: bool = True,
 ) -> Trainer:
-    ddp = DDP(_model())
+    ddp = DDP(model_of())
     prepare(ddp)
     optimizer = optimizer_of(ddp)
     generator = torch.Generator().manual_seed(1 + rank)
