@@ -47,7 +47,9 @@ class Method:
         betas: As the optimizer takes them; SGD has the first as momentum.
         weight_decay: Decoupled weight decay.
         aggregate: How Distributed Lion reduces votes; empty for averaged gradients.
-        codec: How gradients travel through `pydist.ddp.compress`; none: as DDP sends them.
+        codec: How gradients travel, through pydist's `compress`; none: as torch sends them.
+        sharded: Under FSDP2 instead of DDP.
+        weights: How weights are gathered there.
         error_feedback: As `compress` takes it.
         sgd: SGD with momentum.
         frozen_after: 1-bit Adam: share of the steps after which its variance is frozen.
@@ -59,6 +61,8 @@ class Method:
     weight_decay: float
     aggregate: str = ""
     codec: Codec | None = None
+    sharded: bool = False
+    weights: Codec | None = None
     error_feedback: str | bool = "auto"
     sgd: bool = False
     frozen_after: float = 0.0
@@ -70,7 +74,7 @@ class Method:
         vote sends one bit up and the majority (or the count of the votes) down. Two workers, or
         workers with little to say, send each other all their votes instead: one phase, not two.
         """
-        if self.codec is not None or self.sgd or self.frozen_after:
+        if self.codec is not None or self.sgd or self.sharded or self.frozen_after:
             return None
         share = (workers - 1) / workers
         if not self.aggregate:
@@ -115,5 +119,15 @@ CODECS = {
     "sgd-sign-plain": _sgd("Sign(l1), no feedback", Sign("l1"), error_feedback=False),
     "sgd-topk": _sgd("TopK(0.01)", TopK(0.01)),
     "sgd-topk-plain": _sgd("TopK(0.01), no feedback", TopK(0.01), error_feedback=False),
+    "fsdp": _adamw("FSDP2, fp32", None, sharded=True),
+    "fsdp8": _adamw(
+        "FSDP2, QSGD(8), weights BlockInt(8)", QSGD(8), sharded=True, weights=BlockInt(8)
+    ),
+    "fsdp4-8": _adamw(
+        "FSDP2, QSGD(4), weights BlockInt(8)", QSGD(4), sharded=True, weights=BlockInt(8)
+    ),
+    "fsdp4": _adamw(
+        "FSDP2, QSGD(4), weights BlockInt(4)", QSGD(4), sharded=True, weights=BlockInt(4)
+    ),
 }
 """What `convergence.py` compares with AdamW, or with SGD, on averaged float32 gradients."""

@@ -20,10 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from data import Batches, load_text, split, validation_set
 from lion import Lion
-from methods import CODECS, METHODS, Settings
+from methods import CODECS, METHODS, Method, Settings
 from model import ByteTransformer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
@@ -49,10 +50,12 @@ class Point:
 
 def build(
     method: str, model: ByteTransformer, settings: Settings, device: torch.device
-) -> tuple[DDP, torch.optim.Optimizer]:
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Wraps the model and makes the optimizer of a method."""
     m = TRAINED[method]
     lr = settings.learning_rate or m.lr
+    if m.sharded:
+        return shard(m, model, lr, settings)
     # The model's only buffer is a constant; broadcasting it would cost more than the votes.
     devices = [device.index] if device.type == "cuda" else None
     ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
@@ -84,6 +87,20 @@ def build(
     )
     optimizer.attach(ddp)  # votes travel during backward
     return ddp, optimizer
+
+
+def shard(
+    m: Method, model: ByteTransformer, lr: float, settings: Settings
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Every block a unit of FSDP2, and the rest; what travels compressed after that."""
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    if m.codec is not None:
+        pydist.fsdp.compress(model, gradients=m.codec, parameters=m.weights, seed=settings.seed)
+    return model, torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=m.betas, weight_decay=m.weight_decay
+    )
 
 
 def rate(step: int, settings: Settings) -> float:
@@ -149,7 +166,8 @@ def train(
         while step < end:
             optimizer.zero_grad()
             # 1-bit Adam sends momenta, not gradients.
-            with ddp.no_sync() if TRAINED[method].frozen_after else nullcontext():
+            quiet = TRAINED[method].frozen_after and isinstance(ddp, DDP)
+            with ddp.no_sync() if quiet else nullcontext():
                 loss_of(ddp, next(batches).to(device)).backward()
             optimizer.step()
             scheduler.step()
