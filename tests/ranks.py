@@ -18,6 +18,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+# What ranks need and what takes seconds to import (optimizers import torch._dynamo when they are
+# made). The tests' own modules are not on the server's path before Python 3.13.
+IMPORTED = ["torch._dynamo", "torch.distributed", "pytest", "pydist.ddp", "pydist.optim"]
+
 PG_TIMEOUT = 20  # seconds; a rank that is lost is noticed by then
 
 
@@ -74,7 +78,7 @@ class World:
         self._destroy = destroy
         self._context: Any = mp.get_context("forkserver" if fork else "spawn")
         if fork:  # counts at the first start of the server alone
-            self._context.set_forkserver_preload(["cases_ddp_faults"])
+            self._context.set_forkserver_preload(IMPORTED)
         self._env = env or [{}] * size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []

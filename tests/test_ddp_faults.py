@@ -24,10 +24,8 @@ LOST = ("Timed out", "timeout", "Connection closed", "Connection reset")  # as g
     [
         ("backward", "sign", True),
         ("reduce", "topk", False),
-        pytest.param("reduce", "qsgd", True, marks=pytest.mark.soak),
-        pytest.param("decode", "all", True, marks=pytest.mark.soak),
-        pytest.param("backward", "topk", False, marks=pytest.mark.soak),
-        pytest.param("backward", "qsgd", False, marks=pytest.mark.soak),
+        ("decode", "all", True),
+        ("backward", "qsgd", False),
     ],
 )
 def test_killed(worlds: Worlds, tmp_path: Path, where: str, codec: str, destroy: bool) -> None:

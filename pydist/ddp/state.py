@@ -374,7 +374,8 @@ class CompressionState:
                 ranks of a world of any size, in rank order.
 
         Raises:
-            ValueError: The state is of another world size or rank, or of other parameters.
+            ValueError: The state is of another world size or rank, of other parameters, or of
+                different steps.
         """
         self._settle()
         checkpoint.load_state_dict(self, state)
