@@ -39,6 +39,11 @@ WHOLE = ("parameters", "residuals", "step", "momenta")
 PATIENCE = timedelta(seconds=SHORT + 12)  # less than the timeout of all other groups
 
 
+def made(codec: str, **options: Any) -> Any:
+    """A model on its way in two phases: in each of them a rank needs all others."""
+    return setup(CODECS[codec], **{"algorithm": "two_phase"} | options)
+
+
 # --------------------------------------------------------------------------- checkpoints
 
 
@@ -82,14 +87,14 @@ def whole(net: Any, opt: Any, state: CompressionState) -> list[Any]:
 
 def straight(rank: int, ranks: int, codec: str, steps: int) -> list[Any]:
     """A run that nothing disturbs."""
-    net, ddp, state, opt = setup(CODECS[codec])
+    net, ddp, state, opt = made(codec)
     steps_of(net, opt, rank, range(steps), ddp)
     return whole(net, opt, state)
 
 
 def taken_up(rank: int, ranks: int, codec: str, folder: str, steps: int) -> tuple[int, list[Any]]:
     """From the last checkpoint to the end."""
-    net, ddp, state, opt = setup(CODECS[codec])
+    net, ddp, state, opt = made(codec)
     start = load(Path(folder), net, opt, state)
     steps_of(net, opt, rank, range(start, steps), ddp)
     return start, whole(net, opt, state)
@@ -97,7 +102,7 @@ def taken_up(rank: int, ranks: int, codec: str, folder: str, steps: int) -> tupl
 
 def mixed_checkpoint(rank: int, ranks: int, steps: int) -> tuple[str, str]:
     """Files of different steps are no checkpoint."""
-    net, ddp, state, opt = setup(CODECS["sign"])
+    net, ddp, state, opt = made("sign")
     states = []
     for step in range(steps):
         steps_of(net, opt, rank, [step], ddp)
@@ -110,7 +115,7 @@ def mixed_checkpoint(rank: int, ranks: int, steps: int) -> tuple[str, str]:
 
 def shrunk(rank: int, ranks: int, codec: str, folder: str, steps: int) -> dict[str, Any]:
     """Four ranks end at a checkpoint, and three take it up; what was not sent before and after."""
-    net, ddp, state, opt = setup(CODECS[codec])
+    net, ddp, state, opt = made(codec)
     start = load(Path(folder), net, opt, state)
     found = unsent(ranks, state)
     before = float(loss_of(net, 0, 1000).detach())
@@ -156,7 +161,7 @@ def killed(
 ) -> tuple[str, tuple[str, str], int]:
     """A rank is killed in the step ``death``; the others say what they raise then and after."""
     group = short_group(ranks)
-    net, ddp, state, opt = setup(CODECS[codec], ddp={**SMALL, "process_group": group})
+    net, ddp, state, opt = made(codec, ddp={**SMALL, "process_group": group})
     for step in range(death + 2):
         with ExitStack() as stack:
             if rank == who and step == death:
@@ -179,7 +184,7 @@ def killed(
 def stalled(rank: int, ranks: int, who: int, codec: str, where: str) -> tuple[str, str]:
     """A rank stands still until the others have raised; ``"stopped"``: all of its threads."""
     group = short_group(ranks)
-    net, ddp, state, opt = setup(CODECS[codec], ddp={**SMALL, "process_group": group})
+    net, ddp, state, opt = made(codec, ddp={**SMALL, "process_group": group})
     steps_of(net, opt, rank, range(2), ddp)
     pids: list[Any] = [None] * ranks
     dist.all_gather_object(pids, os.getpid())
@@ -234,7 +239,7 @@ def delayed(rank: int, ranks: int, codec: str, algorithm: str, steps: int) -> li
     """The same bits whoever is late, and no rank waits for ever."""
     finals = []
     for late in (False, True):
-        net, ddp, state, opt = setup(CODECS[codec], algorithm=algorithm)
+        net, ddp, state, opt = made(codec, algorithm=algorithm)
         with dawdling(random.Random(rank)) if late else ExitStack():
             steps_of(net, opt, rank, range(steps), ddp)
         assert state.stats()["buckets"] >= 5 * (steps - 1)
@@ -283,8 +288,8 @@ class Storm:
 def storm(rank: int, ranks: int, codec: str, exact: bool, scaled: bool, steps: int) -> list[Any]:
     """Half of the steps bring NaN and infinities, on any ranks, in any buckets."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
-    net, ddp, state, opt = setup(
-        CODECS[codec], exact_skip=exact, scaler=scaler if scaled else None
+    net, ddp, state, opt = made(
+        codec, exact_skip=exact, scaler=scaler if scaled else None
     )  # fmt: skip
     weather = Storm(net, rank, ranks, steps)
     for step in range(steps):
@@ -308,7 +313,7 @@ def storm(rank: int, ranks: int, codec: str, exact: bool, scaled: bool, steps: i
     if exact:  # to the bit what the good batches alone give; a loss scale is a power of two
         if scaled:
             state.rescale(1 / state.scale)
-        clean, clean_ddp, clean_state, clean_opt = setup(CODECS[codec], exact_skip=True)
+        clean, clean_ddp, clean_state, clean_opt = made(codec, exact_skip=True)
         good = [step for step in range(steps) if step not in weather.bad]
         steps_of(clean, clean_opt, rank, good, clean_ddp)
         got, wanted = whole(net, opt, state), whole(clean, clean_opt, clean_state)
@@ -376,8 +381,8 @@ def refused(rank: int, ranks: int, exact: bool) -> tuple[tuple[str, str], list[b
     def fail() -> None:
         raise MemoryError("no room for a bucket")
 
-    net, ddp, state, opt = setup(CODECS["all"], exact_skip=exact)
-    plain, plain_ddp, plain_state, plain_opt = setup(CODECS["all"], exact_skip=exact)
+    net, ddp, state, opt = made("all", exact_skip=exact)
+    plain, plain_ddp, plain_state, plain_opt = made("all", exact_skip=exact)
     steps_of(net, opt, rank, range(2), ddp)
     with at_bucket(state, "_start", fail) if rank == 1 else ExitStack():
         found = raised_by(lambda: steps_of(net, opt, rank, [7], ddp))
@@ -396,8 +401,8 @@ def other_version(rank: int, ranks: int, name: str, value: Any) -> tuple[Any, An
     After that it speaks ours, and training goes on as if those calls had never been.
     """
     odd = value if rank == 1 else getattr(__import__("pydist").wire, name)
-    net, ddp, state, opt = setup(CODECS["sign"])
-    plain, plain_ddp, plain_state, plain_opt = setup(CODECS["sign"])
+    net, ddp, state, opt = made("sign")
+    plain, plain_ddp, plain_state, plain_opt = made("sign")
     steps_of(net, opt, rank, range(2), ddp)
     with speaking(name, odd):
         at_once = raised_by(lambda: compress(DDP(model()), QSGD(4)))

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from cases_collectives import bits
 from cases_ddp_checkpoint import unsent, unsent_of
-from cases_ddp_faults import CODECS, at_bucket, last_complete, load, save
-from cases_ddp_state import setup, steps_of
+from cases_ddp_faults import at_bucket, last_complete, load, made, save
+from cases_ddp_state import steps_of
 
 from pydist.ddp import CompressionState
 
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    net, ddp, state, opt = setup(CODECS[options.codec])
+    net, ddp, state, opt = made(options.codec)
     saved = [torch.load(file, weights_only=True) for file in last_complete(options.folder)]
     start = load(options.folder, net, opt, state)
     lost = missing(ranks, state, [one["compression"] for one in saved])
