@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pydist import groups, wire
 from pydist.errors import MismatchError, PydistError
+from pydist.series import Series
 from pydist.staging import Staging
 
 T = TypeVar("T")
@@ -64,6 +65,11 @@ class Call:
         """32-bit checksum of name and fields."""
         return zlib.crc32(_json([self.name, self.fields]))
 
+    @property
+    def label(self) -> str:
+        """Name and step, for messages."""
+        return f"{self.name}, step {self.step}"
+
 
 class Chunk(Protocol):
     """A part of a job after its first phase was issued."""
@@ -78,9 +84,15 @@ class Chunk(Protocol):
 
 
 class Job(Protocol):
-    """A collective call, cut into chunks."""
+    """A collective call, cut into chunks.
+
+    Attributes:
+        future: Complete when the job is.
+        label: What the user called and its step, for messages; may be empty.
+    """
 
     future: Future[None]
+    label: str
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Agrees with the other ranks, then encodes and issues phase 1, chunk after chunk."""
@@ -96,8 +108,8 @@ class _Task(Generic[T]):
 
     result: T
 
-    def __init__(self, task: Callable[[], T]) -> None:
-        self.task = task
+    def __init__(self, task: Callable[[], T], label: str = "") -> None:
+        self.task, self.label = task, label
         self.future: Future[None] = Future()
 
     def chunks(self) -> Generator[Chunk, None, None]:
@@ -259,10 +271,18 @@ class Communicator:
         return job.result
 
     def refuse(
-        self, call: Call, then: Callable[[Future[None]], None] | None = None
+        self,
+        call: Call,
+        then: Callable[[Future[None]], None] | None = None,
+        series: Series | None = None,
     ) -> Future[None]:
         """Takes part in a call's agreement with its problem, in order; every rank then raises."""
-        job = _Task(lambda: self.agree(call))
+
+        def task() -> None:
+            with contextlib.nullcontext() if series is None else series.member():
+                self.agree(call)
+
+        job = _Task(task, call.label)
         if then is not None:
             job.future.add_done_callback(then)
         self.submit(job)
@@ -336,7 +356,9 @@ class Communicator:
         # A disagreement is raised on every rank before data moved: the group is still in step.
         if not isinstance(error, PydistError):
             self._broken = error
-            reason = PydistError(f"rank {self.ranks[self.rank]}: a collective failed: {error}")
+            which = f"{job.label}: " if job.label else ""
+            me = self.ranks[self.rank]
+            reason = PydistError(f"{which}rank {me}: a collective failed: {error}")
             reason.__cause__ = error
             error = reason
         if not job.future.done():

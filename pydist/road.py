@@ -33,6 +33,7 @@ from pydist.communicator import Call, Communicator
 from pydist.errors import PydistError
 from pydist.groups import all_gather
 from pydist.parcels import Parcels
+from pydist.series import Series
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
@@ -241,6 +242,7 @@ class Road:
         route: The way to take, or for an all-reduce ``"auto"``, ``"two_phase"`` or
             ``"all_gather"``.
         device: The data's device.
+        series: Calls that this one belongs to; it is left out when one before it was refused.
     """
 
     def __init__(
@@ -250,8 +252,10 @@ class Road:
         call: Call,
         route: Route | str,
         device: torch.device,
+        series: Series | None = None,
     ) -> None:
         self.comm, self.coder = comm, coder
+        self.series = series or Series()
         # How the data is cut must be equal too; another release may choose otherwise.
         cut: dict[str, object] = {"chunk_bytes": CHUNK_BYTES}
         if not isinstance(route, Route):
@@ -259,6 +263,7 @@ class Road:
             route = ALL_REDUCE[str(cut["algorithm"])]
         self.route = route
         self.call = replace(call, fields=call.fields | cut)
+        self.label = call.label
         self.data_device = device
         self.device = comm.device(device)
         self.future: Future[None] = Future()
@@ -310,7 +315,8 @@ class Road:
                 exchange.encode()
 
         try:
-            self.comm.agree(self.call, meanwhile)
+            with self.series.member():
+                self.comm.agree(self.call, meanwhile)
         except PydistError:
             for exchange in early:
                 exchange.drop()

@@ -63,10 +63,15 @@ def unsent(ranks: int, state: CompressionState) -> dict[str, Any]:
     """What all ranks have not sent, as it will count in a mean: double precision."""
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, state.state_dict())
+    return unsent_of(everyone)
+
+
+def unsent_of(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same of all ranks' saved states."""
     total: dict[str, Any] = {}
-    for rank, saved in enumerate(everyone):
+    for rank, saved in enumerate(states):
         for name, entry in saved["parameters"].items():
-            mass = entry["residual"].double().reshape(-1).numpy() / ranks
+            mass = entry["residual"].double().reshape(-1).numpy() / len(states)
             if "owner" in entry:
                 first, last, whole = entry["owner_span"]
                 if not whole or rank == 0:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-import time
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from pydist import QSGD, BlockInt, Sign, Ternary, TopK
-from pydist.codecs.bucket_coder import BucketCoder
 from pydist.communicator import communicator
 from pydist.ddp import CompressionState, compress, compression_hook
 
@@ -316,35 +313,6 @@ def joined(rank: int, ranks: int) -> list[bytes]:
     assert everyone == [ranks + 1] * ranks
     # After the last batches only the last rank had a gradient: the mean is over all ranks.
     return [bits(p) for p in net.parameters()]
-
-
-def delayed(rank: int, ranks: int, steps: int, buckets: int) -> list[bytes]:
-    """Every rank is held up at random in every phase of every bucket: no hang, the same bits."""
-    names, dice = ("encode", "reduce", "decode"), random.Random(rank)
-    finals = []
-    for late in (False, True):
-        net, ddp, state, opt = setup(algorithm="two_phase")
-        usual = {name: getattr(BucketCoder, name) for name in names}
-
-        def held_up(name: str, call: Any) -> Any:
-            def coded(*args: Any) -> Any:
-                time.sleep(dice.choice((0, 0, 0.001, 0.004)))
-                return call(*args)
-
-            return coded
-
-        if late:
-            for name, call in usual.items():
-                setattr(BucketCoder, name, held_up(name, call))
-        try:
-            steps_of(net, opt, rank, range(steps), ddp)
-        finally:
-            for name, call in usual.items():
-                setattr(BucketCoder, name, call)
-        assert state.stats()["buckets"] == 1 + buckets * (steps - 1)
-        finals.append(everything(net, state))
-    assert finals[0] == finals[1]
-    return finals[0][0]
 
 
 class Checkpointed(torch.nn.Module):

@@ -109,13 +109,6 @@ def test_sparse(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.sparse))
 
 
-@pytest.mark.parametrize(
-    "steps", [4, pytest.param(2000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
-)
-def test_delays(worlds: Worlds, steps: int) -> None:
-    same_on_all_ranks(worlds(3).run(cases.delayed, steps, 5, timeout=60 + steps))
-
-
 def test_checkpointed_and_compiled(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(cases.composed))
 

@@ -31,7 +31,7 @@ LAYERS = [
     {"ternary_ops", "topk_arrays", "topk_ops"},
     {"ops", "arrays", "environment"},
     {"selfcheck"},
-    {"groups", "staging"},
+    {"groups", "series", "staging"},
     {"codecs", "communicator"},
     {"parcels"},
     {"road"},

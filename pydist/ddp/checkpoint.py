@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from pydist.communicator import differences
 from pydist.feedback import OwnerShare
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def load_state_dict(
                 f"state: entry {i} of {len(states)} was saved by rank {one['rank']} of "
                 f"{one['world_size']}"
             )
+        if (one["step"], one["scale"]) != (states[0]["step"], states[0]["scale"]):
+            found = [{name: each[name] for name in ("step", "scale")} for each in states]
+            text = differences(found, list(range(len(states))))
+            raise ValueError(f"state: ranks saved at different moments: {text}")
         unknown = [name for name in one["parameters"] if state.parameters.ordinal_of(name) is None]
         if unknown:
             raise ValueError(f"state: parameters that the model does not have: {unknown[:5]}")

@@ -26,6 +26,7 @@ from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
 from pydist.feedback import Residuals, any_nonzero
 from pydist.road import Road
+from pydist.series import Series
 
 logger = logging.getLogger("pydist.ddp")
 
@@ -110,6 +111,7 @@ class CompressionState:
         self._in_flight: list[_InFlight] = []
         self._open = False  # inside a step: its last bucket has not come by
         self._unsettled = False  # a step is over, and what became of it was not looked at
+        self._series = Series()  # the buckets of this step
         self._failure: PydistError | None = None
         self._lock = threading.Lock()
         self._scale: float | None = None
@@ -189,7 +191,7 @@ class CompressionState:
             if self._scale is not None and scale != self._scale:
                 self.residuals.rescale(scale / self._scale)
             self._scale = scale
-        self._open = True
+        self._open, self._series = True, Series()
 
     def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
         flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer
@@ -219,7 +221,7 @@ class CompressionState:
             staged=staged,
         )  # fmt: skip
         call = Call("compression_hook", fields, number)
-        road = Road(comm, coder, call, layout.algorithm, flat.device)
+        road = Road(comm, coder, call, layout.algorithm, flat.device, self._series)
         comm.submit(road)
         self.stats_of.sent(layout.choices, plan, flat)
         layout.agreed = True
@@ -232,7 +234,7 @@ class CompressionState:
         """
         call = Call("compression_hook", {"bucket": bucket.index()}, number, problem=str(error))
         try:
-            self._comm.refuse(call).result()
+            self._comm.refuse(call, series=self._series).result()
             self._failed(error)
         except PydistError as refused:
             self._failed(refused if not isinstance(error, PydistError) else error)
@@ -372,7 +374,8 @@ class CompressionState:
                 ranks of a world of any size, in rank order.
 
         Raises:
-            ValueError: The state is of another world size or rank, or of other parameters.
+            ValueError: The state is of another world size or rank, of other parameters, or of
+                different steps.
         """
         self._settle()
         checkpoint.load_state_dict(self, state)
