@@ -26,6 +26,7 @@ from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part
 from pydist.codecs.ternary import Ternary
 from pydist.codecs.topk import TopK
+from pydist.momentum import Advanced
 
 
 def contracts(codec: Codec) -> bool:
@@ -168,6 +169,24 @@ class Residuals:
         moved = values.to(target.device, torch.float32) * self.weight
         target.copy_(target.float() + moved)
 
+    def release(self, part: Part, device: torch.device, rank: int) -> Tensor | None:
+        """All that a parameter has left here, as what this rank did not send; ``None``: nothing.
+
+        For a parameter that keeps no residuals any more. An owner's residual goes to its worker
+        residual; one that all ranks hold goes to rank 0's. Nothing is lost until :meth:`drop`.
+        """
+        held = self.owner.pop(part.ordinal, None)
+        self._staged_owner.pop(part.ordinal, None)
+        if held is not None and (rank == 0 or not held.whole):
+            self.worker_of(part, device)
+            self._leave(part, held, (held.first, held.last))
+        return self.worker.get(part.ordinal)
+
+    def drop(self, ordinal: int) -> None:
+        """Forgets a parameter's worker residual: it has been sent."""
+        self.worker.pop(ordinal, None)
+        self._staged_worker.pop(ordinal, None)
+
     def section(
         self,
         section: Section,
@@ -177,6 +196,7 @@ class Residuals:
         owner: int | None,
         devices: tuple[torch.device, torch.device],
         staged: bool,
+        momenta: Advanced | None = None,
     ) -> Feedback:
         """Where the kernels find the residuals of a section.
 
@@ -187,6 +207,7 @@ class Residuals:
             owner: This rank's place among the owners; ``None`` keeps no owner's residuals.
             devices: Of the gradients, and of the messages.
             staged: New residuals go to a second buffer, until :meth:`commit`.
+            momenta: What is encoded instead of the gradients.
         """
         mine = [parts[i] for i in section.indices]
         keep: list[Tensor] = []
@@ -208,13 +229,22 @@ class Residuals:
             keep += [values, out]
             places.append((values.data_ptr(), out.data_ptr()))
         worker = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        addresses = masked = None
+        if momenta is not None:
+            ordinals = [part.ordinal for part in mine]
+            tensors = [momenta.values.get(ordinal) for ordinal in ordinals]
+            keep += [x for x in tensors if x is not None]
+            addresses = np.array(
+                [0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64
+            )
+            masked = np.array([ordinal in momenta.kept for ordinal in ordinals], dtype=bool)
         owners = np.array(shares, dtype=np.int64).reshape(-1, 2).T if owner is not None else None
         return Feedback(
             worker=worker[0], worker_out=worker[1],
             owner=None if owners is None else owners[0],
             owner_out=None if owners is None else owners[1],
             dtype=str(self.dtype)[6:], used=used[section.indices],
-            used_by_any=used[section.indices], keep=keep,
+            used_by_any=used[section.indices], keep=keep, values=addresses, masked=masked,
         )  # fmt: skip
 
     def commit(self, section: Section, parts: Sequence[Part], feedback: Feedback) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -119,11 +120,13 @@ def local_gradients(
     return result
 
 
-def kinds_of(net: torch.nn.Module, options: Options, dtype: torch.dtype) -> dict[str, Kind]:
+def kinds_of(
+    net: torch.nn.Module, options: Options, dtype: torch.dtype, stage: int = 0
+) -> dict[str, Kind]:
     kinds = {}
     for ordinal, (name, p) in enumerate(net.named_parameters()):
         if p.requires_grad:
-            choice = options.choose(name, p, dtype)
+            choice = options.choose(name, p, dtype, stage)
             kinds[name] = Kind(ordinal, p.numel(), choice.codec, choice.feedback)
     return kinds
 
@@ -136,7 +139,8 @@ def kept(state: CompressionState) -> dict[str, Any]:
         names[i]: (share.first, share.values.float().numpy().copy())
         for i, share in state.residuals.owner.items()
     }
-    return {"worker": worker, "owner": owner}
+    momenta = {names[i]: x.float().numpy().copy() for i, x in state.momenta.held.items()}
+    return {"worker": worker, "owner": owner, "momenta": momenta}
 
 
 def check_residuals(oracle: Oracle, everyone: list[dict[str, Any]], where: str) -> None:
@@ -145,6 +149,9 @@ def check_residuals(oracle: Oracle, everyone: list[dict[str, Any]], where: str) 
         for name, wanted in oracle.worker[rank].items():
             got = mine["worker"].get(name, np.zeros_like(wanted))
             assert np.array_equal(got, wanted), f"{where}: rank {rank}'s residual of {name}"
+        for name, wanted in oracle.momenta[rank].items():
+            got = mine["momenta"].get(name, np.zeros_like(wanted))
+            assert np.array_equal(got, wanted), f"{where}: rank {rank}'s momentum of {name}"
         for name, (first, values) in mine["owner"].items():
             wanted = oracle.owner[name][first : first + values.size]
             assert np.array_equal(values, wanted), f"{where}: rank {rank} as owner of {name}"
@@ -186,11 +193,14 @@ def trained(
         state = pydist.ddp.compress(ddp, codec, **usual | options)
         kinds = kinds_of(net, state.options, dtype)
         storage = str(state.options.residual_dtype)[6:]
+        mean, norm = state.options.op == "mean", state.options.clip_norm
         oracle = Oracle(
             kinds, ranks, seed=SEED, dtype=dtype_name, storage=storage,
-            owner=state.options.owner_feedback, mean=state.options.op == "mean",
+            owner=state.options.owner_feedback, mean=mean, momentum=state.options.momentum,
+            limit=math.inf if norm is None else norm * ranks ** (0.5 if mean else -0.5),
         )  # fmt: skip
         for step in range(steps):
+            oracle.change(kinds_of(net, state.options, dtype, state.options.stage(step)))
             net.zero_grad()
             backward(ddp, mode, rank, step, dtype)
             state.stats()  # looks at what became of the step
@@ -227,11 +237,21 @@ def first_of(got: Any, wanted: Any) -> str:
 
 
 def conforms(rank: int, ranks: int, cases: list[tuple[Any, ...]]) -> list[list[bytes]]:
-    """One after the other: (name of the codec, dtype, mode, options, chunk)."""
+    """One after the other: (name of the codec, or itself, dtype, mode, options, chunk, steps)."""
     failures: list[str] = []
     results = [
-        trained(rank, ranks, CODECS[codec], dtype, mode, options, chunk, failures)
-        for codec, dtype, mode, options, chunk in cases
+        trained(
+            rank,
+            ranks,
+            CODECS[codec] if isinstance(codec, str) else codec,
+            dtype,
+            mode,
+            options,
+            chunk,
+            failures,
+            *steps,
+        )
+        for codec, dtype, mode, options, chunk, *steps in cases
     ]
     assert not failures, "\n".join(failures)
     return results

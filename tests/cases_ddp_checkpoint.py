@@ -16,9 +16,12 @@ import pydist
 from pydist.ddp import CompressionState
 
 
-def resumed(rank: int, ranks: int, folder: str, how: str) -> list[Any]:
+def resumed(
+    rank: int, ranks: int, folder: str, how: str, options: dict[str, Any] | None = None
+) -> list[Any]:
     """Stopped after four steps and taken up by a new model: the same bits as without."""
-    net, ddp, state, opt = setup(algorithm="two_phase" if ranks > 2 else "auto")
+    options = {"algorithm": "two_phase" if ranks > 2 else "auto"} | (options or {})
+    net, ddp, state, opt = setup(**options)
     steps_of(net, opt, rank, range(4), ddp)
     middle = [copy.deepcopy(net.state_dict()), copy.deepcopy(opt.state_dict())]
     path = Path(folder)
@@ -29,7 +32,7 @@ def resumed(rank: int, ranks: int, folder: str, how: str) -> list[Any]:
     steps_of(net, opt, rank, range(4, 8), ddp)
     wanted = everything(net, state)
     # Other bucket sizes, and a first step that lays buckets out anew.
-    again, ddp, state, opt = setup(ddp={}, algorithm="two_phase" if ranks > 2 else "auto")
+    again, ddp, state, opt = setup(ddp={}, **options)
     again.load_state_dict(middle[0])
     opt.load_state_dict(middle[1])
     if how == "file":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydist import reference_blocks as rb
 from pydist import reference_raw as rr
 from pydist import reference_ternary as r3
 from pydist import reference_topk as rt
+from pydist.codecs.shares import share_of
 from pydist.ternary import UNIT
 
 
@@ -46,28 +48,75 @@ class Oracle:
         storage: Type of the residuals.
         owner: Owners keep residuals too.
         mean: Means, not sums.
+        momentum: Workers' momentum.
+        limit: The longest that a parameter's gradient may be on a rank.
     """
 
     def __init__(
         self, kinds: dict[str, Kind], ranks: int, *, seed: int, dtype: str,
         storage: Any = "float32", owner: bool = True, mean: bool = True,
+        momentum: float = 0.0, limit: float = math.inf,
     ) -> None:  # fmt: skip
         self.kinds, self.ranks, self.seed, self.mean = kinds, ranks, seed, mean
         self.dtype, self.storage, self.with_owner = dtype, storage, owner
-        kept = {name: kind.numel for name, kind in kinds.items() if kind.feedback}
-        self.worker = [
-            {name: np.zeros(n, dtype=np.float32) for name, n in kept.items()} for _ in range(ranks)
-        ]
-        self.owner = {name: np.zeros(n, dtype=np.float32) for name, n in kept.items()}
+        self.factor, self.limit = np.float32(momentum), limit
+
+        def zeros() -> dict[str, Any]:
+            return {name: np.zeros(kind.numel, np.float32) for name, kind in kinds.items()}
+
+        self.worker = [zeros() for _ in range(ranks)]
+        self.momenta = [zeros() for _ in range(ranks)]
+        self.owner = zeros()
 
     def step(self, gradients: list[dict[str, Any]], step: int) -> dict[str, Any]:
         """What all ranks hold afterwards, by name, from what each rank has."""
-        return {
-            name: ref.round_to(
-                self._reduced(name, kind, [g[name] for g in gradients], step), self.dtype
-            )
-            for name, kind in self.kinds.items()
-        }
+        result = {}
+        for name, kind in self.kinds.items():
+            entering = [self._entering(name, kind, g[name], r) for r, g in enumerate(gradients)]
+            result[name] = ref.round_to(self._reduced(name, kind, entering, step), self.dtype)
+        return result
+
+    # ----------------------------------------------------------------- before it is encoded
+
+    def change(self, kinds: dict[str, Kind]) -> None:
+        """Other codecs from now on. Owners' elements that change owner are left to the old one."""
+        for name, new in kinds.items():
+            old, self.kinds[name] = self.kinds[name], new
+            if not old.feedback or _unit(old) == _unit(new):
+                continue
+            weight = self.ranks if self.mean else 1
+            for rank in range(self.ranks):
+                leaves = _owned(old, rank, self.ranks)
+                if new.feedback:
+                    leaves &= ~_owned(new, rank, self.ranks)
+                self.worker[rank][name][leaves] += self.owner[name][leaves] * np.float32(weight)
+            stays = np.zeros(new.numel, dtype=bool)
+            for rank in range(self.ranks if new.feedback else 0):
+                stays |= _owned(old, rank, self.ranks) & _owned(new, rank, self.ranks)
+            self.owner[name][~stays] = 0
+
+    def _entering(self, name: str, kind: Kind, gradient: Any, rank: int) -> Any:
+        """Clipped, with momentum, and with what is left where no residual is kept any more."""
+        if not gradient.any():
+            return gradient
+        length = math.sqrt(_halved([float(x) * float(x) for x in gradient]))
+        if length > self.limit:
+            gradient = gradient * np.float32(self.limit / length)
+            gradient = ref.round_to(gradient, self.dtype)
+        if self.factor:
+            new = self.factor * self.momenta[rank][name] + gradient
+            gradient = self.momenta[rank][name] = ref.round_to(new, self.storage)
+        if kind.feedback:
+            return gradient
+        left, self.worker[rank][name] = self.worker[rank][name], np.zeros(kind.numel, np.float32)
+        return ref.round_to(gradient + left if left.any() else gradient, self.dtype)
+
+    def _mask(self, name: str, payload: Any, form: Any, table: Any, rank: int) -> None:
+        """Momentum factor masking."""
+        held = self.momenta[rank]
+        held[name] = rt.clear(held[name], payload, form, segments=table)
+
+    # ----------------------------------------------------------------- by codec
 
     def _reduced(self, name: str, kind: Kind, gradients: list[Any], step: int) -> Any:
         if kind.numel == 0:
@@ -129,6 +178,7 @@ class Oracle:
         for rank, gradient in enumerate(gradients):
             if kind.feedback and gradient.any():
                 payload, self.worker[rank][name] = kept(gradient, self.worker[rank][name])
+                self._mask(name, payload, form, table, rank)
             else:
                 payload, _ = rt.select(gradient, form, **how)
             payloads.append(payload)
@@ -160,3 +210,28 @@ class Oracle:
         storage = getattr(kind.codec, "dtype", None) or self.dtype
         values = np.stack([ref.round_to(g, storage) for g in gradients])
         return rr.sum_values(values, storage, mean=self.mean)[0]
+
+
+def _unit(kind: Kind) -> int:
+    """Elements of a unit that has one owner; 0 without residuals."""
+    if not kind.feedback:
+        return 0
+    form = getattr(kind.codec, "topk_format", None) or kind.codec.block_format
+    return int(form.block)
+
+
+def _owned(kind: Kind, rank: int, ranks: int) -> Any:
+    """Which elements a rank owns where every rank reduces a share."""
+    first, last = share_of(kind.numel, kind.ordinal, _unit(kind), rank, ranks)
+    owned = np.zeros(kind.numel, dtype=bool)
+    owned[first:last] = True
+    return owned
+
+
+def _halved(values: list[float]) -> float:
+    """The sum, the second half always added to the first, which is the longer one."""
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        second = values[half:]
+        values = [x + y for x, y in zip(values, second, strict=False)] + values[len(second) : half]
+    return values[0] if values else 0.0

@@ -42,6 +42,9 @@ class Feedback:
         used: Whether this rank's gradient is anything but zeros.
         used_by_any: Whether any rank's is; known once all have said so.
         keep: What must stay in memory for the addresses to hold.
+        values: Address of what is encoded instead of each part's gradient, of the residuals' type,
+            as if its element 0 were there; ``None`` encodes the gradients in the bucket.
+        masked: Where those values become zero as soon as a sparse codec has sent them.
     """
 
     worker: IntArray
@@ -52,6 +55,22 @@ class Feedback:
     used: np.ndarray
     used_by_any: np.ndarray
     keep: list[Tensor] = field(default_factory=list)
+    values: IntArray | None = None
+    masked: np.ndarray | None = None
+
+    def input_rows(self, rows: IntArray, part: IntArray, dtype: int) -> tuple[IntArray, int]:
+        """The rows with the addresses of what is encoded with residuals, and its type.
+
+        Args:
+            rows: Rows that are used, with the addresses of their elements in the bucket.
+            part: Which part each row is of.
+            dtype: The bucket's type, as kernels count them.
+        """
+        if self.values is None:
+            return rows, dtype
+        rows = rows.copy()
+        rows[:, wire.X] = self.values[part] + checks.ITEMSIZE[self.dtype] * rows[:, wire.FIRST]
+        return rows, FLOATS[self.dtype]
 
     def place(self, rows: IntArray, part: IntArray, *, owner: bool) -> None:
         """Fills in where the rows' residuals are."""
@@ -194,8 +213,9 @@ class BlockSection:
         if feedback is not None:
             feedback.place(rows, piece.part, owner=False)
             used = feedback.used[piece.part]
+            fed, dtype = feedback.input_rows(rows[used], piece.part[used], bucket.dtype)
             launch(
-                bucket, out, "quantize_feedback", rows[used], bucket.dtype,
+                bucket, out, "quantize_feedback", fed, dtype,
                 FLOATS[feedback.dtype], room, flags, unit=self.form.block,
             )  # fmt: skip
             plain = rows[~used]

@@ -47,28 +47,41 @@ class TopKSection:
         dtype: int,
         rows: IntArray,
         feedback: Feedback | None,
-        used: IntArray | None,
         place: _C.TopKEncode,
         flags: Tensor,
     ) -> None:
-        """Encodes the rows: those that are used with their residuals, the others without."""
+        """Encodes rows, with their residuals where there is ``feedback``."""
         block, raised = self.form.block, flags.data_ptr()
-        if feedback is not None and used is not None:
-            kinds = dtype, FLOATS[feedback.dtype]
-            launch(bucket, near, "topk_feedback", rows[used], *kinds, place, raised, unit=block)
-            rows = rows[~used]
-        launch(bucket, near, "topk_select", rows, dtype, place, raised, unit=block)
+        if feedback is None:
+            launch(bucket, near, "topk_select", rows, dtype, place, raised, unit=block)
+            return
+        kinds = dtype, FLOATS[feedback.dtype]
+        launch(bucket, near, "topk_feedback", rows, *kinds, place, raised, unit=block)
 
     def encode(self, bucket: Bucket, feedback: Feedback | None, out: Tensor, piece: Piece) -> None:
         """The entries of all owners' shares in one pass, then dealt out to their rows."""
         blocks = torch.zeros(out.shape, dtype=torch.uint8, device=out.device)
-        rows, used = bucket.addressed(piece.rows), None
+        rows, place = bucket.addressed(piece.rows), self._place(bucket, blocks)
         if feedback is not None:
             feedback.place(rows, piece.part, owner=False)
             used = feedback.used[piece.part]
-        place = self._place(bucket, blocks)
-        self._select(bucket, out, bucket.dtype, rows, feedback, used, place, bucket.flags)
+            fed, dtype = feedback.input_rows(rows[used], piece.part[used], bucket.dtype)
+            self._select(bucket, out, dtype, fed, feedback, place, bucket.flags)
+            rows = rows[~used]
+            if feedback.masked is not None:
+                masked = feedback.masked[piece.part[used]]
+                self._clear(bucket, blocks, fed[masked], dtype)
+        self._select(bucket, out, bucket.dtype, rows, None, place, bucket.flags)
         out.copy_(blocks)
+
+    def _clear(self, bucket: Bucket, blocks: Tensor, rows: IntArray, dtype: int) -> None:
+        """Zeros in the rows' elements where ``blocks`` have entries (momentum factor masking)."""
+        rows = wire.number_rows(rows, self.form.block)
+        payloads = self._payloads(blocks.view(1, -1), rows)
+        topk_kernels.run_decoder(
+            bucket.target(blocks), "topk_scatter", rows, dtype, payloads.native(clear=True),
+            payloads=payloads, flags=bucket.flags.data_ptr(), sums=False,
+        )  # fmt: skip
 
     def reduce(
         self,
@@ -101,7 +114,8 @@ class TopKSection:
         )  # fmt: skip
         feedback.place(rows, piece.part, owner=True)
         used = feedback.used_by_any[piece.part]
-        self._select(bucket, messages, FLOAT32, rows, feedback, used, place, flags)
+        self._select(bucket, messages, FLOAT32, rows[used], feedback, place, flags)
+        self._select(bucket, messages, FLOAT32, rows[~used], None, place, flags)
 
     def decode(self, bucket: Bucket, shards: Tensor, piece: Piece) -> None:
         """The entries into their places, zeros between them."""

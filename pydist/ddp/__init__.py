@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pydist.ddp.advice import Advice
 from pydist.ddp.checkpoint import saved_world_size
 from pydist.ddp.hook import compress, compression_hook
+from pydist.ddp.schedule import Schedule
 from pydist.ddp.state import CompressionState
 
-__all__ = ["CompressionState", "compress", "compression_hook", "saved_world_size"]
+__all__ = [
+    "Advice",
+    "CompressionState",
+    "Schedule",
+    "compress",
+    "compression_hook",
+    "saved_world_size",
+]

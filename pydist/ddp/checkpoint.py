@@ -20,8 +20,8 @@ from pydist.feedback import OwnerShare
 if TYPE_CHECKING:
     from pydist.ddp.state import CompressionState
 
-VERSION = 1
-_RESIDUAL, _OWNER, _SPAN = "residual/", "owner/", "owner_span/"
+VERSION = 2
+_RESIDUAL, _OWNER, _SPAN, _MOMENTUM = "residual/", "owner/", "owner_span/", "momentum/"
 
 
 def shaped(flat: Tensor, param: Tensor) -> Tensor:
@@ -31,6 +31,11 @@ def shaped(flat: Tensor, param: Tensor) -> Tensor:
     return flat.view(param.size())
 
 
+def _real(param: Tensor) -> Tensor:
+    """A parameter as its gradients lie in a bucket: complex numbers as two real ones."""
+    return torch.view_as_real(param.detach()) if param.is_complex() else param
+
+
 # --------------------------------------------------------------------------- a file a rank
 
 
@@ -38,9 +43,14 @@ def state_dict(state: CompressionState) -> dict[str, Any]:
     """See :meth:`pydist.ddp.CompressionState.state_dict`."""
     residuals = state.residuals
     parameters: dict[str, dict[str, Any]] = {}
-    for ordinal, flat in sorted(residuals.worker.items()):
+    momenta = state.momenta.held
+    for ordinal in sorted({*residuals.worker, *momenta}):
         param = state.parameters.tensors[ordinal]
-        entry: dict[str, Any] = {"residual": shaped(flat, param).clone()}
+        entry: dict[str, Any] = {}
+        if ordinal in residuals.worker:
+            entry["residual"] = shaped(residuals.worker[ordinal], param).clone()
+        if ordinal in momenta:
+            entry["momentum"] = shaped(momenta[ordinal], _real(param)).clone()
         share = residuals.owner.get(ordinal)
         if share is not None:
             entry["owner"] = share.values.clone()
@@ -56,6 +66,7 @@ def _scalars(state: CompressionState) -> dict[str, Any]:
         "weight": state.residuals.weight,
         "step": state.step,
         "scale": state.scale,
+        "rescaled": state.rescaled,
     }
 
 
@@ -97,7 +108,8 @@ def load_state_dict(
 
 def _restore_scalars(state: CompressionState, saved: Mapping[str, Any]) -> None:
     state.residuals.clear()
-    state.restore(int(saved["step"]), saved["scale"])
+    state.momenta.clear()
+    state.restore(int(saved["step"]), saved["scale"], saved["rescaled"])
 
 
 def _take(state: CompressionState, saved: Mapping[str, Any]) -> None:
@@ -105,7 +117,10 @@ def _take(state: CompressionState, saved: Mapping[str, Any]) -> None:
     _restore_scalars(state, saved)
     for name, entry in saved["parameters"].items():
         ordinal, param = _find(state, name)
-        _put(state, ordinal, param, entry["residual"])
+        if "residual" in entry:
+            _put(state, ordinal, param, entry["residual"])
+        if "momentum" in entry:
+            _put_momentum(state, ordinal, param, entry["momentum"])
         if "owner" in entry:
             first, last, whole = (int(x) for x in entry["owner_span"])
             values = entry["owner"].to(state.communicator.device(param.device))
@@ -134,24 +149,45 @@ def _put(state: CompressionState, ordinal: int, param: Tensor, values: Tensor) -
     state.residuals.worker[ordinal] = flat
 
 
+def _put_momentum(state: CompressionState, ordinal: int, param: Tensor, values: Tensor) -> None:
+    name, like = state.parameters.names[ordinal], _real(param)
+    if not state.momenta.factor:
+        raise ValueError(f"state: it holds the momentum of {name!r}, and momentum is 0.0 here")
+    if values.shape != like.shape:
+        raise ValueError(
+            f"state: momentum of {name!r} has shape {list(values.shape)}, expected "
+            f"{list(like.shape)}"
+        )
+    dtype = state.momenta.dtype_for(like.dtype)
+    flat = torch.zeros(like.numel(), dtype=dtype, device=param.device)
+    shaped(flat, like).copy_(values)
+    state.momenta.held[ordinal] = flat
+
+
 def _take_shares(state: CompressionState, states: Sequence[Mapping[str, Any]]) -> None:
     """Takes an equal part of what all old ranks had not sent."""
     _restore_scalars(state, states[0])
     for name in dict.fromkeys(name for one in states for name in one["parameters"]):
         ordinal, param = _find(state, name)
+        momenta = [one["parameters"].get(name, {}).get("momentum") for one in states]
+        if found := [x for x in momenta if x is not None]:
+            wide = [x.to(torch.promote_types(x.dtype, torch.float32)).cpu() for x in found]
+            _put_momentum(state, ordinal, param, torch.stack(wide).sum(0) / len(states))
         total = torch.zeros(param.numel())
+        left = False
         for rank, one in enumerate(states):
-            if name not in one["parameters"]:
+            entry = one["parameters"].get(name, {})
+            if "residual" not in entry:
                 continue
-            entry = one["parameters"][name]
-            mine = torch.zeros(param.numel())
+            left, mine = True, torch.zeros(param.numel())
             shaped(mine, param).copy_(entry["residual"])
             if "owner" in entry:
                 first, last, whole = (int(x) for x in entry["owner_span"])
                 if not whole or rank == 0:  # a whole one is the same on all ranks
                     mine[first:last] += entry["owner"].float().cpu() * one["weight"]
             total += mine
-        _put(state, ordinal, param, shaped(total / len(states), param))
+        if left:
+            _put(state, ordinal, param, shaped(total / len(states), param))
 
 
 # --------------------------------------------------------------------------- distributed
@@ -185,6 +221,8 @@ class Sharded:
         for name, ordinal, param in self._parameters():
             for key, value in self._entries(name, ordinal, param):
                 result[key] = self._distributed(value)
+        for name, value in self._momenta():
+            result[_MOMENTUM + name] = self._distributed(value)
         return result
 
     def _entries(self, name: str, ordinal: int, param: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -200,6 +238,15 @@ class Sharded:
             span = [share.first, share.last, int(share.whole)]
         yield _OWNER + name, whole
         yield _SPAN + name, torch.tensor(span)
+
+    def _momenta(self) -> Iterator[tuple[str, Tensor]]:
+        momenta = self._state.momenta
+        if not momenta.factor:
+            return
+        for ordinal, name, param in self._state.parameters.trained():
+            like, flat = _real(param), momenta.held.get(ordinal)
+            zeros = torch.zeros(like.shape, dtype=momenta.dtype_for(like.dtype))
+            yield name, zeros if flat is None else shaped(flat, like).cpu().clone()
 
     def _distributed(self, value: Tensor) -> Tensor:
         from torch.distributed.device_mesh import DeviceMesh
@@ -225,7 +272,7 @@ class Sharded:
             )
         states = []
         for row in range(self._saved if other else 1):
-            parameters = {}
+            parameters: dict[str, dict[str, Any]] = {}
             for name, _, _ in self._parameters():
                 span = rows[_SPAN + name][row].tolist()
                 entry: dict[str, Any] = {"residual": rows[_RESIDUAL + name][row]}
@@ -233,6 +280,8 @@ class Sharded:
                     entry["owner"] = rows[_OWNER + name][row][span[0] : span[1]]
                     entry["owner_span"] = span
                 parameters[name] = entry
+            for name, _ in self._momenta():
+                parameters.setdefault(name, {})["momentum"] = rows[_MOMENTUM + name][row]
             rank = row if other else self._state.communicator.rank
             states.append({**scalars, "rank": rank, "parameters": parameters})
         self._state.load_state_dict(states if other else states[0])

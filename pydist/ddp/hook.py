@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from pydist.codecs.coders import Codec
+from pydist.ddp.schedule import Schedule
 from pydist.ddp.state import CompressionState
 
 
@@ -38,7 +39,9 @@ def compression_hook(
 
 
 def compress(
-    model: DistributedDataParallel, codec: Codec | dict[str, Codec | None], **options: Any
+    model: DistributedDataParallel,
+    codec: Codec | dict[str, Codec | None] | Schedule,
+    **options: Any,
 ) -> CompressionState:
     """Compresses the gradients of a DDP model: makes a state and registers the hook.
 

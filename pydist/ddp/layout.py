@@ -69,8 +69,8 @@ class Parameters:
             fields[f"parameter {i}"] = [name, str(param.dtype), list(param.shape)]
         return fields
 
-    def with_residuals(self, options: Options) -> Iterable[tuple[int, str]]:
-        """Place and name of every parameter that keeps residuals.
+    def trained(self) -> Iterable[tuple[int, str, Tensor]]:
+        """Place and name of every parameter that gets gradients, and itself.
 
         Raises:
             ValueError: The parameters have no names.
@@ -78,7 +78,17 @@ class Parameters:
         if not self.named:
             raise ValueError("named_parameters was not given: parameters have no names")
         for ordinal, (name, param) in enumerate(zip(self.names, self.tensors, strict=True)):
-            if param.requires_grad and options.choose(name, param, param.dtype).feedback:
+            if param.requires_grad:
+                yield ordinal, name, param
+
+    def with_residuals(self, options: Options) -> Iterable[tuple[int, str]]:
+        """Place and name of every parameter that keeps residuals in some step.
+
+        Raises:
+            ValueError: The parameters have no names.
+        """
+        for ordinal, name, param in self.trained():
+            if options.ever_keeps(name, param):
                 yield ordinal, name
 
 
@@ -116,25 +126,25 @@ class Layouts:
         self.options, self.parameters, self.ranks = options, parameters, ranks
         self._known: dict[tuple[Any, ...], Layout] = {}
 
-    def of(self, bucket: GradBucket, flat: Tensor, warm: bool) -> Layout:
+    def of(self, bucket: GradBucket, flat: Tensor, stage: int) -> Layout:
         """How a bucket's parameters travel.
 
         Args:
             bucket: DDP's bucket.
             flat: Its buffer: dense, real, one-dimensional.
-            warm: In the warm-up everything travels raw.
+            stage: Of :meth:`pydist.ddp.options.Options.stage`.
 
         Raises:
             ValueError: A parameter has no name, or the bucket another length than its parameters.
         """
         params = bucket.parameters()
         ordinals = [self.parameters.ordinal(param) for param in params]
-        key = (bucket.index(), bucket.buffer().dtype, flat.numel(), warm, *ordinals)
+        key = (bucket.index(), bucket.buffer().dtype, flat.numel(), stage, *ordinals)
         layout = self._known.get(key)
         if layout is None:
-            layout = self._lay_out(bucket, flat, ordinals, warm)
-            # Buckets are rebuilt once or twice; what came before is not needed again.
-            for old in [old for old in self._known if old[0] == key[0] and old[3] == warm]:
+            layout = self._lay_out(bucket, flat, ordinals, stage)
+            # Buckets are rebuilt once or twice and stages pass; what was before is not needed.
+            for old in [old for old in self._known if old[0] == key[0]]:
                 del self._known[old]
             self._known[key] = layout
         return layout
@@ -144,7 +154,7 @@ class Layouts:
         for layout in self._known.values():
             layout.agreed = False
 
-    def _lay_out(self, bucket: GradBucket, flat: Tensor, ordinals: list[int], warm: bool) -> Layout:
+    def _lay_out(self, bucket: GradBucket, flat: Tensor, ordinals: list[int], stage: int) -> Layout:
         params, dtype = bucket.parameters(), flat.dtype
         names = [self.parameters.names[i] for i in ordinals]
         # A complex number lies there as two.
@@ -158,9 +168,11 @@ class Layouts:
             for ordinal, end, size in zip(ordinals, np.cumsum(sizes), sizes, strict=True)
         ]
         choices = [
-            Choice(None, reason="warm-up" if warm else "sparse gradient")
-            if warm or bucket.buffer().is_sparse
-            else self.options.choose(name, param, param.dtype if param.is_complex() else dtype)
+            Choice(None, reason="sparse gradient")
+            if stage >= 0 and bucket.buffer().is_sparse
+            else self.options.choose(
+                name, param, param.dtype if param.is_complex() else dtype, stage
+            )
             for name, param in zip(names, params, strict=True)
         ]
         plan, algorithm = self._plan(parts, choices, flat)

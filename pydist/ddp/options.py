@@ -14,11 +14,13 @@ from pydist import checks, wire
 from pydist.codecs.bucket_coder import bytes_in_bucket, check_bucket_codec
 from pydist.codecs.coders import Codec, check_codec, check_op
 from pydist.codecs.raw import Raw
+from pydist.ddp.schedule import Codecs, Schedule, described
 from pydist.feedback import contracts, forbids
 from pydist.road import ALGORITHMS
 
 Exclude = Callable[[str, Tensor], bool] | Iterable[str]
 FEEDBACK = ("auto", True, False, "worker")
+WARM_UP, LOCAL = -1, -2  # stages in which nothing is compressed
 OPS = ("mean", "sum")
 
 # What torch.nn puts into names without changing what a parameter is.
@@ -58,7 +60,7 @@ class Options:
         ValueError: An argument is out of range, or error feedback was forced where it diverges.
     """
 
-    codec: Codec | Mapping[str, Codec | None]
+    codec: Codecs | Schedule
     error_feedback: str | bool
     warmup_steps: int
     min_numel: int
@@ -68,6 +70,11 @@ class Options:
     algorithm: str
     residual_dtype: torch.dtype
     exact_skip: bool
+    momentum: float = 0.0
+    clip_norm: float | None = None
+    local_after: int | None = None
+    in_subgroup: bool = False
+    error_every: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):
@@ -75,7 +82,7 @@ class Options:
         if self.exclude is not None and not callable(self.exclude):
             object.__setattr__(self, "exclude", tuple(self.exclude))
         checks.check_seed(self.seed)
-        for name in ("warmup_steps", "min_numel"):
+        for name in ("warmup_steps", "min_numel", "error_every"):
             if wire.as_int(name, getattr(self, name)) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         known: list[tuple[str, Any, Sequence[Any]]] = [
@@ -87,6 +94,7 @@ class Options:
         for name, value, values in known:
             if value not in values:
                 raise ValueError(f"{name} must be one of {list(values)}, got {value!r}")
+        self._check_local()
         for codec in self.codecs():
             if codec is None:
                 continue
@@ -97,9 +105,42 @@ class Options:
             if self.error_feedback in (True, "worker") and reason:
                 raise ValueError(f"error_feedback={self.error_feedback}: {reason}")
 
+    def _check_local(self) -> None:
+        """Checks what happens on a rank alone."""
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
+            raise ValueError(f"clip_norm must be positive and finite, got {self.clip_norm}")
+        if self.local_after is None:
+            if self.in_subgroup:
+                raise ValueError("subgroup is used after local_after steps, and that is None")
+            return
+        if wire.as_int("local_after", self.local_after) < 0:
+            raise ValueError(f"local_after must not be negative, got {self.local_after}")
+        if self.op != "mean":
+            raise ValueError(f"local_after needs op='mean', got {self.op!r}")
+        if self.exact_skip:
+            raise ValueError("local_after excludes exact_skip: ranks would count other steps")
+
     def codecs(self) -> list[Codec | None]:
         """All codecs that were given."""
-        return list(self.codec.values()) if isinstance(self.codec, Mapping) else [self.codec]
+        result: list[Codec | None] = []
+        for codec in self._stages():
+            result += codec.values() if isinstance(codec, Mapping) else [codec]
+        return result
+
+    def _stages(self) -> list[Codecs]:
+        if isinstance(self.codec, Schedule):
+            return [codec for _, codec in self.codec.stages]
+        return [self.codec]
+
+    def stage(self, step: int) -> int:
+        """What a step compresses with: the place in a schedule, ``WARM_UP`` or ``LOCAL``."""
+        if self.local_after is not None and step >= self.local_after:
+            return LOCAL
+        if step < self.warmup_steps:
+            return WARM_UP
+        return self.codec.stage(step) if isinstance(self.codec, Schedule) else 0
 
     @property
     def owner_feedback(self) -> bool:
@@ -109,13 +150,14 @@ class Options:
     @property
     def needs_names(self) -> bool:
         """Whether parameters are chosen by name."""
-        return isinstance(self.codec, Mapping) or self.exclude is not None
+        by_pattern = any(isinstance(codec, Mapping) for codec in self._stages())
+        return by_pattern or self.exclude is not None
 
     def described(self) -> dict[str, Any]:
         """What all ranks must have given alike (a predicate is seen by what it excludes)."""
-        codecs = self.codec if isinstance(self.codec, Mapping) else {"*": self.codec}
+        codec = self.codec
         return {
-            "codec": {pattern: repr(codec) for pattern, codec in codecs.items()},
+            "codec": codec.described() if isinstance(codec, Schedule) else described(codec),
             "error_feedback": self.error_feedback,
             "warmup_steps": self.warmup_steps,
             "min_numel": self.min_numel,
@@ -125,6 +167,10 @@ class Options:
             "algorithm": self.algorithm,
             "residual_dtype": str(self.residual_dtype),
             "exact_skip": self.exact_skip,
+            "momentum": self.momentum,
+            "clip_norm": self.clip_norm,
+            "local_after": self.local_after,
+            "subgroup": self.in_subgroup,
         }
 
     # ----------------------------------------------------------------- one parameter
@@ -137,22 +183,30 @@ class Options:
                 return f"excluded by {pattern!r}"
         return ""
 
-    def _codec_of(self, name: str) -> Codec | None:
-        if not isinstance(self.codec, Mapping):
-            return self.codec
-        for pattern, codec in self.codec.items():
+    def _codec_of(self, name: str, stage: int) -> Codec | None:
+        codecs = self._stages()[stage]
+        if not isinstance(codecs, Mapping):
+            return codecs
+        for pattern, codec in codecs.items():
             if fnmatchcase(name, pattern):
                 return codec
         return None
 
-    def choose(self, name: str, param: Tensor, dtype: torch.dtype) -> Choice:
-        """How a parameter travels whose gradient is of ``dtype``."""
+    def ever_keeps(self, name: str, param: Tensor) -> bool:
+        """Whether a parameter keeps residuals in any stage."""
+        stages = range(len(self._stages()))
+        return any(self.choose(name, param, param.dtype, stage).feedback for stage in stages)
+
+    def choose(self, name: str, param: Tensor, dtype: torch.dtype, stage: int = 0) -> Choice:
+        """How a parameter travels whose gradient is of ``dtype``, in a stage of :meth:`stage`."""
+        if stage < 0:
+            return Choice(None, reason="warm-up" if stage == WARM_UP else "local step")
         numel = param.numel()
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return Choice(None, reason=f"codecs do not take {dtype}")
         if reason := self._excluded(name, param):
             return Choice(None, reason=reason)
-        codec = self._codec_of(name)
+        codec = self._codec_of(name, stage)
         if codec is None:
             return Choice(None, reason="no codec for its name")
         if numel < self.min_numel:

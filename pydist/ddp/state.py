@@ -19,12 +19,17 @@ from pydist.codecs.bucket_sections import Feedback
 from pydist.codecs.coders import Codec
 from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
-from pydist.ddp import checkpoint
-from pydist.ddp.layout import Layouts, Parameters
-from pydist.ddp.options import Exclude, Options
+from pydist.ddp import checkpoint, local
+from pydist.ddp.advice import Advice
+from pydist.ddp.buffers import result_of, spoiled, values_of
+from pydist.ddp.layout import Layout, Layouts, Parameters
+from pydist.ddp.options import LOCAL, Exclude, Options
+from pydist.ddp.prepare import Prepared, clip_limit
+from pydist.ddp.schedule import Schedule
 from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
-from pydist.feedback import Residuals, any_nonzero
+from pydist.feedback import Residuals
+from pydist.momentum import Momenta
 from pydist.road import Road
 from pydist.series import Series
 
@@ -37,14 +42,7 @@ class _InFlight:
 
     road: Road
     coder: BucketCoder
-
-
-def _spoiled(buffer: Tensor) -> Tensor:
-    """A bucket's buffer overwritten with NaN; a new one where it is sparse."""
-    if not buffer.is_sparse:
-        return buffer.fill_(float("nan"))
-    dense = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device=buffer.device)
-    return dense.to_sparse(buffer.sparse_dim())
+    prepared: Prepared
 
 
 class CompressionState:
@@ -56,7 +54,7 @@ class CompressionState:
     Args:
         codec: A codec such as ``pydist.QSGD(bits=4)`` for all parameters, or a dict from patterns
             (``fnmatch``, on the parameter's name) to codecs: the first that matches counts,
-            ``None`` and no match travel raw.
+            ``None`` and no match travel raw; or a :class:`pydist.ddp.Schedule` of either.
         error_feedback: ``"auto"``: residuals where they help (:func:`pydist.feedback.contracts`);
             ``True`` or ``False``: for all codecs, or for none; ``"worker"``: as ``True``, but
             without the residuals of what is encoded again after the reduction.
@@ -77,6 +75,17 @@ class CompressionState:
             Needed for patterns and for checkpoints by name. Without it parameters are numbered in
             the order in which the first backward hands them out, which is the same on all ranks and
             in every run of the same model with the same bucket sizes.
+        momentum: Momentum correction (DGC, arXiv 1712.01887): workers apply this momentum, 0 <= m <
+            1, before they compress, with momentum factor masking for ``TopK``
+            (:mod:`pydist.momentum`). The optimizer must then have none.
+        clip_norm: Local gradient clipping (DGC): before momentum and residuals are added, each
+            parameter's gradient is scaled down where it is longer than
+            :func:`pydist.ddp.prepare.clip_limit` of this; without loss scale. ``None``: never.
+        local_after: Post-local SGD: from this step on gradients are not compressed, but stay on the
+            rank, or in ``subgroup``; average parameters then. ``None``: never.
+        subgroup: Ranks whose mean, uncompressed, gradients are after ``local_after`` steps.
+        error_every: Steps from one measurement of ``stats()["compression_error"]`` to the next;
+            0: none.
 
     Raises:
         TypeError: An argument is of another type.
@@ -88,7 +97,7 @@ class CompressionState:
 
     def __init__(
         self,
-        codec: Codec | Mapping[str, Codec | None],
+        codec: Codec | Mapping[str, Codec | None] | Schedule,
         *,
         error_feedback: str | bool = "auto",
         warmup_steps: int = 0,
@@ -102,10 +111,15 @@ class CompressionState:
         algorithm: str = "auto",
         residual_dtype: torch.dtype = torch.float32,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        momentum: float = 0.0,
+        clip_norm: float | None = None,
+        local_after: int | None = None,
+        subgroup: dist.ProcessGroup | None = None,
+        error_every: int = 100,
     ) -> None:
         self._comm: Communicator = communicator(group)
         self.group = group
-        self.scaler = scaler
+        self.scaler, self.subgroup = scaler, subgroup
         self.step = 0
         self.stats_of = Stats()
         self._in_flight: list[_InFlight] = []
@@ -115,10 +129,13 @@ class CompressionState:
         self._failure: PydistError | None = None
         self._lock = threading.Lock()
         self._scale: float | None = None
+        self._rescaled = 1.0  # what rescale() has multiplied the loss scale by
         try:
+            local.check_subgroup(subgroup)
             self.options = Options(
                 codec, error_feedback, warmup_steps, min_numel, exclude, seed, op, algorithm,
-                residual_dtype, exact_skip,
+                residual_dtype, exact_skip, momentum, clip_norm, local_after, subgroup is not None,
+                error_every,
             )  # fmt: skip
             self.parameters = Parameters(named_parameters)
             if self.options.needs_names and not self.parameters.named:
@@ -132,6 +149,7 @@ class CompressionState:
             raise
         ranks = self._comm.world_size
         self.residuals = Residuals(residual_dtype, ranks, op == "mean")
+        self.momenta = Momenta(momentum, residual_dtype)
         self.layouts = Layouts(self.options, self.parameters, ranks)
         call = Call(
             "CompressionState",
@@ -160,6 +178,8 @@ class CompressionState:
             )
         if not self._open:
             self._begin_step()
+        if self.options.stage(self.step) == LOCAL:
+            return self._reduce_locally(bucket)
         buffer = bucket.buffer()
         device = buffer.device
         future: torch.futures.Future[Tensor] = torch.futures.Future(
@@ -173,7 +193,7 @@ class CompressionState:
             sent = None
             self._refuse(bucket, number, error)
         if sent is None:
-            future.set_result(_spoiled(buffer))
+            future.set_result(spoiled(buffer))
         else:
             self._in_flight.append(sent)
             sent.road.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
@@ -189,15 +209,26 @@ class CompressionState:
         if self.scaler is not None:
             scale = float(self.scaler.get_scale())
             if self._scale is not None and scale != self._scale:
-                self.residuals.rescale(scale / self._scale)
+                self._multiply(scale / self._scale)
             self._scale = scale
         self._open, self._series = True, Series()
 
+    def _prepare(self, bucket: GradBucket, flat: Tensor) -> tuple[Layout, Prepared]:
+        options, comm = self.options, self._comm
+        layout = self.layouts.of(bucket, flat, options.stage(self.step))
+        limit = None
+        if options.clip_norm is not None:
+            scale = self._rescaled if self.scaler is None or self._scale is None else self._scale
+            limit = clip_limit(options.clip_norm, comm.world_size, options.op == "mean", scale)
+        every = options.error_every
+        return layout, Prepared(
+            layout, flat, self.residuals, self.momenta, limit=limit, rank=comm.rank,
+            measured=every > 0 and self.step % every == 0,
+        )  # fmt: skip
+
     def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
-        flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer
-        if flat.is_complex():
-            flat = torch.view_as_real(flat).view(-1)
-        layout = self.layouts.of(bucket, flat, self.step < self.options.warmup_steps)
+        flat = values_of(buffer)
+        layout, prepared = self._prepare(bucket, flat)
         fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
         if not layout.agreed:
             fields |= {"numel": flat.numel(), **layout.fields}
@@ -205,12 +236,12 @@ class CompressionState:
         staged = self.options.exact_skip
         feedback: list[Feedback | None] = [None] * len(plan.sections)
         if any(plan.with_feedback):
-            used = any_nonzero(flat, plan.parts)
             owner = (comm.rank if plan.owners > 1 else 0) if self.options.owner_feedback else None
             feedback = [
                 self.residuals.section(
-                    section, plan.parts, used, owner=owner,
+                    section, plan.parts, prepared.used, owner=owner,
                     devices=(flat.device, comm.device(flat.device)), staged=staged,
+                    momenta=prepared.advanced,
                 )
                 if keeps else None
                 for section, keeps in zip(plan.sections, plan.with_feedback, strict=True)
@@ -225,7 +256,28 @@ class CompressionState:
         comm.submit(road)
         self.stats_of.sent(layout.choices, plan, flat)
         layout.agreed = True
-        return _InFlight(road, coder)
+        return _InFlight(road, coder, prepared)
+
+    def _reduce_locally(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """A bucket's step of post-local SGD: nothing is compressed, nobody is asked."""
+        buffer = bucket.buffer()
+        in_backward = self._raise_after_backward()
+        flat = values_of(buffer)
+        try:
+            layout, prepared = self._prepare(bucket, flat)
+            prepared.take()
+            self.stats_of.sent(layout.choices, layout.plan, flat)
+            self.stats_of.wire_bytes += local.bytes_sent(self.subgroup, flat)
+        except Exception as error:  # the subgroup is waiting: it gets a NaN from here
+            self._failed(error)
+            flat.fill_(float("nan"))
+        future = local.mean_in(self.subgroup, flat, buffer)
+        if bucket.is_last():
+            self._open, self._unsettled = False, True
+        if not in_backward:
+            future.wait()
+            self._raise_failure()
+        return future
 
     def _refuse(self, bucket: GradBucket, number: int, error: Exception) -> None:
         """Tells the other ranks, in this bucket's place; all then raise after backward.
@@ -249,10 +301,11 @@ class CompressionState:
             with sent.road.stream():
                 if error is not None:
                     self._failed(error)
-                    result = _spoiled(buffer)
-                elif buffer.is_sparse:
-                    dense = sent.coder.bucket.flat.view(buffer.shape)
-                    result = dense.to_sparse(buffer.sparse_dim())
+                    result = spoiled(buffer)
+                    return
+                if not self.options.exact_skip:
+                    sent.prepared.take()
+                result = result_of(buffer, sent.coder.bucket.flat)
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
         finally:
@@ -296,7 +349,7 @@ class CompressionState:
         sent, self._in_flight = self._in_flight, []
         for one in sent:
             one.road.wait()
-        bad = self.stats_of.step_over([(one.road, one.coder) for one in sent], self.step)
+        bad = self.stats_of.step_over([(one.road, one.coder) for one in sent])
         if self.options.exact_skip:
             if bool(bad):
                 return  # as if the step had never been: its number is given to the next one
@@ -305,7 +358,15 @@ class CompressionState:
                 for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
                     if feedback is not None:
                         self.residuals.commit(section, plan.parts, feedback)
+                one.prepared.take()
+        lost = [pair for one in sent for pair in one.prepared.lost()]
+        if lost and not bool(bad):
+            self.stats_of.measured(lost, self.step)
         self.step += 1
+
+    def _multiply(self, ratio: float) -> None:
+        self.residuals.rescale(ratio)
+        self.momenta.rescale(ratio)
 
     def rescale(self, ratio: float) -> None:
         """Follows a loss scale that was multiplied by ``ratio``, where there is no ``scaler``.
@@ -316,14 +377,20 @@ class CompressionState:
         if not 0 < ratio < float("inf"):
             raise ValueError(f"ratio must be positive and finite, got {ratio}")
         self._settle()
-        self.residuals.rescale(ratio)
+        self._multiply(ratio)
+        self._rescaled *= ratio
 
     # ----------------------------------------------------------------- what is known
 
     def stats(self) -> dict[str, Any]:
         """What was sent so far and what it cost; see ``docs/ddp.md`` for the entries."""
         self._settle()
-        return self.stats_of.summary(self._comm, self.residuals, self.step)
+        return self.stats_of.summary(self._comm, self.residuals, self.momenta, self.step)
+
+    def advice(self) -> Advice:
+        """Whether DDP's ``bucket_cap_mb`` suits the messages of the last step, and what would."""
+        self._settle()
+        return self.stats_of.advice()
 
     def log(self, writer: Any, step: int | None = None, prefix: str = "pydist") -> None:
         """Writes scalars to a TensorBoard ``SummaryWriter``, or to what has its ``add_scalar``."""
@@ -332,7 +399,8 @@ class CompressionState:
 
     def log_summary(self) -> None:
         """Writes one line to the logger ``pydist.ddp``, level INFO."""
-        logger.info(self.stats_of.line(self.stats()))
+        line, advice = self.stats_of.line(self.stats()), self.advice()
+        logger.info(line + (f"; {advice}" if advice.verdict in ("larger", "smaller") else ""))
 
     # ----------------------------------------------------------------- checkpoint
 
@@ -341,9 +409,14 @@ class CompressionState:
         """The loss scale that the residuals follow, where there is a scaler."""
         return self._scale
 
-    def restore(self, step: int, scale: float | None) -> None:
+    @property
+    def rescaled(self) -> float:
+        """What :meth:`rescale` has multiplied the loss scale by so far."""
+        return self._rescaled
+
+    def restore(self, step: int, scale: float | None, rescaled: float) -> None:
         """Takes over step and loss scale of a checkpoint."""
-        self.step, self._scale = step, scale
+        self.step, self._scale, self._rescaled = step, scale, rescaled
 
     def sharded(self, saved_world_size: int | None = None) -> checkpoint.Sharded:
         """The state as torch.distributed.checkpoint takes it.

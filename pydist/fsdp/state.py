@@ -26,6 +26,7 @@ from pydist.ddp import checkpoint
 from pydist.ddp.options import Choice, Options
 from pydist.feedback import Residuals, contracts
 from pydist.fsdp.stats import Direction
+from pydist.momentum import Momenta
 from pydist.road import Road, Route
 
 logger = logging.getLogger("pydist.fsdp")
@@ -177,6 +178,7 @@ class ShardedState:
         self.options = options
         self.parameters = Parameters(parameters)
         self.residuals = Residuals(options.residual_dtype, comm.world_size, mean=True)
+        self.momenta = Momenta(0.0, options.residual_dtype)  # none: optimizers see shards
         self.gradients, self.weights, self.across = Direction(), Direction(), Direction()
         self.step = 0
         codec, asked = options.codec, options.error_feedback
@@ -249,7 +251,9 @@ class ShardedState:
         """This state as :mod:`pydist.ddp.checkpoint` takes states: by its attributes."""
         return self
 
-    def restore(self, step: int, scale: float | None) -> None:
+    rescaled = 1.0  # nothing depends on it here
+
+    def restore(self, step: int, scale: float | None, rescaled: float) -> None:
         """Takes over step and loss scale of a checkpoint."""
         self.step, self.scale = step, scale
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pydist.codecs.coders import Codec
 from pydist.codecs.sign import Sign
+from pydist.norms import norm
 from pydist.optim.onebit import blend_squares_, move_, root
 from pydist.optim.onebit_adam import OneBitAdam
 
@@ -38,7 +39,7 @@ class OneBitLamb(OneBitAdam):
     compresses all of them with one scale. Here blocks never reach over a layer's end and have
     scales of their own, so such a scale would cancel out and there is none.
 
-    Norms are sums of squares in double precision, in a fixed order (:func:`norm`).
+    Norms are sums of squares in double precision, in a fixed order (:mod:`pydist.norms`).
 
     Args:
         params: ``model.named_parameters()``, parameters, or parameter groups; float32, float16 or
@@ -171,18 +172,3 @@ class OneBitLamb(OneBitAdam):
         factor = min(max(factor, last * (1 - threshold)), last * (1 + threshold))
         state["factor"] = factor
         return float(factor)
-
-
-def norm(x: Tensor) -> float:
-    """The Euclidean norm, the same to the bit on every machine.
-
-    Squares are double precision and added by halves: as long as there is more than one, those of
-    the second half are added to those of the first, which is the longer one where they are odd.
-    """
-    total = x.as_strided((x.numel(),), (1,)).double()
-    total = total * total
-    while total.numel() > 1:
-        half = (total.numel() + 1) // 2
-        total[: total.numel() - half] += total[half:]
-        total = total[:half]
-    return math.sqrt(float(total.sum()))

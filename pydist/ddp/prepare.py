@@ -1,0 +1,172 @@
+"""What happens to a bucket's local gradients before they are encoded.
+
+Clipping, momentum, and residuals that their codec does not take any more; parameter by parameter,
+so that buckets and their sizes change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydist.codecs.shares import Part
+from pydist.ddp.layout import Layout
+from pydist.feedback import Residuals, any_nonzero
+from pydist.momentum import Advanced, Momenta
+from pydist.norms import norm_of
+
+PIECE = 65536
+"""Elements whose norm is taken at once."""
+
+
+class Prepared:
+    """One bucket's gradients, ready to be encoded; what is kept changes with :meth:`take` only.
+
+    1. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
+    2. Momenta advance. Parameters with residuals are encoded from them; in those without they
+       replace the gradient in the bucket, rounded to its type.
+    3. A parameter that has a residual and does not keep one in this step (its codec changed) has
+       it added in the bucket.
+
+    Parameters whose gradient is all zeros have no part in any of it.
+
+    Args:
+        layout: The bucket's layout.
+        flat: Its buffer; overwritten.
+        residuals: The rank's.
+        momenta: The rank's.
+        limit: The longest that a parameter's gradient may be.
+        rank: This rank.
+        measured: Find out how long what is encoded is (:meth:`lost`).
+
+    Attributes:
+        used: Which parts have a gradient that is not all zeros; all of them where nobody asks.
+        advanced: The new momenta; ``None`` without momentum.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        flat: Tensor,
+        residuals: Residuals,
+        momenta: Momenta,
+        *,
+        limit: float | None,
+        rank: int,
+        measured: bool,
+    ) -> None:
+        parts, plan = layout.plan.parts, layout.plan
+        self._residuals, self._momenta = residuals, momenta
+        self._sent: list[int] = []
+        self._entered: list[tuple[int, Tensor]] = []  # ordinal, square of the norm of what enters
+        self.advanced: Advanced | None = None
+        left = [
+            (part, rest)
+            for part, choice in zip(parts, layout.choices, strict=True)
+            if not choice.feedback
+            and (rest := residuals.release(part, flat.device, rank)) is not None
+        ]
+        if not (any(plan.with_feedback) or momenta.factor or left or limit is not None):
+            self.used = np.ones(len(parts), dtype=bool)
+            return
+        self.used = used_parts(flat, parts)
+        if limit is not None:
+            _clip(flat, [part for part, used in zip(parts, self.used, strict=True) if used], limit)
+        if momenta.factor:
+            self.advanced = momenta.advance(flat, parts, self.used)
+            for part, choice in zip(parts, layout.choices, strict=True):
+                if not choice.feedback and part.ordinal in self.advanced.values:
+                    _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
+        in_use = {part.ordinal for part, used in zip(parts, self.used, strict=True) if used}
+        for part, rest in left:
+            if part.ordinal in in_use:
+                if bool(rest.any()):  # zeros may come out of a checkpoint
+                    view = _gradient(flat, part)
+                    view.copy_(self._input(view, part).float() + rest)
+                self._sent.append(part.ordinal)
+        if measured:
+            self.measure(layout, flat)
+
+    def measure(self, layout: Layout, flat: Tensor) -> None:
+        """Notes how long what is going to be encoded with residuals is."""
+        for part, choice, used in zip(layout.plan.parts, layout.choices, self.used, strict=True):
+            if choice.feedback and used:
+                whole = self._input(_gradient(flat, part), part).float()
+                if (old := self._residuals.worker.get(part.ordinal)) is not None:
+                    whole = whole + old
+                self._entered.append((part.ordinal, _square(whole)))
+
+    def _input(self, gradient: Tensor, part: Part) -> Tensor:
+        """What is encoded of a parameter, without its residual."""
+        if self.advanced is None:
+            return gradient
+        return self.advanced.values[part.ordinal]
+
+    def take(self) -> None:
+        """Takes over the new momenta, and forgets residuals that were sent as they are."""
+        if self.advanced is not None:
+            self._momenta.take(self.advanced)
+        for ordinal in self._sent:
+            self._residuals.drop(ordinal)
+
+    def lost(self) -> list[tuple[Tensor, Tensor]]:
+        """By parameter, squares of the norms of what was encoded and of what was not sent of it.
+
+        Empty unless ``measured``; the residuals must be the new ones.
+        """
+        return [(whole, _square(self._residuals.worker[i])) for i, whole in self._entered]
+
+
+def used_parts(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:
+    """:func:`pydist.feedback.any_nonzero`, of float64 too."""
+    if flat.dtype != torch.float64:
+        return any_nonzero(flat, parts)
+    return np.array([bool(_gradient(flat, part).any()) for part in parts], dtype=bool)
+
+
+def _gradient(flat: Tensor, part: Part) -> Tensor:
+    return flat[part.offset : part.offset + part.numel]
+
+
+def _square(x: Tensor) -> Tensor:
+    """The square of a norm, for statistics: float32 in pieces, whose sum is float64.
+
+    All of it in float64 takes thirty times as long on the CPU; in one float32 sum four digits stay.
+    """
+    norms = torch._foreach_norm(x.split(PIECE))
+    return torch.stack(norms).double().square().sum()
+
+
+def _clip(flat: Tensor, parts: Sequence[Part], limit: float) -> None:
+    """Scales gradients that are longer than ``limit``: float32 products, rounded once."""
+    for part in parts:
+        gradient = _gradient(flat, part)
+        length = float(norm_of(gradient))
+        if limit < length < math.inf:
+            factor = limit / length
+            if flat.dtype == torch.float64:
+                gradient.mul_(factor)
+            else:
+                gradient.copy_(gradient.float() * factor)
+
+
+def clip_limit(clip_norm: float, ranks: int, mean: bool, scale: float) -> float:
+    """How long a parameter's gradient may be on each rank, so that what arrives is ``clip_norm``.
+
+    Deep Gradient Compression (arXiv 1712.01887, section 3.2) clips what each of n workers adds to
+    the sum at ``clip_norm / sqrt(n)``: as long as n independent contributions of that length are
+    together ``clip_norm`` long. To a mean a worker adds its gradient over n, so the gradient itself
+    may be ``clip_norm * sqrt(n)`` long.
+
+    Args:
+        clip_norm: The limit of the result, without loss scale.
+        ranks: n.
+        mean: The result is a mean, not a sum.
+        scale: The loss scale.
+    """
+    root = math.sqrt(ranks)
+    return clip_norm * scale * (root if mean else 1 / root)
