@@ -182,7 +182,7 @@ def step_methods(options: argparse.Namespace) -> dict[str, Method]:
     """A training step of each of the chosen methods; see ``training.py``."""
     import torch.distributed as dist
 
-    made = trainers(options.methods, dist.get_rank(), options.batch)
+    made = trainers(options.methods, dist.get_rank(), options.batch, options.bucket_cap_mb)
     return {
         name: Method(call=t.step, reset=lambda: None, predicted=None, check=t.check)
         for name, t in made.items()
@@ -418,6 +418,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     step = tasks.add_parser("step", parents=[common], help="a DDP training step, torch and pydist")
     step.add_argument("--batch", type=_at_least(1), default=8, help="samples a host and step")
     step.add_argument("--repeats", type=_at_least(2), default=20)
+    step.add_argument("--bucket-cap-mb", type=float, default=25.0, help="of every DDP model")
     step.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     step.add_argument(
         "--patience", type=float, default=120.0, metavar="SECONDS",

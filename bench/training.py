@@ -63,12 +63,13 @@ def parameters() -> int:
 def _trainer(
     rank: int,
     batch: int,
+    bucket_cap_mb: float,
     prepare: Callable[[DDP], object],
     optimizer_of: Callable[[DDP], torch.optim.Optimizer],
     *,
     sync: bool = True,
 ) -> Trainer:
-    ddp = DDP(model_of())
+    ddp = DDP(model_of(), gradient_as_bucket_view=True, bucket_cap_mb=bucket_cap_mb)
     prepare(ddp)
     optimizer = optimizer_of(ddp)
     generator = torch.Generator().manual_seed(1 + rank)
@@ -119,14 +120,17 @@ def _lion(aggregate: str) -> Callable[[DDP], torch.optim.Optimizer]:
     return optimizer
 
 
-def trainers(names: list[str], rank: int, batch: int) -> dict[str, Trainer]:
+def trainers(
+    names: list[str], rank: int, batch: int, bucket_cap_mb: float = 25.0
+) -> dict[str, Trainer]:
     """The methods by name, made in order; a collective call."""
     import pydist
 
     def nothing(ddp: DDP) -> None:
         pass
 
-    plain = partial(_trainer, rank, batch, optimizer_of=_sgd)
+    trainer = partial(_trainer, rank, batch, bucket_cap_mb)
+    plain = partial(trainer, optimizer_of=_sgd)
     kinds: dict[str, Callable[[], Trainer]] = {
         "fp32": lambda: plain(nothing),
         "fp16 hook": lambda: plain(_hook(default_hooks.fp16_compress_hook)),
@@ -135,8 +139,8 @@ def trainers(names: list[str], rank: int, batch: int) -> dict[str, Trainer]:
         "pydist Sign(l1)": lambda: plain(_compressed(pydist.Sign("l1"))),
         "pydist QSGD(4)": lambda: plain(_compressed(pydist.QSGD(bits=4))),
         "pydist BlockInt(8)": lambda: plain(_compressed(pydist.BlockInt(bits=8))),
-        "DistributedLion majority": lambda: _trainer(rank, batch, nothing, _lion("majority")),
-        "DistributedLion average": lambda: _trainer(rank, batch, nothing, _lion("average")),
+        "DistributedLion majority": lambda: trainer(nothing, _lion("majority")),
+        "DistributedLion average": lambda: trainer(nothing, _lion("average")),
         "no communication": lambda: plain(nothing, sync=False),
     }
     return {name: kinds[name]() for name in names}

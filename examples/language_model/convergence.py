@@ -27,7 +27,7 @@ from rich.table import Table
 
 BASELINE = "adamw"
 TITLES = {name: method.title for name, method in (METHODS | CODECS).items()}
-PAIRS = {"sign": "sign-plain", "topk": "topk-plain"}
+PAIRS = {"sgd-sign": "sgd-sign-plain", "sgd-topk": "sgd-topk-plain"}
 """What is drawn with and without error feedback."""
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -85,7 +85,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Draws curves with and without error feedback, and the final loss against the bytes sent."""
     runs = by_method(report)
     figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.6))
-    by_step.plot(*curve(runs[BASELINE]), color="black", label=TITLES[BASELINE])
+    for name, style in ((BASELINE, "--"), ("sgd", "-")):
+        if name in runs:
+            by_step.plot(*curve(runs[name]), style, color="black", label=TITLES[name])
     for number, (name, plain) in enumerate(PAIRS.items()):
         for which, style in ((name, "-"), (plain, ":")):
             if which in runs:

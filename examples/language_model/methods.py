@@ -48,6 +48,7 @@ class Method:
         weight_decay: Decoupled weight decay.
         aggregate: How Distributed Lion reduces votes; empty for averaged gradients.
         codec: How gradients travel, through pydist's `compress`; none: as torch sends them.
+        correction: Momentum of `compress` (DGC), instead of the optimizer's.
         sharded: Under FSDP2 instead of DDP.
         weights: How weights are gathered there.
         error_feedback: As `compress` takes it.
@@ -61,6 +62,7 @@ class Method:
     weight_decay: float
     aggregate: str = ""
     codec: Codec | None = None
+    correction: float = 0.0
     sharded: bool = False
     weights: Codec | None = None
     error_feedback: str | bool = "auto"
@@ -97,8 +99,12 @@ def _adamw(title: str, codec: Codec | None, **options: Any) -> Method:
     return replace(METHODS["adamw"], title=title, codec=codec, **options)
 
 
-def _sgd(title: str, codec: Codec | None, **options: Any) -> Method:
-    return Method(f"SGD, {title}", 0.5, (0.0, 0.0), 0.0, codec=codec, sgd=True, **options)
+def _sgd(title: str, codec: Codec | None, lr: float = 0.5, **options: Any) -> Method:
+    return Method(f"SGD, {title}", lr, (0.0, 0.0), 0.0, codec=codec, sgd=True, **options)
+
+
+def _momentum(title: str, codec: Codec | None) -> Method:
+    return Method(f"SGD, momentum 0.9, {title}", 0.1, (0.9, 0.0), 0.0, codec=codec, sgd=True)
 
 
 CODECS = {
@@ -119,6 +125,9 @@ CODECS = {
     "sgd-sign-plain": _sgd("Sign(l1), no feedback", Sign("l1"), error_feedback=False),
     "sgd-topk": _sgd("TopK(0.01)", TopK(0.01)),
     "sgd-topk-plain": _sgd("TopK(0.01), no feedback", TopK(0.01), error_feedback=False),
+    "momentum": _momentum("fp32 gradients", None),
+    "momentum-topk": _momentum("TopK(0.01)", TopK(0.01)),
+    "momentum-dgc": _sgd("TopK(0.01), momentum 0.9 corrected", TopK(0.01), lr=0.1, correction=0.9),
     "fsdp": _adamw("FSDP2, fp32", None, sharded=True),
     "fsdp8": _adamw(
         "FSDP2, QSGD(8), weights BlockInt(8)", QSGD(8), sharded=True, weights=BlockInt(8)

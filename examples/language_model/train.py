@@ -60,7 +60,9 @@ def build(
     devices = [device.index] if device.type == "cuda" else None
     ddp = DDP(model, device_ids=devices, broadcast_buffers=False)
     if m.codec is not None:
-        pydist.ddp.compress(ddp, m.codec, error_feedback=m.error_feedback, seed=settings.seed)
+        pydist.ddp.compress(
+            ddp, m.codec, error_feedback=m.error_feedback, momentum=m.correction, seed=settings.seed
+        )
     if m.frozen_after:
         return ddp, pydist.optim.OneBitAdam(
             ddp.module.named_parameters(),
