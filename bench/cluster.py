@@ -16,52 +16,23 @@ import json
 import os
 import shlex
 import socket
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from netns import INTERFACE, Cluster, ClusterError, Shape, check_tools
+from netns import Cluster, ClusterError, Shape, check_tools
+from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
 from training import HANGS, METHODS, parameters, trainers
 
-WARMUP = 3
-BYTE_CALLS = 5
-QUIET_SECONDS = 0.1
 _GOODPUT_PORT = 29600
 _GOODPUT_SECONDS = 2.0
 
-Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to do the job.
-
-    Attributes:
-        call: Does it once; returns when the result is there.
-        reset: Restores the input; not timed.
-        predicted: Payload bytes that a host ought to send in one call, where known.
-        check: A number that must come out the same on every host.
-    """
-
-    call: Callable[[], object]
-    reset: Callable[[], object]
-    predicted: float | None
-    check: Callable[[], float]
-
-
 # ---------------------------------------------------------------- what runs on each host
-
-
-def ring_bytes(hosts: int, payload: float) -> float:
-    """Bytes a host sends to reduce and redistribute a payload, each shard owned by one host."""
-    return 2 * (hosts - 1) / hosts * payload
 
 
 CODECS = {
@@ -126,56 +97,6 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
             torch.float32, partial(all_reduce, codec=codec, op="mean"), ring_bytes(hosts, payload)
         )
     return methods
-
-
-def interleave(methods: Mapping[str, Method], repeats: int) -> dict[str, list[float]]:
-    """Time the methods in turn, so that a slow spell of the machine hits all of them alike."""
-    import torch.distributed as dist
-
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(-WARMUP, repeats):
-        for name, method in methods.items():
-            method.reset()
-            # The second barrier takes the ranks' different arrival at the first out of the time.
-            dist.barrier()
-            dist.barrier()
-            start = time.perf_counter()
-            method.call()
-            took = time.perf_counter() - start
-            # Ranks that share a core: the next reset of a fast one must not delay a slow one.
-            dist.barrier()
-            if repeat >= 0:
-                times[name].append(took)
-    return times
-
-
-def sent_bytes() -> int:
-    """Bytes this host's interface has sent so far."""
-    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
-
-
-def settle() -> None:
-    """Wait until nothing has been sent for a while: calls return before the last byte is out."""
-    before, quiet_since = sent_bytes(), time.monotonic()
-    while time.monotonic() - quiet_since < QUIET_SECONDS:
-        time.sleep(0.01)
-        now = sent_bytes()
-        if now != before:
-            before, quiet_since = now, time.monotonic()
-
-
-def count_bytes(method: Method) -> float:
-    """Bytes this host's interface sends for one call, headers and acknowledgements included."""
-    import torch.distributed as dist
-
-    method.reset()
-    settle()
-    dist.barrier()  # its few hundred bytes are the error of this count
-    before = sent_bytes()
-    for _ in range(BYTE_CALLS):
-        method.call()
-    settle()
-    return (sent_bytes() - before) / BYTE_CALLS
 
 
 def step_methods(options: argparse.Namespace) -> dict[str, Method]:
@@ -279,55 +200,6 @@ def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
     if finished[0].stderr:
         print(finished[0].stderr.rstrip(), file=sys.stderr)
     return [json.loads(host.stdout) for host in finished]
-
-
-def summarise(reports: Sequence[Report]) -> dict[str, Report]:
-    """Join the hosts' findings: each repeat takes as long as its slowest host.
-
-    Raises:
-        ClusterError: If the hosts did not end with the same numbers.
-    """
-    rows: dict[str, Report] = {}
-    for name, first in reports[0].items():
-        found = [report[name] for report in reports]
-        if len({host["check"] for host in found}) != 1:
-            raise ClusterError(f"{name}: the hosts' results differ")
-        slowest = [max(times) for times in zip(*(host["times"] for host in found), strict=True)]
-        low, median, high = statistics.quantiles(slowest, n=4, method="inclusive")
-        sent, predicted = [host["sent"] for host in found], first["predicted"]
-        rows[name] = {
-            "seconds": {"median": median, "lower_quartile": low, "upper_quartile": high},
-            "seconds_of_slowest_host": slowest,
-            "bytes_sent_by_host": sent,
-            "bytes_predicted": predicted,
-            "bytes_ratio": max(sent) / predicted if predicted else None,
-        }
-    return rows
-
-
-def show(rows: Mapping[str, Report], title: str) -> None:
-    """Print the figures as a table, with each method's speed-up over the first."""
-    from rich.console import Console
-    from rich.table import Table
-
-    base = next(iter(rows.values()))["seconds"]["median"]
-    for row in rows.values():
-        row["speedup"] = base / row["seconds"]["median"]
-    table = Table(title=title, caption="slowest host of each repeat; bytes a host sends in a call")
-    for head in ("", "median ms", "quartiles ms", "speed-up", "bytes", "predicted", "ratio"):
-        table.add_column(head, justify="right" if head else "left")
-    for name, row in rows.items():
-        seconds, predicted, ratio = row["seconds"], row["bytes_predicted"], row["bytes_ratio"]
-        table.add_row(
-            name,
-            f"{1e3 * seconds['median']:.2f}",
-            f"{1e3 * seconds['lower_quartile']:.2f} - {1e3 * seconds['upper_quartile']:.2f}",
-            f"{row['speedup']:.1f}x",
-            f"{max(row['bytes_sent_by_host']):,.0f}",
-            "" if predicted is None else f"{predicted:,.0f}",
-            "" if ratio is None else f"{ratio:.3f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 def run_all_reduce(options: argparse.Namespace) -> Report:

@@ -15,24 +15,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import netns
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rounds import sent_bytes
 from torch.distributed.device_mesh import init_device_mesh
 
 import pydist
-
-
-def sent_bytes() -> int:
-    """Bytes that this host's interface has sent."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == netns.INTERFACE:
-            return int(counters.split()[8])
-    raise RuntimeError(f"{netns.INTERFACE} is not in /proc/net/dev")
 
 
 def methods_of(numel: int, local: int) -> dict[str, Callable[[], object]]:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cluster import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
 from netns import Cluster, ClusterError, Shape, check_tools
+from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
