@@ -245,6 +245,20 @@ def other_added_group(rank: int, ranks: int, size: int, dtype: str) -> tuple[str
     return result
 
 
+def other_buckets(rank: int, ranks: int) -> tuple[str, str]:
+    """Rank 1 has one bucket where others have many: none waits for those that never come."""
+    net = model()
+    opt = DistributedLion(net.named_parameters(), lr=0.01)
+    # Otherwise DDP begins with one bucket and then takes over rank 0's.
+    cap = 25 if rank == 1 else 0.001
+    ddp = DDP(net, bucket_cap_mb=cap, find_unused_parameters=True)
+    opt.attach(ddp)
+    loss_of(ddp, rank, 0).backward()
+    result = raised_by(opt.step)
+    still_works(rank, ranks)
+    return result
+
+
 def other_setting_in_a_step(rank: int, ranks: int, what: str, attach: bool) -> tuple[str, str]:
     """Something changes on rank 1 only; afterwards it is put right and training goes on."""
     net: torch.nn.Module = model()

@@ -96,6 +96,12 @@ def test_equal_gradients_warn_once(worlds: Worlds) -> None:
 
 # --------------------------------------------------------------------------- disagreement
 
+
+def test_other_buckets(worlds: Worlds) -> None:
+    for kind, message in worlds(3).run(cases.other_buckets):
+        assert kind == "MismatchError" and "on rank 1" in message, message
+
+
 MODELS = {
     "shape": ("MismatchError", "parameter 0 is", "[4, 6]"),
     "strides": ("MismatchError", "parameter 0 is", "[1, 4]"),

@@ -23,6 +23,7 @@ from pydist.optim.layout import check_gradient, sample_of, with_strides_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
 from pydist.optim.shards import agree_over_shards, is_sharded, local_of, shard_groups
 from pydist.road import ALGORITHMS, Road
+from pydist.series import Series
 
 AGGREGATES = ("majority", "average")
 
@@ -60,6 +61,7 @@ class VotingOptimizer(DistributedOptimizer):
         self._attachment: Attachment | None = None
         # What step() waits for, and the votes it then applies.
         self._in_flight: list[tuple[Callable[[], None], LionCoder | None]] = []
+        self._series = Series()  # the votes of this step
         self._equality_checked = False
 
         def prepare() -> None:
@@ -130,6 +132,7 @@ class VotingOptimizer(DistributedOptimizer):
     def _collect_votes(self) -> tuple[list[LionCoder], PydistError | None]:
         """Waits for everything in flight; gives the votes and the first failure."""
         in_flight, self._in_flight = self._in_flight, []
+        self._series = Series()
         failure: PydistError | None = None
         for wait, _ in in_flight:
             try:
@@ -214,7 +217,8 @@ class VotingOptimizer(DistributedOptimizer):
         if call.problem is not None:
             # step() raises, on every rank. Raising here, inside backward, would leave the other
             # ranks waiting for this one's next buckets.
-            self._in_flight.append((self._comm.refuse(call).result, None))
+            refused = self._comm.refuse(call, series=self._series)
+            self._in_flight.append((refused.result, None))
             return
         scalars = Scalars(
             self._comm.rank, self._comm.world_size, call.step, self._binarization_range,
@@ -224,9 +228,9 @@ class VotingOptimizer(DistributedOptimizer):
             coder = LionCoder(entries, self._rule, scalars)
             if pack_now:
                 coder.pack()
-            road = Road(self._comm, coder, call, self._algorithm, coder.device)
+            road = Road(self._comm, coder, call, self._algorithm, coder.device, self._series)
         except Exception as error:  # out of memory, say
-            refused = self._comm.refuse(replace(call, problem=str(error)))
+            refused = self._comm.refuse(replace(call, problem=str(error)), series=self._series)
             self._in_flight.append((refused.result, None))
             return
         self._comm.submit(road)
