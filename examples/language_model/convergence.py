@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = "adamw"
-TITLES = {name: method.title for name, method in (METHODS | CODECS).items()}
+TRAINED = METHODS | CODECS
+TITLES = {name: method.title for name, method in TRAINED.items()}
 PAIRS = {"sgd-sign": "sgd-sign-plain", "sgd-topk": "sgd-topk-plain"}
 """What is drawn with and without error feedback."""
 
@@ -49,27 +50,26 @@ def losses(runs: list[dict[str, Any]]) -> list[float]:
 def print_table(report: dict[str, Any]) -> None:
     """Prints every method's loss beside the baseline's of the same seeds, and what it sends."""
     runs = by_method(report)
-    base = runs[BASELINE]
+    base = {run["seed"]: run for run in runs[BASELINE]}
     table = Table(
-        title=f"{report['workers']} workers, {base[0]['parameters']:,} parameters, "
-        f"{report['settings']['steps']} steps, seeds {report['seeds']}"
+        title=f"{report['workers']} workers, {runs[BASELINE][0]['parameters']:,} parameters, "
+        f"{report['settings']['steps']} steps"
     )
     table.add_column("gradients as")
-    for title in ("validation loss", "lowest - highest", "against fp32", "kB a step", "less by"):
+    for title in ("seeds", "validation loss", "lowest - highest", "against fp32", "bits"):
         table.add_column(title, justify="right")
-    sent_by_base = statistics.mean(run["bytes_measured"] for run in base)
     for name, mine in runs.items():
         mean = statistics.mean(losses(mine))
-        sent = statistics.mean(run["bytes_measured"] for run in mine)
+        same = statistics.mean(losses([base[run["seed"]] for run in mine]))
         table.add_row(
             TITLES[name],
+            " ".join(str(run["seed"]) for run in mine),
             f"{mean:.4f}",
             f"{min(losses(mine)):.4f} - {max(losses(mine)):.4f}",
-            f"{100 * (mean / statistics.mean(losses(base)) - 1):+.2f} %",
-            f"{sent / 1e3:,.1f}",
-            f"{sent_by_base / sent:.1f}x",
+            f"{100 * (mean / same - 1):+.2f} %",
+            f"{TRAINED[name].bits_a_gradient():.2f}",
         )
-    Console(width=110).print(table)
+    Console(width=110).print(table, "bits: of a gradient, or momentum, on its way to its owner")
 
 
 def curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
@@ -82,9 +82,9 @@ def curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws curves with and without error feedback, and the final loss against the bytes sent."""
+    """Draws curves with and without error feedback, and the final loss against bits."""
     runs = by_method(report)
-    figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.6))
+    figure, (by_step, by_bits) = plt.subplots(1, 2, figsize=(11, 4.6))
     for name, style in ((BASELINE, "--"), ("sgd", "-")):
         if name in runs:
             by_step.plot(*curve(runs[name]), style, color="black", label=TITLES[name])
@@ -93,17 +93,17 @@ def plot(report: dict[str, Any], path: Path) -> None:
             if which in runs:
                 by_step.plot(*curve(runs[which]), style, color=f"C{number}", label=TITLES[which])
     for name, mine in runs.items():
-        sent = statistics.mean(run["bytes_measured"] for run in mine) / 1e3
+        bits = TRAINED[name].bits_a_gradient()
         ends = losses(mine)
         middle = statistics.mean(ends)
         spread = [[middle - min(ends)], [max(ends) - middle]]
-        by_bytes.errorbar([sent], [middle], yerr=spread, fmt="o", capsize=3)
-        by_bytes.annotate(TITLES[name], (sent, middle), (5, 4), textcoords="offset points",
+        by_bits.errorbar([bits], [middle], yerr=spread, fmt="o", capsize=3)
+        by_bits.annotate(TITLES[name], (bits, middle), (5, 4), textcoords="offset points",
                           fontsize=7)  # fmt: skip
-    by_bytes.axhline(statistics.mean(losses(runs[BASELINE])), color="black", lw=0.6)
+    by_bits.axhline(statistics.mean(losses(runs[BASELINE])), color="black", lw=0.6)
     by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
-    by_bytes.set(xlabel="kB sent by a worker and step", xscale="log")
-    for axes in (by_step, by_bytes):
+    by_bits.set(xlabel="bits a gradient", xscale="log")
+    for axes in (by_step, by_bits):
         axes.grid(alpha=0.3)
     by_step.legend(fontsize=8)
     figure.tight_layout()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
+from pydist.codecs.bucket_coder import bytes_in_bucket
 from pydist.codecs.coders import Codec
 from pydist.road import LATENCY_BYTES
 
@@ -85,6 +86,17 @@ class Method:
         votes = parameters / 8
         gathered, two_phase = (workers - 1) * votes, share * (1 + down) * votes
         return gathered if gathered - two_phase <= LATENCY_BYTES else two_phase
+
+    def bits_a_gradient(self) -> float:
+        """Bits that a worker sends for a gradient of a large parameter, on its way to the owner."""
+        if self.frozen_after:
+            return 32 * self.frozen_after + (1 - self.frozen_after)
+        if self.codec is None:
+            return 1.0 if self.aggregate else 32.0
+        if isinstance(self.codec, Raw):
+            return 32.0 if self.codec.dtype in (None, "float32") else 16.0
+        large = 1 << 20
+        return 8 * bytes_in_bucket(self.codec, large) / large
 
 
 METHODS = {
