@@ -17,7 +17,9 @@ from cases_fsdp import Net, local, loss_of, sharded
 from lion_oracle import Oracle, Param
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from pydist.optim import DistributedLion, OneBitAdam
 
@@ -116,6 +118,34 @@ def other_shards_are_no_replicas(rank: int, ranks: int) -> tuple[str, str]:
     mesh = mesh_of(ranks, 2)
     net = sharded(Net(), mesh=mesh["inside"])
     return raised_by(lambda: DistributedLion(net.named_parameters(), lr=LR))
+
+
+def strided_shards_are_no_replicas(rank: int, ranks: int) -> tuple[str, str]:
+    """FSDP2 beside tensor parallelism: shards of a kind of their own."""
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
+    net = torch.nn.Linear(6, 8, bias=False)
+    parallelize_module(net, mesh["tp"], ColwiseParallel())
+    fully_shard(net, mesh=mesh["dp"])
+    group = mesh["dp"].get_group()
+    return raised_by(lambda: DistributedLion(net.named_parameters(), lr=LR, group=group))
+
+
+def partial_gradients(rank: int, ranks: int) -> None:
+    """Tensor parallelism leaves partial sums; what votes is their sum."""
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("across", "tp"))
+    group, start = mesh["across"].get_group(), torch.linspace(-1, 1, 9)
+    p = torch.nn.Parameter(distribute_tensor(start.clone(), mesh["tp"], [Replicate()]))
+    plain = torch.nn.Parameter(start.clone())
+    opt, other = (DistributedLion([("w", q)], lr=LR, group=group) for q in (p, plain))
+    for step in range(3):
+        partial = torch.randn(9, generator=torch.Generator().manual_seed(10 * step + rank))
+        whole = partial.clone()
+        dist.all_reduce(whole, group=mesh["tp"].get_group())
+        p.grad = DTensor.from_local(partial, mesh["tp"], [Partial()])
+        plain.grad = whole
+        opt.step()
+        other.step()
+        first_difference(local(p).detach(), plain.detach(), f"step {step}")
 
 
 def refused_by_others(rank: int, ranks: int) -> tuple[str, str]:

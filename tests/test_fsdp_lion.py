@@ -35,6 +35,15 @@ def test_other_shards_are_no_replicas(worlds: Worlds) -> None:
         assert kind == "MismatchError" and "shard of parameter" in message, message
 
 
+def test_strided_shards_are_no_replicas(worlds: Worlds) -> None:
+    for kind, message in worlds(4).run(cases.strided_shards_are_no_replicas):
+        assert kind == "MismatchError" and "shard of parameter" in message, message
+
+
+def test_partial_gradients(worlds: Worlds) -> None:
+    worlds(4).run(cases.partial_gradients)
+
+
 def test_one_bit_optimizers_take_no_shards(worlds: Worlds) -> None:
     for kind, message in worlds(4).run(cases.refused_by_others):
         assert kind == "TypeError" and "got DTensor" in message, message

@@ -7,7 +7,7 @@ and the ranks that vote on it must hold the same part: replicas of a shard, not 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -33,13 +33,27 @@ def local_of(x: Tensor) -> Tensor:
 
 def _dimensions(x: Any) -> list[int]:
     """Mesh dimensions over which a DTensor is cut."""
-    return [i for i, placement in enumerate(x.placements) if placement.is_shard()]
+    # Not is_shard(): that is false of the strided shards of FSDP2 beside tensor parallelism.
+    return [i for i, placement in enumerate(x.placements) if not placement.is_replicate()]
 
 
 def check_placements(x: Tensor) -> None:
     """Raises TypeError for a DTensor of partial sums."""
     if is_sharded(x) and any(placement.is_partial() for placement in cast(Any, x).placements):
         raise TypeError(f"params must be whole or cut, got a DTensor of {cast(Any, x).placements}")
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """What this rank has of a gradient, where it has that of the parameter; may communicate.
+
+    Tensor parallelism leaves gradients of whole parameters as partial sums on its ranks.
+    """
+    if not (is_sharded(param) and is_sharded(grad)):
+        return grad
+    x, g = cast(Any, param), cast(Any, grad)
+    if g.placements != x.placements or g.device_mesh != x.device_mesh:
+        g = g.redistribute(x.device_mesh, x.placements)
+    return local_of(g)
 
 
 def part_of(x: Tensor) -> list[Any]:
@@ -53,27 +67,31 @@ def part_of(x: Tensor) -> list[Any]:
     return [list(tensor.shape), placements, [coordinate[i] for i in cuts]]
 
 
-def shard_groups(params: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The groups of ranks that have the other parts, each once, in the order of the parameters."""
-    groups: dict[str, dist.ProcessGroup] = {}
+def shard_groups(params: Iterable[Tensor]) -> dict[dist.ProcessGroup, str]:
+    """The groups of ranks that have the other parts, in the order of the parameters.
+
+    Each with the type of the devices that it communicates from; parameters may be elsewhere
+    (``CPUOffloadPolicy``).
+    """
+    groups: dict[dist.ProcessGroup, str] = {}
     for x in params:
         if is_sharded(x):
             tensor = cast(Any, x)
             for dimension in _dimensions(tensor):
                 group = tensor.device_mesh.get_group(dimension)
-                groups.setdefault(group.group_name, group)
-    return list(groups.values())
+                groups.setdefault(group, tensor.device_mesh.device_type)
+    return groups
 
 
 def agree_over_shards(
-    flags: Tensor, failure: PydistError | None, groups: list[dist.ProcessGroup]
+    flags: Tensor, failure: PydistError | None, groups: Mapping[dist.ProcessGroup, str]
 ) -> Tensor:
     """All parts of a model make a step, or none does.
 
     Args:
         flags: int32[1], this group of voters' flags.
         failure: Why this group of voters failed.
-        groups: Of the ranks that have the other parts.
+        groups: What :func:`shard_groups` gave.
 
     Returns:
         The flags of all parts, int32[1].
@@ -81,12 +99,12 @@ def agree_over_shards(
     Raises:
         PydistError: The step failed, here or where another part is.
     """
-    if groups:
-        flags = flags.clone() if failure is None else torch.full_like(flags, FAILED)
-        for group in groups:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    found = flags if failure is None else torch.full_like(flags, FAILED)
+    for group, device in groups.items():
+        found = found.to(device, copy=True)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     if failure is not None:
         raise failure
-    if groups and int(flags) >= FAILED:
+    if groups and int(found) >= FAILED:
         raise PydistError("the step failed on the ranks that have another shard of the parameters")
-    return flags
+    return found.to(flags.device)

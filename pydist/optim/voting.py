@@ -21,7 +21,13 @@ from pydist.optim.attached import Attachment, vote_hook
 from pydist.optim.base import DistributedOptimizer
 from pydist.optim.layout import check_gradient, sample_of, with_strides_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
-from pydist.optim.shards import agree_over_shards, is_sharded, local_of, shard_groups
+from pydist.optim.shards import (
+    agree_over_shards,
+    is_sharded,
+    local_gradient,
+    local_of,
+    shard_groups,
+)
 from pydist.road import ALGORITHMS, Road
 from pydist.series import Series
 
@@ -115,17 +121,24 @@ class VotingOptimizer(DistributedOptimizer):
         self._attachment = attachment
 
     def _advance(self) -> None:
+        refused: PydistError | None = None
         if self._attachment is None:
-            self._vote_all()
+            try:
+                self._vote_all()
+            except PydistError as error:  # of an earlier call; the other shards must hear of it
+                refused = error
         else:
             self._attachment.check_scaler()
             self._attachment.check_gradients()
             if not self._in_flight:
                 raise RuntimeError("step() without votes: no backward ran outside no_sync()")
         votes, failure = self._collect_votes()
-        flags = [coder.flags for coder in votes]
-        mine = torch.stack(flags).amax(0) if flags else torch.zeros(1, dtype=torch.int32)
-        self._apply(votes, agree_over_shards(mine, failure, shard_groups(self.parameters())))
+        device = local_of(next(self.parameters())).device
+        flags = [torch.zeros(1, dtype=torch.int32, device=device), *(c.flags for c in votes)]
+        groups = shard_groups(self.parameters())
+        self._apply(
+            votes, agree_over_shards(torch.stack(flags).amax(0), refused or failure, groups)
+        )
         if not self._equality_checked:
             self._warn_if_equal()
 
@@ -187,7 +200,7 @@ class VotingOptimizer(DistributedOptimizer):
     def _entry(self, ordinal: int, p: Tensor, group: dict[str, Any], grad: Tensor | None) -> Entry:
         mine = local_of(p)
         if grad is not None:
-            grad = local_of(grad) if is_sharded(p) else grad
+            grad = local_gradient(p, grad)
             check_gradient(self.name_of(ordinal), grad)
             grad = with_strides_of(mine, grad)
         if not self._has_momentum:
