@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from pydist import QSGD, BlockInt, Raw, fsdp
+from pydist.fsdp import private
 
 HOWS = ("blocks, then sharded", "sharded, then blocks", "wrapped blocks", "sharded, wrapped blocks",
         "whole", "wrapped whole")  # fmt: skip
@@ -92,7 +93,14 @@ def _trained(
 
     def compressed() -> Any:
         assert codecs is not None
-        return fsdp.compress(model, *codecs, seed=5, min_numel=SMALL, error_feedback="auto")
+        made = fsdp.compress(model, *codecs, seed=5, min_numel=SMALL, error_feedback="auto")
+        groups = [group for _, x in private.fsdp_modules(net) for group in private.groups_of(x)]
+        names = [private.reduce_scatter_of(group).unit.name for group in groups]  # type: ignore[attr-defined]
+        assert names == ["", "blocks.0", "blocks.1"], "errors must name what the user knows"
+        assert list(made.parameters.names.values()) == [
+            n for n, _ in Compilable().named_parameters()
+        ]
+        return made
 
     if codecs and not late:
         state = compressed()
