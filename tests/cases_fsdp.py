@@ -17,10 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from pydist import Raw, fsdp, reference_raw, road, wire
+from pydist import Raw, Ternary, TopK, fsdp, reference_raw, road, wire
 from pydist import reference_blocks as rb
+from pydist import reference_ternary as rt
+from pydist import reference_topk as rk
 from pydist.fsdp import private
 from pydist.reference import round_to
+from pydist.ternary import UNIT
 
 Options = dict[str, Any]
 
@@ -224,7 +227,7 @@ class Oracle:
     Args:
         ranks: Ranks.
         ordinals: By name, a parameter's place in the model.
-        codec: A codec with blocks.
+        codec: A codec with blocks; of gradients also ``TopK`` and ``Ternary``.
         seed: Seed of the draws.
         feedback: Keep residuals.
     """
@@ -234,26 +237,57 @@ class Oracle:
     ) -> None:
         self.ranks, self.ordinals, self.codec, self.seed = ranks, ordinals, codec, seed
         self.residuals: dict[Any, Any] | None = {} if feedback else None
+        self.scalers: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def block(self) -> int:
+        """Elements that stay together."""
+        if isinstance(self.codec, Ternary):
+            return UNIT
+        return int(self.codec.block)
 
     def payload(self, x: Any, rank: int, where: tuple[str, int], step: int, phase: int) -> Any:
         """What ``rank`` sends of a shard, and the table of its blocks."""
         form, (name, first) = self.codec.block_format, where
-        table = wire.segments([x.size], [self.ordinals[name]], [first], block=form.block)
+        table = wire.segments([x.size], [self.ordinals[name]], [first], block=self.block)
+        key = (name, first, rank)
+        if isinstance(self.codec, Ternary):
+            own, shared = self.scalers[name]
+            draws = rb.Draws(self.seed, rank, phase, step)
+            sent = rt.pack(x, own[rank], shared=shared, draws=draws, segments=table)
+            return sent[0], table
+        if isinstance(self.codec, TopK):
+            assert self.residuals is not None
+            old = self.residuals.get(key, np.zeros(x.size, dtype=np.float32))
+            sent, self.residuals[key], _ = rk.feedback(
+                x, old, self.codec.topk_format, seed=self.seed, step=step, segments=table
+            )
+            return sent, table
         options = {
             "zero_bit": (rank + step) % 2, "draws": rb.Draws(self.seed, rank, phase, step),
             "segments": table,
         }  # fmt: skip
         if phase or self.residuals is None:
             return rb.quantize(x, form, **options)[0], table
-        key = (name, first, rank)
         old = self.residuals.get(key, np.zeros(x.size, dtype=np.float32))
         sent, self.residuals[key], _ = rb.quantize_feedback(x, old, form, **options)
         return sent, table
 
     def first(self, slot: int, rank: int) -> int:
         """The element from which the draws of a rank's shard count."""
-        block = self.codec.block_format.block
-        return rank * -(-slot // block) * block
+        return rank * -(-slot // self.block) * self.block
+
+    def share_scalers(self, name: str, shards: list[list[Any]]) -> None:
+        """Every rank's scaler of a parameter, of its shards one behind the other, and the shared.
+
+        Args:
+            name: The parameter.
+            shards: By shard, what each rank has of it.
+        """
+        if isinstance(self.codec, Ternary):
+            whole = [np.concatenate(parts) for parts in zip(*shards, strict=True)]
+            own = np.stack([rt.scale(x, self.codec.clip)[0] for x in whole])
+            self.scalers[name] = own, rt.shared_scalers(own)
 
     def reduced(
         self, held: list[tuple[str, torch.Size, int]], inputs: list[Tensor], mine: int, **rest: Any
@@ -263,8 +297,9 @@ class Oracle:
         for name, shape, dim in held:
             slot, sizes = shard_sizes(shape, dim, self.ranks)
             rows = [x.view(self.ranks, -1)[:, at : at + slot].float().numpy() for x in inputs]
-            for row in range(self.ranks):
-                parts = [x[row, : sizes[row]] for x in rows]
+            shards = [[x[row, : sizes[row]] for x in rows] for row in range(self.ranks)]
+            self.share_scalers(name, shards)
+            for row, parts in enumerate(shards):
                 total = self._sum(name, parts, self.first(slot, row), shape.numel(), **rest)
                 if row == mine:
                     result.append(np.pad(total, (0, slot - sizes[row])))
@@ -282,8 +317,13 @@ class Oracle:
             return parts[0]
         sent = [self.payload(x, rank, (name, first), step, 0) for rank, x in enumerate(parts)]
         payloads, table = np.stack([one for one, _ in sent]), sent[0][1]
-        form = self.codec.block_format
-        return rb.sum_quantized(payloads, form, parts[0].size, mean=mean, segments=table)
+        n, form = parts[0].size, self.codec.block_format
+        if isinstance(self.codec, Ternary):
+            return rt.unpack(payloads, self.scalers[name][1], n, mean=mean, segments=table)[0]
+        if isinstance(self.codec, TopK):
+            topk = self.codec.topk_format
+            return rk.scatter(payloads, topk, n, mean=mean, segments=table)
+        return rb.sum_quantized(payloads, form, n, mean=mean, segments=table)
 
     def gathered(
         self, held: list[tuple[str, torch.Size, int]], inputs: list[Tensor], step: int, small: int
@@ -316,7 +356,7 @@ def held_by(unit: Any, net: Net, given: set[str] | None = None) -> list[tuple[st
 SMALL = 100
 
 
-@chunks_of(1500)
+@chunks_of(300)
 def equals_reference(
     rank: int, ranks: int, gradients: Any, parameters: Any, feedback: bool, kind: str
 ) -> list[bytes]:
@@ -326,7 +366,7 @@ def equals_reference(
         policy = MixedPrecisionPolicy(torch.bfloat16)
     net = sharded(
         Net(), mp_policy=policy if kind.startswith("bfloat16") else MixedPrecisionPolicy(),
-        shard_placement_fn=columns,
+        shard_placement_fn=columns, **(_plain_options(kind, ranks) if kind == "offload" else {}),
     )  # fmt: skip
     ordinals = {name: i for i, (name, _) in enumerate(net.named_parameters())}
     state = fsdp.compress(

@@ -128,11 +128,12 @@ def equals_reference(rank: int, ranks: int, codec: Any, feedback: bool) -> list[
             name, module = names[id(unit)]
             for one, numel, cuts in _held(module, name, out.numel(), ranks):
                 most = max(n for _, n in cuts)
-                for row, (begin, n) in enumerate(cuts):
-                    parts = [
-                        a.view(ranks, -1)[row, max(begin, 0) : max(begin, 0) + n].numpy()
-                        for a in inputs
-                    ]
+                shards = [
+                    [a.view(ranks, -1)[row, max(at, 0) : max(at, 0) + n].numpy() for a in inputs]
+                    for row, (at, n) in enumerate(cuts)
+                ]
+                oracle.share_scalers(one, shards)
+                for row, ((begin, n), parts) in enumerate(zip(cuts, shards, strict=True)):
                     total = oracle._sum(
                         one, parts, oracle.first(most, row), numel, step=number, mean=True,
                         small=SMALL, dtype="float32",

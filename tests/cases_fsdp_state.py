@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from pydist import QSGD, BlockInt, Sign, fsdp
+from pydist import QSGD, BlockInt, Sign, Ternary, TopK, fsdp
 from pydist.fsdp import private
 from pydist.fsdp.sharded import CompressedReduceScatter
 
@@ -93,10 +93,10 @@ def equal_weights(rank: int, ranks: int) -> list[bytes]:
     return [bits(x) for x in seen]
 
 
-def not_finite(rank: int, ranks: int) -> list[bytes]:
+def not_finite(rank: int, ranks: int, codec: Any, feedback: bool) -> list[bytes]:
     """A NaN on one rank makes every unit's gradient NaN on all, and enters no residual."""
     net = sharded(Net())
-    state = fsdp.compress(net, BlockInt(4), error_feedback=True, min_numel=SMALL)
+    state = fsdp.compress(net, codec, error_feedback=feedback, min_numel=SMALL)
     loss_of(net, rank, 0).backward()
     net.zero_grad()
     loss = loss_of(net, rank, 1)
@@ -230,6 +230,8 @@ def misuse(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised_by(lambda: fsdp.compress(net, codec, seed=-1)),
         raised_by(lambda: fsdp.restore(net)),
         raised_by(lambda: fsdp.CompressionState(codec, error_feedback=True)),
+        raised_by(lambda: fsdp.compress(net, TopK())),
+        raised_by(lambda: fsdp.compress(net, Ternary(), error_feedback=True)),
     ]
     state = fsdp.compress(net, codec, error_feedback=True)
     numel = sum(p.numel() for n, p in Net().named_parameters() if p.numel() >= 1024)
@@ -256,9 +258,3 @@ def several_meshes(rank: int, ranks: int) -> tuple[str, str]:
         shard_placement_fn=lambda p: ShardPlacementResult(Shard(0), infos[p.ndim == 1]),
     )  # fmt: skip
     return raised_by(lambda: fsdp.compress(net, QSGD(4)))
-
-
-def refused_codec(rank: int, ranks: int, codec: Any) -> tuple[str, str]:
-    """What has no coder for sharded gradients is refused before anything is installed."""
-    net = sharded(Net())
-    return raised_by(lambda: fsdp.compress(net, codec))

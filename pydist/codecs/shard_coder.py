@@ -17,6 +17,12 @@ from pydist.codecs.coders import Codec, all_gather_coder, number_of, reduce_scat
 from pydist.codecs.raw import Raw
 from pydist.codecs.raw_coder import GatherRawCoder, ScatterRawCoder
 from pydist.codecs.shard_layout import Layout, Residuals, ShardPlan, Shards
+from pydist.codecs.shard_stage import ShardStage
+from pydist.codecs.shard_ternary import ScatterShardTernaryCoder
+from pydist.codecs.shard_topk import ScatterShardTopKCoder
+from pydist.codecs.ternary import Ternary
+from pydist.codecs.topk import TopK
+from pydist.ternary import UNIT
 
 WEIGHT_PHASE = 2
 """Phase of a weight's draws, so that they differ from those of its gradient."""
@@ -26,7 +32,8 @@ class ShardCoder(BlockCoder):
     """What both directions share; a unit is a block of every rank's row.
 
     Args:
-        plan: The parameters and their format.
+        plan: The parameters, as blocks of the format.
+        form: The format.
         codec: Its number in a header.
         worker: This rank.
         mean: Divide sums by the number of ranks.
@@ -37,6 +44,7 @@ class ShardCoder(BlockCoder):
     def __init__(
         self,
         plan: ShardPlan,
+        form: BlockFormat,
         codec: int,
         worker: Worker,
         *,
@@ -44,8 +52,8 @@ class ShardCoder(BlockCoder):
         seed: int,
         result: Tensor,
     ) -> None:
-        numel = plan.units * plan.form.block
-        super().__init__(plan.form, codec, worker, numel=numel, mean=mean, seed=seed, result=result)
+        numel = plan.units * plan.block
+        super().__init__(form, codec, worker, numel=numel, mean=mean, seed=seed, result=result)
         self.plan = plan
         self.unit_bytes *= worker.ranks
 
@@ -83,12 +91,14 @@ class ScatterShardCoder(ShardCoder):
     Args:
         output: float32, float16 or bfloat16, contiguous; overwritten where there are shards.
         data: A row for every rank, contiguous.
-        plan: The parameters and their format.
+        plan: The parameters, as blocks of the format.
+        form: The format.
         codec: Its number in a header.
         worker: This rank.
         mean: Divide sums by the number of ranks.
         seed: Seed of stochastic rounding.
         residuals: What was lost of the parameters before; ``None`` without error feedback.
+        entropy: ``"elias"``: what is sent is Elias coded.
     """
 
     def __init__(
@@ -96,18 +106,22 @@ class ScatterShardCoder(ShardCoder):
         output: Tensor,
         data: Tensor,
         plan: ShardPlan,
+        form: BlockFormat,
         codec: int,
         worker: Worker,
         *,
         mean: bool,
         seed: int,
         residuals: Residuals | None = None,
+        entropy: str | None = None,
     ) -> None:
-        super().__init__(plan, codec, worker, mean=mean, seed=seed, result=output)
+        super().__init__(plan, form, codec, worker, mean=mean, seed=seed, result=output)
         self.flat = output.view(-1)
         self.inputs = data.view(worker.ranks, output.numel())
         self.residuals = residuals
         self.repeatable = residuals is None  # else encoding moves them
+        if entropy == "elias":
+            self.stage = ShardStage(self, plan)
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Every rank's shards into the row that goes there."""
@@ -127,7 +141,8 @@ class GatherShardCoder(ShardCoder):
         output: A row for every rank, float32, float16 or bfloat16, contiguous; overwritten where
             there are shards.
         data: This rank's row, contiguous; may be its row of ``output``.
-        plan: The parameters and their format.
+        plan: The parameters, as blocks of the format.
+        form: The format.
         codec: Its number in a header.
         worker: This rank.
         seed: Seed of stochastic rounding.
@@ -138,12 +153,13 @@ class GatherShardCoder(ShardCoder):
         output: Tensor,
         data: Tensor,
         plan: ShardPlan,
+        form: BlockFormat,
         codec: int,
         worker: Worker,
         *,
         seed: int,
     ) -> None:
-        super().__init__(plan, codec, worker, mean=False, seed=seed, result=output)
+        super().__init__(plan, form, codec, worker, mean=False, seed=seed, result=output)
         rank, step = worker.rank, worker.step
         self._own = EncodeOptions((rank + step) % 2, seed, rank, WEIGHT_PHASE, step)
         self.flat = data.view(-1)
@@ -267,7 +283,11 @@ class ShardedCoder:
 
 
 def blocks_of(codec: Codec) -> BlockFormat | None:
-    """The format of codecs whose blocks can lie anywhere; the others see one flat tensor."""
+    """The format of codecs whose blocks lie by parameter; the others see one flat tensor.
+
+    Of weights and of averages over replicas; of gradients all codecs with blocks, entropy coded or
+    not, lie by parameter.
+    """
     return None if getattr(codec, "entropy", None) is not None else codec.block_format
 
 
@@ -292,7 +312,7 @@ def scatter_coder(
         worker: This rank.
         mean: Divide sums by the number of ranks.
         seed: Seed of stochastic rounding.
-        residuals: What was lost of ``layout.coded`` before, for codecs with blocks.
+        residuals: What was lost of ``layout.coded`` before, for codecs that can have some.
     """
     op, rank, n = "mean" if mean else "sum", worker.rank, layout.ranks
     rows = data.view(n, layout.row)
@@ -310,11 +330,22 @@ def scatter_coder(
         return received, sent
 
     inner: Coder
-    if (form := blocks_of(codec)) is not None:
-        plan = layout.plan(form)
+    if isinstance(codec, Ternary):
+        plan = layout.plan(UNIT)
+        inner = ScatterShardTernaryCoder(
+            output, data, plan, codec.clip, worker, mean=mean, seed=seed
+        )  # fmt: skip
+    elif isinstance(codec, TopK):
+        plan, topk = layout.plan(codec.block), codec.topk_format
+        inner = ScatterShardTopKCoder(
+            output, data, plan, topk, number_of(codec), worker, mean=mean, seed=seed,
+            residuals=residuals,
+        )  # fmt: skip
+    elif (form := codec.block_format) is not None:
         inner = ScatterShardCoder(
-            output, data, plan, number_of(codec), worker, mean=mean, seed=seed, residuals=residuals
-        )
+            output, data, layout.plan(form.block), form, number_of(codec), worker, mean=mean,
+            seed=seed, residuals=residuals, entropy=getattr(codec, "entropy", None),
+        )  # fmt: skip
     else:
         inner = reduce_scatter_coder(*apart(coded), codec, worker, op=op, ties="hash", seed=seed)
     beside = None
@@ -355,7 +386,7 @@ def gather_coder(
     inner: Coder
     if (form := blocks_of(codec)) is not None:
         inner = GatherShardCoder(
-            output, data, layout.plan(form), number_of(codec), worker, seed=seed
+            output, data, layout.plan(form.block), form, number_of(codec), worker, seed=seed
         )
     else:
         inner = all_gather_coder(*apart(coded), codec, worker, seed=seed)

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from pydist import checks, wire
-from pydist.blocks import BlockFormat, cut_rows
 from pydist.wire import IntArray
 
 
@@ -48,13 +47,13 @@ class Layout:
     ranks: int
     coded: tuple[Shards, ...]
     raw: tuple[Shards, ...] = ()
-    _plans: dict[BlockFormat, ShardPlan] = field(default_factory=dict, compare=False, repr=False)
+    _plans: dict[int, ShardPlan] = field(default_factory=dict, compare=False, repr=False)
 
-    def plan(self, form: BlockFormat) -> ShardPlan:
-        """The encoded parameters as blocks; made once."""
-        if form not in self._plans:
-            self._plans[form] = ShardPlan(self.coded, form, self.ranks)
-        return self._plans[form]
+    def plan(self, block: int) -> ShardPlan:
+        """The encoded parameters as blocks of so many elements; made once."""
+        if block not in self._plans:
+            self._plans[block] = ShardPlan(self.coded, block, self.ranks)
+        return self._plans[block]
 
     @cached_property
     def padding(self) -> list[list[tuple[int, int]]]:
@@ -80,24 +79,26 @@ class ShardPlan:
 
     Args:
         shards: The parameters.
-        form: Their format.
+        block: Elements that stay together.
         ranks: Number of rows.
 
     Attributes:
         units: Blocks of a row of a message; rows with fewer end in zeros.
         rows: For every rank a table of its shards (:mod:`pydist.wire`), addresses in elements.
         index: Which of the parameters each of these rows is of.
+        totals: Elements of each parameter.
         gaps: Whether some bytes of some message belong to no element.
     """
 
-    def __init__(self, shards: Sequence[Shards], form: BlockFormat, ranks: int) -> None:
-        self.form = form
+    def __init__(self, shards: Sequence[Shards], block: int, ranks: int) -> None:
+        self.block = block
         self.rows: list[IntArray] = []
         self.index: list[IntArray] = []
         shape = (len(shards), ranks)
         numel = np.array([s.numel for s in shards], dtype=np.int64).reshape(shape)
         offset = np.array([s.offset for s in shards], dtype=np.int64).reshape(shape)
-        most = -(-numel.max(axis=1, initial=0) // form.block)
+        most = -(-numel.max(axis=1, initial=0) // block)
+        self.totals = numel.sum(axis=1)
         self._before = np.cumsum(numel, axis=1) - numel
         for rank in range(ranks):
             index = np.flatnonzero(numel[:, rank])
@@ -105,13 +106,13 @@ class ShardPlan:
             rows[:, wire.X] = offset[index, rank]
             rows[:, wire.N] = numel[index, rank]
             rows[:, wire.ORDINAL] = [shards[int(i)].ordinal for i in index]
-            rows[:, wire.FIRST] = rank * most[index] * form.block
-            rows = wire.number_rows(rows, form.block)
+            rows[:, wire.FIRST] = rank * most[index] * block
+            rows = wire.number_rows(rows, block)
             rows[:, wire.WORD] = rows[:, wire.WORDS_BEFORE]
             self.rows.append(rows)
             self.index.append(index)
-        self.units = int((-(-numel // form.block)).sum(axis=0).max(initial=0))
-        self.gaps = bool((numel.sum(axis=0) != self.units * form.block).any())
+        self.units = int((-(-numel // block)).sum(axis=0).max(initial=0))
+        self.gaps = bool((numel.sum(axis=0) != self.units * block).any())
 
     def part(
         self, rank: int, x: Tensor, begin: int, end: int, residuals: Residuals | None = None
@@ -125,17 +126,27 @@ class ShardPlan:
             end: One past the last block.
             residuals: What was lost of the parameters before.
         """
-        rows, width = self.rows[rank].copy(), x.element_size()
-        rows[:, wire.X] = x.data_ptr() + rows[:, wire.X] * width
-        kept = 0
+        rows, width, kept = self.addressed(rank, x), x.element_size(), 0
         if residuals is not None:
             kept = residuals.width
             first = residuals.addresses + kept * self._before[:, rank]
             rows[:, wire.MOMENTUM] = first[self.index[rank]]
             rows[:, wire.MOMENTUM_OUT] = rows[:, wire.MOMENTUM]
-        rows = cut_rows(rows, begin, end, self.form, (width, kept))
+        return self.cut(rows, begin, end, (width, kept))
+
+    def addressed(self, rank: int, x: Tensor) -> IntArray:
+        """All of a rank's rows, with the addresses of their elements in its row ``x``."""
+        rows = self.rows[rank].copy()
+        rows[:, wire.X] = x.data_ptr() + rows[:, wire.X] * x.element_size()
+        return rows
+
+    def cut(
+        self, rows: IntArray, begin: int, end: int, widths: tuple[int, int] | None = None
+    ) -> IntArray:
+        """The parts of rows in blocks ``begin`` … ``end``, which become blocks 0 …."""
+        rows = wire.cut_rows(rows, begin, end, widths, unit=self.block)
         rows[:, wire.WORD] -= begin
-        return wire.number_rows(rows, self.form.block)
+        return wire.number_rows(rows, self.block)
 
 
 class Residuals:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pydist import wire
-from pydist.blocks import SCALE_BYTES, cut_rows
+from pydist.blocks import SCALE_BYTES, BlockFormat
 from pydist.codecs.base import Coder, Worker, spans
 from pydist.codecs.coders import Codec, all_reduce_coder, number_of
 from pydist.codecs.raw import Raw
@@ -20,17 +20,26 @@ class ReduceShardCoder(ShardCoder):
     Args:
         flat: float32, float16 or bfloat16, contiguous; read, then overwritten.
         row: Which row of the plan it is: this rank's place among those that share the model.
-        plan: The parameters and their format.
+        plan: The parameters, as blocks of the format.
+        form: The format.
         codec: Its number in a header.
         worker: This rank's place among the replicas.
         seed: Seed of stochastic rounding.
     """
 
     def __init__(
-        self, flat: Tensor, row: int, plan: ShardPlan, codec: int, worker: Worker, *, seed: int
+        self,
+        flat: Tensor,
+        row: int,
+        plan: ShardPlan,
+        form: BlockFormat,
+        codec: int,
+        worker: Worker,
+        *,
+        seed: int,
     ) -> None:
-        super().__init__(plan, codec, worker, mean=True, seed=seed, result=flat)
-        self.unit_bytes = plan.form.block_bytes + SCALE_BYTES
+        super().__init__(plan, form, codec, worker, mean=True, seed=seed, result=flat)
+        self.unit_bytes = form.block_bytes + SCALE_BYTES
         self.flat, self.row = flat, row
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
@@ -47,9 +56,7 @@ class ReduceShardCoder(ShardCoder):
         room = self._room(out, units, end - begin, self._reduced)
         rows = self.plan.rows[self.row].copy()
         rows[:, wire.X] = 0
-        rows = cut_rows(rows, begin, end, self.form)
-        rows[:, wire.WORD] -= begin
-        rows = wire.number_rows(rows, self.form.block)
+        rows = self.plan.cut(rows, begin, end)
         source = self._source(messages, units, self._divisor)
         self._launch("reduce_quantized", messages, rows, source, room, flags.data_ptr())
 
@@ -110,8 +117,8 @@ def reduce_coder(
 
     inner: Coder
     if (form := blocks_of(codec)) is not None:
-        plan = layout.plan(form)
-        inner = ReduceShardCoder(flat, row, plan, number_of(codec), worker, seed=seed)
+        plan = layout.plan(form.block)
+        inner = ReduceShardCoder(flat, row, plan, form, number_of(codec), worker, seed=seed)
     else:
         inner = all_reduce_coder(apart(coded), codec, worker, **rest)  # type: ignore[arg-type]
     beside = SharedRawCoder(apart(raw), worker) if raw.row else None

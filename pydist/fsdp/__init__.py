@@ -53,7 +53,8 @@ def compress(
         across_group: The ranks that hold the same shards, of different replicas.
         error_feedback: What a gradient's codec loses is added to the next gradient. Each rank then
             keeps an element of ``residual_dtype`` for every element of the *unsharded* model; the
-            result's ``residual_bytes`` says how much that is. ``"auto"``: where it helps.
+            result's ``residual_bytes`` says how much that is. ``"auto"``: where it helps. ``TopK``
+            cannot do without.
         min_numel: Parameters with fewer elements travel raw.
         exclude: Patterns of names, or a predicate ``(name, parameter) -> bool``, of parameters that
             travel raw.
@@ -65,8 +66,9 @@ def compress(
 
     Raises:
         TypeError: A codec is none.
-        ValueError: No codec was given, an option is out of range, the module has no FSDPModule, is
-            compressed already, or PyTorch takes no custom communication in it.
+        ValueError: No codec was given, an option is out of range, ``TopK`` was given for gradients
+            without error feedback, the module has no FSDPModule, is compressed already, or PyTorch
+            takes no custom communication in it.
         MismatchError: Ranks disagree; raised on every rank.
         ImportError: This torch has no custom communication for FSDP2.
     """

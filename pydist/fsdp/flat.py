@@ -148,7 +148,8 @@ class CompressionState(ShardedState):
 
     Raises:
         TypeError: ``codec`` is no codec.
-        ValueError: ``error_feedback`` is true, or ``seed`` out of range.
+        ValueError: ``error_feedback`` is true, ``codec`` is a ``TopK``, which needs it, or ``seed``
+            is out of range.
         MismatchError: Ranks gave different arguments; raised on every rank.
     """
 

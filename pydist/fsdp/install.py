@@ -109,7 +109,8 @@ def restore(module: nn.Module) -> None:
 def _groups(module: nn.Module, *, across: bool) -> list[tuple[str, private.FSDPModule, Any]]:
     """All groups of parameters, with the names of their modules, checked."""
     found: dict[int, tuple[str, private.FSDPModule, Any]] = {}
-    for name, child in private.fsdp_modules(module):
+    for wrapped, child in private.fsdp_modules(module):
+        name = plain_name(f"{wrapped}.").removesuffix(".")  # equal whether compiled or not
         groups = private.groups_of(child)
         if len(groups) > 1:
             raise ValueError(

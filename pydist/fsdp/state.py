@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pydist.codecs.base import Coder, Worker
+from pydist.codecs.bucket_coder import bytes_in_bucket
 from pydist.codecs.coders import Codec
 from pydist.codecs.shard_layout import Residuals as Places
 from pydist.codecs.shard_layout import Shards
 from pydist.codecs.shares import Part
-from pydist.codecs.ternary import Ternary
 from pydist.codecs.topk import TopK
 from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator
@@ -102,13 +102,13 @@ class Parameters:
                 yield ordinal, one.name
 
 
-def check_gradient_codec(codec: object) -> None:
-    """Raises TypeError where gradients would travel as one flat tensor, and without residuals.
-
-    Top-k blocks, trits and Elias codes have no coder here whose blocks lie by parameter.
-    """
-    if isinstance(codec, TopK | Ternary) or getattr(codec, "entropy", None) is not None:
-        raise TypeError(f"codec {codec} cannot encode the gradients of FSDP yet")
+def check_feedback(options: Options) -> None:
+    """Raises ValueError where most of a gradient would be lost: top-k without residuals."""
+    if isinstance(options.codec, TopK) and not options.error_feedback:
+        raise ValueError(
+            f"error_feedback={options.error_feedback}: {options.codec} sends a few entries of each "
+            'block alone, and the others must be kept; use error_feedback="auto" or True'
+        )
 
 
 def choose(
@@ -118,11 +118,11 @@ def choose(
     choice = options.choose(parameter.name, parameter.like(), dtype)
     if choice.codec is not None and callable(options.exclude):
         choice = options.choose(parameter.name, given, dtype)
-    if choice.codec is None or (form := choice.codec.block_format) is None:
+    if choice.codec is None:
         return choice
     # Every shard has blocks of its own, and the last of them is filled up.
     most = max(shards.numel)
-    if most and form.blocks(most) * (form.block_bytes + 4) >= most * dtype.itemsize:
+    if (size := bytes_in_bucket(choice.codec, most)) and size >= most * dtype.itemsize:
         return Choice(None, reason="would not be smaller")
     return choice
 
@@ -173,7 +173,7 @@ class ShardedState:
     def __init__(
         self, comm: Communicator, options: Options, parameters: Sequence[Parameter]
     ) -> None:
-        check_gradient_codec(options.codec)
+        check_feedback(options)
         self.communicator = comm
         self.options = options
         self.parameters = Parameters(parameters)
@@ -184,7 +184,7 @@ class ShardedState:
         codec, asked = options.codec, options.error_feedback
         self.feedback = bool(
             isinstance(codec, Codec)
-            and codec.block_format is not None
+            and (codec.block_format is not None or isinstance(codec, TopK))
             and (contracts(codec) if asked == "auto" else asked)
         )
         self.scale: float | None = None
