@@ -232,6 +232,7 @@ def misuse(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised_by(lambda: fsdp.CompressionState(codec, error_feedback=True)),
         raised_by(lambda: fsdp.compress(net, TopK())),
         raised_by(lambda: fsdp.compress(net, Ternary(), error_feedback=True)),
+        raised_by(lambda: fsdp.compress(net, parameters=TopK(0.5))),
     ]
     state = fsdp.compress(net, codec, error_feedback=True)
     numel = sum(p.numel() for n, p in Net().named_parameters() if p.numel() >= 1024)

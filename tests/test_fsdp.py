@@ -148,6 +148,7 @@ def test_misuse(worlds: Worlds) -> None:
         ("ValueError", "pydist.fsdp.compress(model, codec, error_feedback=True)"),
         ("ValueError", "error_feedback=False: TopK(density=0.001"),
         ("ValueError", "rounds at random to one level for a whole layer"),
+        ("ValueError", "parameters=TopK(density=0.5"),
         ("ValueError", "is compressed already; call pydist.fsdp.restore first"),
     ]
     for results in worlds(2).run(states.misuse):

@@ -67,8 +67,8 @@ def compress(
     Raises:
         TypeError: A codec is none.
         ValueError: No codec was given, an option is out of range, ``TopK`` was given for gradients
-            without error feedback, the module has no FSDPModule, is compressed already, or PyTorch
-            takes no custom communication in it.
+            without error feedback, or for anything else, the module has no FSDPModule, is
+            compressed already, or PyTorch takes no custom communication in it.
         MismatchError: Ranks disagree; raised on every rank.
         ImportError: This torch has no custom communication for FSDP2.
     """

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pydist.codecs.coders import Codec, check_codec
+from pydist.codecs.topk import TopK
 from pydist.communicator import communicator
 from pydist.ddp.options import Exclude, Options, plain_name
 from pydist.fsdp import private
@@ -42,6 +43,12 @@ def compress(
     for codec in (gradients, parameters, across):
         if codec is not None:
             check_codec(codec)
+    for name, codec in (("parameters", parameters), ("across", across)):
+        if isinstance(codec, TopK):
+            raise ValueError(
+                f"{name}={codec}: it sends a few entries of each block alone, and nothing keeps "
+                "the others there"
+            )
     if gradients is None and error_feedback is True:
         raise ValueError("error_feedback=True needs a codec for gradients")
     found = _groups(module, across=across is not None)
