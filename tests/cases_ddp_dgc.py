@@ -71,6 +71,57 @@ def own_scale(rank: int, ranks: int) -> list[Any]:
     return everything(net, resumed)[0]
 
 
+# --------------------------------------------------------------------------- not finite
+
+
+def released(
+    rank: int, ranks: int, local_after: int | None, grouped: bool, options: dict[str, Any]
+) -> list[Any]:
+    """A NaN in the step that releases residuals: they arrive in the next one, once and whole."""
+    codec = Schedule([(0, TopK(0.05, block=64)), (3, None)])
+    subgroup = dist.new_group(list(range(ranks))) if grouped else None
+    options = {"local_after": local_after, "subgroup": subgroup, "algorithm": "two_phase"} | options
+    ddp = {"find_unused_parameters": True, **base.SMALL}  # several buckets from the first step on
+    net, ddp, state, opt = setup(codec, ddp=ddp, **options)
+    steps_of(net, opt, rank, range(3), ddp)
+    before, norm = state.state_dict()["parameters"], state.stats()["residual_norm"]
+    assert norm > 0
+    spoiled = rank == ranks - 1
+    handle = net[2].weight.register_hook(base.with_nan) if spoiled else None
+    opt.zero_grad()
+    loss_of(ddp, rank, 3).backward()
+    if handle is not None:
+        handle.remove()
+    # Without a subgroup nobody knows of another rank's NaN, and that one's residuals have arrived.
+    kept = spoiled or local_after is None or grouped
+    total = _unsent(state.state_dict()["parameters"], ranks)
+    for name, wanted in _unsent(before, ranks).items():
+        assert torch.equal(total[name], wanted) if kept else name not in total, name
+    bare = copy.deepcopy(net)  # the step was left out
+    loss_of(bare, rank, 4).backward()
+    opt.zero_grad()
+    loss_of(ddp, rank, 4).backward()
+    assert state.stats()["residual_bytes"] == 0
+    return [
+        {name: p.grad for name, p in net.named_parameters()},
+        {name: p.grad for name, p in bare.named_parameters()},
+        _unsent(before, ranks) if kept else {},
+    ]
+
+
+def _unsent(saved: dict[str, Any], ranks: int) -> dict[str, Tensor]:
+    """What a rank has not sent, an owner's too, as it weighs in a rank's gradient."""
+    result = {}
+    for name, entry in saved.items():
+        if "residual" in entry:
+            left = entry["residual"].clone()
+            if "owner" in entry:
+                first, last, _ = entry["owner_span"]
+                left.view(-1)[first:last] += ranks * entry["owner"]
+            result[name] = left
+    return result
+
+
 # --------------------------------------------------------------------------- agreement
 
 

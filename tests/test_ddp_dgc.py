@@ -78,6 +78,25 @@ def test_not_finite(worlds: Worlds, exact: bool) -> None:
         same_on_all_ranks(worlds(3).run(cases_state.skipped, exact, codec, more.DGC))
 
 
+@pytest.mark.parametrize(
+    ("local_after", "grouped", "options"),
+    [(None, False, {}), (None, False, {"exact_skip": True}), (3, False, {}), (3, True, {})],
+    ids=["schedule", "exact_skip", "local", "subgroup"],
+)
+def test_released_beside_a_nan(
+    worlds: Worlds, local_after: int | None, grouped: bool, options: dict[str, Any]
+) -> None:
+    """A residual that was to be sent with a NaN is sent with the next gradients instead."""
+    results = worlds(2).run(more.released, local_after, grouped, options)
+    for name, gradient in results[0][1].items():
+        entering = [bare[name] + left.get(name, 0.0) for _, bare, left in results]
+        assert not torch.equal(entering[1], results[1][1][name]) or gradient.numel() < 100
+        mean = (entering[0] + entering[1]) / 2
+        local = local_after is not None and not grouped
+        for rank, (got, _, _) in enumerate(results):
+            assert torch.equal(got[name], entering[rank] if local else mean), (rank, name)
+
+
 @pytest.mark.parametrize("how", ["scaler", "rescale"])
 def test_momenta_and_clipping_follow_the_loss_scale(worlds: Worlds, how: str) -> None:
     same_on_all_ranks(worlds(2).run(cases_state.scaled, how, more.DGC))

@@ -6,6 +6,7 @@ averaged elsewhere, by ``torch.distributed.algorithms.model_averaging``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ def check_subgroup(subgroup: dist.ProcessGroup | None) -> None:
 
 
 def mean_in(
-    subgroup: dist.ProcessGroup | None, flat: Tensor, buffer: Tensor
+    subgroup: dist.ProcessGroup | None,
+    flat: Tensor,
+    buffer: Tensor,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> torch.futures.Future[Tensor]:
     """The mean of a bucket over a subgroup, uncompressed; without one the bucket as it is.
 
@@ -41,17 +45,22 @@ def mean_in(
         subgroup: The ranks to average over.
         flat: The bucket's values; overwritten.
         buffer: The bucket's buffer.
+        watch: Called with ``flat`` once it holds the mean.
     """
+
+    def done() -> Tensor:
+        if watch is not None:
+            watch(flat)
+        return result_of(buffer, flat)
+
     if subgroup is not None and dist.get_world_size(subgroup) > 1:
         flat.div_(dist.get_world_size(subgroup))
         work = dist.all_reduce(flat, group=subgroup, async_op=True)
-        future: torch.futures.Future[Tensor] = work.get_future().then(
-            lambda _: result_of(buffer, flat)
-        )
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda _: done())
         return future
     devices: Any = [flat.device] if flat.is_cuda else []
     future = torch.futures.Future(devices=devices)
-    future.set_result(result_of(buffer, flat))
+    future.set_result(done())
     return future
 
 

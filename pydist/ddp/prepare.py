@@ -24,13 +24,15 @@ PIECE = 65536
 
 
 class Prepared:
-    """One bucket's gradients, ready to be encoded; what is kept changes with :meth:`take` only.
+    """One bucket's gradients, ready to be encoded; what is kept changes with :meth:`take` and
+    :meth:`forget` only.
 
     1. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
     2. Momenta advance. Parameters with residuals are encoded from them; in those without they
        replace the gradient in the bucket, rounded to its type.
     3. A parameter that has a residual and does not keep one in this step (its codec changed) has
-       it added in the bucket.
+       it added in the bucket. It is forgotten after the first step that is finite everywhere: of
+       any other nothing arrives, or the optimizer leaves it out.
 
     Parameters whose gradient is all zeros have no part in any of it.
 
@@ -107,9 +109,17 @@ class Prepared:
         return self.advanced.values[part.ordinal]
 
     def take(self) -> None:
-        """Takes over the new momenta, and forgets residuals that were sent as they are."""
+        """Takes over the new momenta."""
         if self.advanced is not None:
             self._momenta.take(self.advanced)
+
+    @property
+    def releases(self) -> bool:
+        """Whether residuals were added in the bucket, to be forgotten once they have arrived."""
+        return bool(self._sent)
+
+    def forget(self) -> None:
+        """Forgets residuals that were sent as they are."""
         for ordinal in self._sent:
             self._residuals.drop(ordinal)
 
@@ -119,6 +129,44 @@ class Prepared:
         Empty unless ``measured``; the residuals must be the new ones.
         """
         return [(whole, _square(self._residuals.worker[i])) for i, whole in self._entered]
+
+
+class StepOf:
+    """What the buckets of one step, prepared one by one, change when it is over."""
+
+    def __init__(self) -> None:
+        self._prepared: list[Prepared] = []
+        self._finite: list[Tensor] = []  # appended by the threads that end local reductions
+
+    def add(self, prepared: Prepared) -> None:
+        """Takes note of a bucket on its way."""
+        self._prepared.append(prepared)
+
+    def watch(self, flat: Tensor) -> None:
+        """Notes whether what a local step left in a bucket is finite."""
+        self._finite.append(flat.isfinite().all())
+
+    def take(self) -> None:
+        """Takes over all buckets' momenta."""
+        for one in self._prepared:
+            one.take()
+
+    def forget(self, bad: bool | Tensor) -> None:
+        """Forgets what was released, unless something was not finite; asks only if it matters.
+
+        Args:
+            bad: Whether something that was reduced over all ranks was not finite.
+        """
+        if not any(one.releases for one in self._prepared):
+            return
+        if bool(bad) or not all(bool(x) for x in self._finite):
+            return
+        for one in self._prepared:
+            one.forget()
+
+    def lost(self) -> list[tuple[Tensor, Tensor]]:
+        """:meth:`Prepared.lost` of all buckets."""
+        return [pair for one in self._prepared for pair in one.lost()]
 
 
 def used_parts(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:

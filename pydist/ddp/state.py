@@ -24,7 +24,7 @@ from pydist.ddp.advice import Advice
 from pydist.ddp.buffers import result_of, spoiled, values_of
 from pydist.ddp.layout import Layout, Layouts, Parameters
 from pydist.ddp.options import LOCAL, Exclude, Options
-from pydist.ddp.prepare import Prepared, clip_limit
+from pydist.ddp.prepare import Prepared, StepOf, clip_limit
 from pydist.ddp.schedule import Schedule
 from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
@@ -123,6 +123,7 @@ class CompressionState:
         self.step = 0
         self.stats_of = Stats()
         self._in_flight: list[_InFlight] = []
+        self._step_of = StepOf()
         self._open = False  # inside a step: its last bucket has not come by
         self._unsettled = False  # a step is over, and what became of it was not looked at
         self._series = Series()  # the buckets of this step
@@ -221,10 +222,12 @@ class CompressionState:
             scale = self._rescaled if self.scaler is None or self._scale is None else self._scale
             limit = clip_limit(options.clip_norm, comm.world_size, options.op == "mean", scale)
         every = options.error_every
-        return layout, Prepared(
+        prepared = Prepared(
             layout, flat, self.residuals, self.momenta, limit=limit, rank=comm.rank,
             measured=every > 0 and self.step % every == 0,
         )  # fmt: skip
+        self._step_of.add(prepared)
+        return layout, prepared
 
     def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
         flat = values_of(buffer)
@@ -271,7 +274,10 @@ class CompressionState:
         except Exception as error:  # the subgroup is waiting: it gets a NaN from here
             self._failed(error)
             flat.fill_(float("nan"))
-        future = local.mean_in(self.subgroup, flat, buffer)
+        # Residuals that were released must arrive; without any there is nothing to look after.
+        left = self.residuals.worker or self.residuals.owner
+        watch = self._step_of.watch if left else None
+        future = local.mean_in(self.subgroup, flat, buffer, watch)
         if bucket.is_last():
             self._open, self._unsettled = False, True
         if not in_backward:
@@ -325,6 +331,7 @@ class CompressionState:
         if failure is not None:
             self._open, self._unsettled = False, False
             self._in_flight.clear()
+            self._step_of = StepOf()
             self.layouts.agree_again()
             raise failure
 
@@ -347,6 +354,7 @@ class CompressionState:
             return
         self._unsettled = False
         sent, self._in_flight = self._in_flight, []
+        step_of, self._step_of = self._step_of, StepOf()
         for one in sent:
             one.road.wait()
         bad = self.stats_of.step_over([(one.road, one.coder) for one in sent])
@@ -358,8 +366,9 @@ class CompressionState:
                 for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
                     if feedback is not None:
                         self.residuals.commit(section, plan.parts, feedback)
-                one.prepared.take()
-        lost = [pair for one in sent for pair in one.prepared.lost()]
+            step_of.take()
+        step_of.forget(bad)
+        lost = step_of.lost()
         if lost and not bool(bad):
             self.stats_of.measured(lost, self.step)
         self.step += 1
