@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import cases_ddp_state as base
 import torch
 import torch.distributed as dist
 from cases_collectives import bits
+from cases_ddp_checkpoint import dcp_load, dcp_save
 from cases_ddp_state import everything, loss_of, model, setup, steps_of
 from cases_faults import raised_by, still_works
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
-from pydist import QSGD, Sign, TopK
+from pydist import QSGD, Sign, Ternary, TopK
 from pydist.ddp import Schedule
 
 TOPK = TopK(0.1, block=64)
@@ -47,6 +49,36 @@ def to_other_world(rank: int, ranks: int, saved: list[Any] | None) -> Any:
         return state.state_dict()
     state.load_state_dict(saved)
     return momenta_of(state)
+
+
+def loaded(rank: int, ranks: int, saved: list[Any] | None, folder: str = "") -> Any:
+    """Trains, or loads: from files, or from a distributed checkpoint that it saves as they are."""
+    net, ddp, state, opt = setup(TOPK, algorithm="two_phase", **DGC)
+    if saved is None:
+        steps_of(net, opt, rank, range(3), ddp)
+        return state.state_dict()
+    if folder and ranks == len(saved):
+        state.load_state_dict(saved[rank])
+        dcp_save(state, Path(folder))
+        net, ddp, state, opt = setup(TOPK, algorithm="two_phase", **DGC)
+    if folder:
+        dcp_load(state, Path(folder))
+    else:
+        state.load_state_dict(saved)
+    return state.state_dict()
+
+
+def without_residuals(rank: int, ranks: int, folder: str, momentum: float) -> list[int]:
+    """A distributed checkpoint without residuals says too how many ranks saved it."""
+    net, ddp, state, opt = setup(Ternary(), momentum=momentum)
+    steps_of(net, opt, rank, range(2), ddp)
+    dcp_save(state, Path(folder))
+    wanted = everything(net, state)
+    again, ddp, state, opt = setup(Ternary(), momentum=momentum)
+    again.load_state_dict(net.state_dict())
+    dcp_load(state, Path(folder))
+    assert everything(again, state) == wanted and bool(wanted[1]) == bool(momentum)
+    return [pydist.ddp.saved_world_size(str(Path(folder) / "dcp"))]
 
 
 def without_momentum(rank: int, ranks: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import cases_ddp_dgc as more
 import cases_ddp_state as cases_state
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from cases_ddp_checkpoint import resumed
-from ranks import Worlds
+from ranks import RankFailure, Worlds
 from test_collectives import same_on_all_ranks
 
+import pydist
 from pydist import QSGD, BlockInt, Raw, Sign, TopK
 from pydist.ddp import Schedule
 from pydist.ddp.advice import BucketSize, advise
@@ -119,6 +122,48 @@ def test_other_world(worlds: Worlds) -> None:
         for name, found in momenta.items():
             old = [one["parameters"][name]["momentum"] for one in saved]
             assert found.any() and torch.equal(found, (old[0] + old[1]) / 2), name
+
+
+def test_loss_scales_that_differ(worlds: Worlds, tmp_path: Path) -> None:
+    """In local steps each rank has its own loss scale: what ranks share has rank 0's unit."""
+    saved = worlds(2).run(more.loaded, None)
+    for one in saved:
+        one["scale"] = 8.0
+    unlike = copy.deepcopy(saved)  # the same, but rank 1 had other scales: powers of two
+    unlike[1]["scale"], unlike[1]["rescaled"] = 2.0, 64.0
+    for entry in unlike[1]["parameters"].values():
+        for kept in ("residual", "owner", "momentum"):
+            if kept in entry:
+                entry[kept] *= 16.0
+    for folder in ("", str(tmp_path)):  # files, and a distributed checkpoint
+        for found, wanted in zip(worlds(2).run(more.loaded, unlike, folder), unlike, strict=True):
+            same_state(found, wanted)
+        wanted = worlds(1).run(more.loaded, saved)[0]
+        same_state(worlds(1).run(more.loaded, unlike, folder)[0], wanted)
+    unlike[1]["step"] = 4
+    with pytest.raises(RankFailure, match="saved at different moments: step is 3 on rank 0"):
+        worlds(1).run(more.loaded, unlike)
+
+
+def same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    scalars = ("step", "scale", "rescaled")
+    assert [found[x] for x in scalars] == [wanted[x] for x in scalars]
+    for name, entry in wanted["parameters"].items():
+        for kept, values in entry.items():
+            if kept != "owner_span":
+                assert torch.equal(found["parameters"][name][kept], values), (name, kept)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_checkpoint_without_residuals(worlds: Worlds, tmp_path: Path, momentum: float) -> None:
+    assert worlds(1).run(more.without_residuals, str(tmp_path), momentum) == [[1]]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoint_of_others(tmp_path: Path) -> None:
+    dcp.save({"loss_scales": torch.ones(3), "momentum/x": torch.ones(2)}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="holds no state of pydist"):
+        pydist.ddp.saved_world_size(str(tmp_path))
 
 
 def test_without_momentum(worlds: Worlds) -> None:
