@@ -254,6 +254,25 @@ def into_local(rank: int, ranks: int) -> list[Any]:
     return [int(state.stats()["fallbacks"]["local step"]["parameters"])]
 
 
+def clipped_local(rank: int, ranks: int, grouped: bool) -> None:
+    """The limit is that of the mean that is taken: over the subgroup, or of one rank."""
+    subgroup = dist.new_group(list(range(ranks))) if grouped else None
+    net, ddp, state, opt = setup({"*": None}, local_after=0, subgroup=subgroup, clip_norm=0.01)
+    members = range(ranks) if grouped else [rank]
+    limit = 0.01 * len(members) ** 0.5
+    bare, wanted = model(), [torch.zeros_like(p) for p in net.parameters()]
+    for one in members:
+        bare.zero_grad()
+        loss_of(bare, one, 0).backward()
+        for total, p in zip(wanted, bare.parameters(), strict=True):
+            norm = float(p.grad.norm())
+            assert norm > 0.01 * ranks**0.5, "nothing to clip"
+            total += p.grad * (limit / norm) / len(members)
+    loss_of(ddp, rank, 0).backward()
+    for p, mean in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, mean, rtol=1e-5, atol=1e-9)
+
+
 def misuse(rank: int, ranks: int) -> list[Any]:
     wrong: list[dict[str, Any]] = [
         {"momentum": 1.0}, {"momentum": -0.1}, {"clip_norm": 0.0}, {"local_after": -1},

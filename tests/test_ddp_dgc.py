@@ -232,6 +232,11 @@ def test_post_local(worlds: Worlds) -> None:
     assert pairs[0] == pairs[1] and pairs[2] == pairs[3] and pairs[0] != pairs[2]
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "subgroup"])
+def test_clipping_in_local_steps(worlds: Worlds, grouped: bool) -> None:
+    worlds(2).run(more.clipped_local, grouped)
+
+
 def test_into_local_steps(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(3).run(more.into_local))
 

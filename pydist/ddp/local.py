@@ -31,6 +31,11 @@ def check_subgroup(subgroup: dist.ProcessGroup | None) -> None:
         raise TypeError(f"subgroup must be a process group, got {type(subgroup).__name__}")
 
 
+def size(subgroup: dist.ProcessGroup | None) -> int:
+    """How many ranks a local step's gradients are the mean of."""
+    return 1 if subgroup is None else dist.get_world_size(subgroup)
+
+
 def mean_in(
     subgroup: dist.ProcessGroup | None,
     flat: Tensor,
@@ -53,8 +58,8 @@ def mean_in(
             watch(flat)
         return result_of(buffer, flat)
 
-    if subgroup is not None and dist.get_world_size(subgroup) > 1:
-        flat.div_(dist.get_world_size(subgroup))
+    if (ranks := size(subgroup)) > 1:
+        flat.div_(ranks)
         work = dist.all_reduce(flat, group=subgroup, async_op=True)
         future: torch.futures.Future[Tensor] = work.get_future().then(lambda _: done())
         return future
@@ -66,5 +71,5 @@ def mean_in(
 
 def bytes_sent(subgroup: dist.ProcessGroup | None, flat: Tensor) -> int:
     """What a rank sends in a ring all-reduce of a bucket in its subgroup."""
-    ranks = 1 if subgroup is None else dist.get_world_size(subgroup)
+    ranks = size(subgroup)
     return 2 * (ranks - 1) * flat.numel() * flat.element_size() // ranks

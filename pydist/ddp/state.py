@@ -216,11 +216,14 @@ class CompressionState:
 
     def _prepare(self, bucket: GradBucket, flat: Tensor) -> tuple[Layout, Prepared]:
         options, comm = self.options, self._comm
-        layout = self.layouts.of(bucket, flat, options.stage(self.step))
+        stage = options.stage(self.step)
+        layout = self.layouts.of(bucket, flat, stage)
         limit = None
         if options.clip_norm is not None:
             scale = self._rescaled if self.scaler is None or self._scale is None else self._scale
-            limit = clip_limit(options.clip_norm, comm.world_size, options.op == "mean", scale)
+            # In local steps the result is the mean of fewer ranks, or of this one alone.
+            ranks = local.size(self.subgroup) if stage == LOCAL else comm.world_size
+            limit = clip_limit(options.clip_norm, ranks, options.op == "mean", scale)
         every = options.error_every
         prepared = Prepared(
             layout, flat, self.residuals, self.momenta, limit=limit, rank=comm.rank,
