@@ -184,6 +184,25 @@ def refused_step(rank: int, ranks: int) -> list[Any]:
     return everything(net, state)[0]
 
 
+def refused_late(rank: int, ranks: int) -> list[Any]:
+    """A refused last bucket: momenta of those before it stay too, though their residuals moved."""
+    ddp_options = {"find_unused_parameters": True, **base.SMALL}
+    net, ddp, state, opt = setup(TOPK, ddp=ddp_options, **DGC)
+    steps_of(net, opt, rank, range(2), ddp)
+    before = state.state_dict()["parameters"]
+    place = state.parameters._places.pop(net[0].weight) if rank == 0 else None
+    kind, _ = raised_by(lambda: loss_of(ddp, rank, 7).backward())
+    assert kind == "PydistError"
+    if place is not None:
+        state.parameters._places[net[0].weight] = place
+    after = state.state_dict()["parameters"]
+    assert not torch.equal(after["4.weight"]["residual"], before["4.weight"]["residual"])
+    for name, entry in before.items():
+        assert torch.equal(after[name]["momentum"], entry["momentum"]), name
+    steps_of(net, opt, rank, range(2, 4), ddp)
+    return everything(net, state)[0]
+
+
 # --------------------------------------------------------------------------- post-local SGD
 
 

@@ -195,6 +195,10 @@ def test_refused_step(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(more.refused_step))
 
 
+def test_refused_after_other_buckets(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(2).run(more.refused_late))
+
+
 def test_misuse(worlds: Worlds) -> None:
     parts = [
         "momentum must be at least 0 and below 1, got 1.0", "momentum must be", "clip_norm must be",

@@ -24,8 +24,9 @@ PIECE = 65536
 
 
 class Prepared:
-    """One bucket's gradients, ready to be encoded; what is kept changes with :meth:`take` and
-    :meth:`forget` only.
+    """One bucket's gradients, ready to be encoded; what is kept stays as it was at first.
+
+    :meth:`take` and :meth:`forget` change it.
 
     1. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
     2. Momenta advance. Parameters with residuals are encoded from them; in those without they
@@ -47,7 +48,7 @@ class Prepared:
 
     Attributes:
         used: Which parts have a gradient that is not all zeros; all of them where nobody asks.
-        advanced: The new momenta; ``None`` without momentum.
+        advanced: The new momenta until they are taken over; ``None`` without momentum.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Prepared:
         return self.advanced.values[part.ordinal]
 
     def take(self) -> None:
-        """Takes over the new momenta."""
+        """Takes over the new momenta, once."""
         if self.advanced is not None:
             self._momenta.take(self.advanced)
+            self.advanced = None
 
     @property
     def releases(self) -> bool:

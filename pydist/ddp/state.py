@@ -42,7 +42,6 @@ class _InFlight:
 
     road: Road
     coder: BucketCoder
-    prepared: Prepared
 
 
 class CompressionState:
@@ -262,7 +261,7 @@ class CompressionState:
         comm.submit(road)
         self.stats_of.sent(layout.choices, plan, flat)
         layout.agreed = True
-        return _InFlight(road, coder, prepared)
+        return _InFlight(road, coder)
 
     def _reduce_locally(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """A bucket's step of post-local SGD: nothing is compressed, nobody is asked."""
@@ -270,8 +269,7 @@ class CompressionState:
         in_backward = self._raise_after_backward()
         flat = values_of(buffer)
         try:
-            layout, prepared = self._prepare(bucket, flat)
-            prepared.take()
+            layout, _ = self._prepare(bucket, flat)
             self.stats_of.sent(layout.choices, layout.plan, flat)
             self.stats_of.wire_bytes += local.bytes_sent(self.subgroup, flat)
         except Exception as error:  # the subgroup is waiting: it gets a NaN from here
@@ -312,8 +310,6 @@ class CompressionState:
                     self._failed(error)
                     result = spoiled(buffer)
                     return
-                if not self.options.exact_skip:
-                    sent.prepared.take()
                 result = result_of(buffer, sent.coder.bucket.flat)
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
@@ -329,6 +325,7 @@ class CompressionState:
                 self._failure = error if isinstance(error, PydistError) else PydistError(str(error))
 
     def _raise_failure(self) -> None:
+        """At the end of backward: raises what went wrong; else momenta have moved."""
         with self._lock:
             failure, self._failure = self._failure, None
         if failure is not None:
@@ -337,6 +334,8 @@ class CompressionState:
             self._step_of = StepOf()
             self.layouts.agree_again()
             raise failure
+        if self._unsettled and not self.options.exact_skip:
+            self._step_of.take()  # no bucket was refused; frees the old momenta already here
 
     def _raise_after_backward(self) -> bool:
         """Lets backward raise what went wrong, once DDP is through; False outside of backward."""
@@ -369,7 +368,7 @@ class CompressionState:
                 for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
                     if feedback is not None:
                         self.residuals.commit(section, plan.parts, feedback)
-            step_of.take()
+        step_of.take()
         step_of.forget(bad)
         lost = step_of.lost()
         if lost and not bool(bad):
