@@ -63,6 +63,12 @@ def test_momentum_conforms(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.conforms, MOMENTUM, timeout=120))
 
 
+def test_raw_momentum_is_not_rounded(worlds: Worlds) -> None:
+    """Only what is stored has the residuals' type."""
+    options = {"momentum": 0.9, "residual_dtype": torch.bfloat16} | OWNERS
+    worlds(1).run(cases.conforms, [(c, "float32", "plain", options, None) for c in ({}, TO_RAW)])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_schedules_conform(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.conforms, SCHEDULES, timeout=120))

@@ -80,7 +80,8 @@ class Prepared:
         if limit is not None:
             _clip(flat, [part for part, used in zip(parts, self.used, strict=True) if used], limit)
         if momenta.factor:
-            self.advanced = momenta.advance(flat, parts, self.used)
+            with_residual = [choice.feedback for choice in layout.choices]
+            self.advanced = momenta.advance(flat, parts, self.used, with_residual)
             for part, choice in zip(parts, layout.choices, strict=True):
                 if not choice.feedback and part.ordinal in self.advanced.values:
                     _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
