@@ -29,8 +29,10 @@ class Advanced:
     """Momenta of one step that have not been taken over yet.
 
     Attributes:
-        values: By ordinal, what is sent instead of the gradient; NaN where that is not finite.
-        kept: By ordinal, what becomes the momentum: the same tensor where all of it is finite.
+        values: By ordinal, what is sent instead of the gradient; NaN where that is not finite. Of
+            parameters with residuals in the type of their momentum, of others not rounded to it.
+        kept: By ordinal, what becomes the momentum where all of it is finite: with residuals the
+            same tensor, which the codec masks.
     """
 
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -56,8 +58,10 @@ class Momenta:
         """The type of a parameter's momentum."""
         return gradient if gradient == torch.float64 else self.dtype
 
-    def advance(self, flat: Tensor, parts: Sequence[Part], used: np.ndarray) -> Advanced:
-        """``u = m * u + g`` in float32, two roundings, then one to the storage's type.
+    def advance(
+        self, flat: Tensor, parts: Sequence[Part], used: np.ndarray, with_residual: Sequence[bool]
+    ) -> Advanced:
+        """``u = m * u + g`` in float32, two roundings, then what is kept to the storage's type.
 
         Nothing that is kept changes before :meth:`take`. A parameter whose new momentum is not
         finite everywhere keeps the old one. On CUDA this waits for the device.
@@ -66,9 +70,10 @@ class Momenta:
             flat: A bucket's gradients.
             parts: The parameters in it.
             used: Which of them have a gradient that is not all zeros; the others have no part.
+            with_residual: Which are encoded with a residual, so in the type of both.
         """
-        result = Advanced()
-        for part, is_used in zip(parts, used, strict=True):
+        result, stored = Advanced(), {}
+        for part, is_used, narrow in zip(parts, used, with_residual, strict=True):
             if not is_used:
                 continue
             gradient = flat[part.offset : part.offset + part.numel]
@@ -80,9 +85,10 @@ class Momenta:
             else:
                 new = old.to(wide) * self.factor
             # Two operations: one could be contracted, on one machine and not on another.
-            result.values[part.ordinal] = new.add_(gradient).to(dtype)
-        finite = _all_finite(list(result.values.values()))
-        for (ordinal, value), is_finite in zip(result.values.items(), finite, strict=True):
+            stored[part.ordinal] = new.add_(gradient).to(dtype)
+            result.values[part.ordinal] = stored[part.ordinal] if narrow else new
+        finite = _all_finite(list(stored.values()))
+        for (ordinal, value), is_finite in zip(stored.items(), finite, strict=True):
             if is_finite:
                 result.kept[ordinal] = value
         return result

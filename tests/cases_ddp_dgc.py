@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import cases_ddp_state as base
 import torch
 import torch.distributed as dist
 from cases_collectives import bits
+from cases_ddp_checkpoint import dcp_load, dcp_save
 from cases_ddp_state import everything, loss_of, model, setup, steps_of
 from cases_faults import raised_by, still_works
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
-from pydist import QSGD, Sign, TopK
+from pydist import QSGD, Sign, Ternary, TopK
 from pydist.ddp import Schedule
 
 TOPK = TopK(0.1, block=64)
@@ -49,6 +51,36 @@ def to_other_world(rank: int, ranks: int, saved: list[Any] | None) -> Any:
     return momenta_of(state)
 
 
+def loaded(rank: int, ranks: int, saved: list[Any] | None, folder: str = "") -> Any:
+    """Trains, or loads: from files, or from a distributed checkpoint that it saves as they are."""
+    net, ddp, state, opt = setup(TOPK, algorithm="two_phase", **DGC)
+    if saved is None:
+        steps_of(net, opt, rank, range(3), ddp)
+        return state.state_dict()
+    if folder and ranks == len(saved):
+        state.load_state_dict(saved[rank])
+        dcp_save(state, Path(folder))
+        net, ddp, state, opt = setup(TOPK, algorithm="two_phase", **DGC)
+    if folder:
+        dcp_load(state, Path(folder))
+    else:
+        state.load_state_dict(saved)
+    return state.state_dict()
+
+
+def without_residuals(rank: int, ranks: int, folder: str, momentum: float) -> list[int]:
+    """A distributed checkpoint without residuals says too how many ranks saved it."""
+    net, ddp, state, opt = setup(Ternary(), momentum=momentum)
+    steps_of(net, opt, rank, range(2), ddp)
+    dcp_save(state, Path(folder))
+    wanted = everything(net, state)
+    again, ddp, state, opt = setup(Ternary(), momentum=momentum)
+    again.load_state_dict(net.state_dict())
+    dcp_load(state, Path(folder))
+    assert everything(again, state) == wanted and bool(wanted[1]) == bool(momentum)
+    return [pydist.ddp.saved_world_size(str(Path(folder) / "dcp"))]
+
+
 def without_momentum(rank: int, ranks: int) -> Any:
     """A state with momenta does not fit one that has none."""
     saved = to_other_world(rank, ranks, None)
@@ -69,6 +101,57 @@ def own_scale(rank: int, ranks: int) -> list[Any]:
     steps_of(unclipped, opt, rank, range(2), ddp)
     assert bits(unclipped[0].weight) != bits(net[0].weight), "nothing was clipped"
     return everything(net, resumed)[0]
+
+
+# --------------------------------------------------------------------------- not finite
+
+
+def released(
+    rank: int, ranks: int, local_after: int | None, grouped: bool, options: dict[str, Any]
+) -> list[Any]:
+    """A NaN in the step that releases residuals: they arrive in the next one, once and whole."""
+    codec = Schedule([(0, TopK(0.05, block=64)), (3, None)])
+    subgroup = dist.new_group(list(range(ranks))) if grouped else None
+    options = {"local_after": local_after, "subgroup": subgroup, "algorithm": "two_phase"} | options
+    ddp = {"find_unused_parameters": True, **base.SMALL}  # several buckets from the first step on
+    net, ddp, state, opt = setup(codec, ddp=ddp, **options)
+    steps_of(net, opt, rank, range(3), ddp)
+    before, norm = state.state_dict()["parameters"], state.stats()["residual_norm"]
+    assert norm > 0
+    spoiled = rank == ranks - 1
+    handle = net[2].weight.register_hook(base.with_nan) if spoiled else None
+    opt.zero_grad()
+    loss_of(ddp, rank, 3).backward()
+    if handle is not None:
+        handle.remove()
+    # Without a subgroup nobody knows of another rank's NaN, and that one's residuals have arrived.
+    kept = spoiled or local_after is None or grouped
+    total = _unsent(state.state_dict()["parameters"], ranks)
+    for name, wanted in _unsent(before, ranks).items():
+        assert torch.equal(total[name], wanted) if kept else name not in total, name
+    bare = copy.deepcopy(net)  # the step was left out
+    loss_of(bare, rank, 4).backward()
+    opt.zero_grad()
+    loss_of(ddp, rank, 4).backward()
+    assert state.stats()["residual_bytes"] == 0
+    return [
+        {name: p.grad for name, p in net.named_parameters()},
+        {name: p.grad for name, p in bare.named_parameters()},
+        _unsent(before, ranks) if kept else {},
+    ]
+
+
+def _unsent(saved: dict[str, Any], ranks: int) -> dict[str, Tensor]:
+    """What a rank has not sent, an owner's too, as it weighs in a rank's gradient."""
+    result = {}
+    for name, entry in saved.items():
+        if "residual" in entry:
+            left = entry["residual"].clone()
+            if "owner" in entry:
+                first, last, _ = entry["owner_span"]
+                left.view(-1)[first:last] += ranks * entry["owner"]
+            result[name] = left
+    return result
 
 
 # --------------------------------------------------------------------------- agreement
@@ -97,6 +180,25 @@ def refused_step(rank: int, ranks: int) -> list[Any]:
     if place is not None:
         state.parameters._places[net[4].weight] = place
     assert everything(net, state) == before
+    steps_of(net, opt, rank, range(2, 4), ddp)
+    return everything(net, state)[0]
+
+
+def refused_late(rank: int, ranks: int) -> list[Any]:
+    """A refused last bucket: momenta of those before it stay too, though their residuals moved."""
+    ddp_options = {"find_unused_parameters": True, **base.SMALL}
+    net, ddp, state, opt = setup(TOPK, ddp=ddp_options, **DGC)
+    steps_of(net, opt, rank, range(2), ddp)
+    before = state.state_dict()["parameters"]
+    place = state.parameters._places.pop(net[0].weight) if rank == 0 else None
+    kind, _ = raised_by(lambda: loss_of(ddp, rank, 7).backward())
+    assert kind == "PydistError"
+    if place is not None:
+        state.parameters._places[net[0].weight] = place
+    after = state.state_dict()["parameters"]
+    assert not torch.equal(after["4.weight"]["residual"], before["4.weight"]["residual"])
+    for name, entry in before.items():
+        assert torch.equal(after[name]["momentum"], entry["momentum"]), name
     steps_of(net, opt, rank, range(2, 4), ddp)
     return everything(net, state)[0]
 
@@ -169,6 +271,25 @@ def into_local(rank: int, ranks: int) -> list[Any]:
         assert state.stats()["residual_bytes"] == 0
     assert state.stats()["wire_bytes"] == sent and state.step == 5
     return [int(state.stats()["fallbacks"]["local step"]["parameters"])]
+
+
+def clipped_local(rank: int, ranks: int, grouped: bool) -> None:
+    """The limit is that of the mean that is taken: over the subgroup, or of one rank."""
+    subgroup = dist.new_group(list(range(ranks))) if grouped else None
+    net, ddp, state, opt = setup({"*": None}, local_after=0, subgroup=subgroup, clip_norm=0.01)
+    members = range(ranks) if grouped else [rank]
+    limit = 0.01 * len(members) ** 0.5
+    bare, wanted = model(), [torch.zeros_like(p) for p in net.parameters()]
+    for one in members:
+        bare.zero_grad()
+        loss_of(bare, one, 0).backward()
+        for total, p in zip(wanted, bare.parameters(), strict=True):
+            norm = float(p.grad.norm())
+            assert norm > 0.01 * ranks**0.5, "nothing to clip"
+            total += p.grad * (limit / norm) / len(members)
+    loss_of(ddp, rank, 0).backward()
+    for p, mean in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, mean, rtol=1e-5, atol=1e-9)
 
 
 def misuse(rank: int, ranks: int) -> list[Any]:

@@ -148,11 +148,16 @@ def _spoil_once() -> Any:
         if done:
             return grad
         done.append(True)
-        grad = grad.clone()
-        grad.view(-1)[7] = float("nan")
-        return grad
+        return with_nan(grad)
 
     return spoil
+
+
+def with_nan(grad: Tensor) -> Tensor:
+    """A gradient with one element spoiled."""
+    grad = grad.clone()
+    grad.view(-1)[7] = float("nan")
+    return grad
 
 
 def scaled(rank: int, ranks: int, how: str, options: dict[str, Any] | None = None) -> list[bytes]:

@@ -105,7 +105,8 @@ class Oracle:
             gradient = ref.round_to(gradient, self.dtype)
         if self.factor:
             new = self.factor * self.momenta[rank][name] + gradient
-            gradient = self.momenta[rank][name] = ref.round_to(new, self.storage)
+            self.momenta[rank][name] = ref.round_to(new, self.storage)
+            gradient = self.momenta[rank][name] if kind.feedback else new
         if kind.feedback:
             return gradient
         left, self.worker[rank][name] = self.worker[rank][name], np.zeros(kind.numel, np.float32)

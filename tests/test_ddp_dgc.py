@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import cases_ddp_dgc as more
 import cases_ddp_state as cases_state
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from cases_ddp_checkpoint import resumed
-from ranks import Worlds
+from ranks import RankFailure, Worlds
 from test_collectives import same_on_all_ranks
 
+import pydist
 from pydist import QSGD, BlockInt, Raw, Sign, TopK
 from pydist.ddp import Schedule
 from pydist.ddp.advice import BucketSize, advise
@@ -60,6 +63,12 @@ def test_momentum_conforms(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.conforms, MOMENTUM, timeout=120))
 
 
+def test_raw_momentum_is_not_rounded(worlds: Worlds) -> None:
+    """Only what is stored has the residuals' type."""
+    options = {"momentum": 0.9, "residual_dtype": torch.bfloat16} | OWNERS
+    worlds(1).run(cases.conforms, [(c, "float32", "plain", options, None) for c in ({}, TO_RAW)])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_schedules_conform(worlds: Worlds, ranks: int) -> None:
     same_on_all_ranks(worlds(ranks).run(cases.conforms, SCHEDULES, timeout=120))
@@ -76,6 +85,25 @@ def test_any_buckets(worlds: Worlds) -> None:
 def test_not_finite(worlds: Worlds, exact: bool) -> None:
     for codec in (more.TOPK, more.STAGES):
         same_on_all_ranks(worlds(3).run(cases_state.skipped, exact, codec, more.DGC))
+
+
+@pytest.mark.parametrize(
+    ("local_after", "grouped", "options"),
+    [(None, False, {}), (None, False, {"exact_skip": True}), (3, False, {}), (3, True, {})],
+    ids=["schedule", "exact_skip", "local", "subgroup"],
+)
+def test_released_beside_a_nan(
+    worlds: Worlds, local_after: int | None, grouped: bool, options: dict[str, Any]
+) -> None:
+    """A residual that was to be sent with a NaN is sent with the next gradients instead."""
+    results = worlds(2).run(more.released, local_after, grouped, options)
+    for name, gradient in results[0][1].items():
+        entering = [bare[name] + left.get(name, 0.0) for _, bare, left in results]
+        assert not torch.equal(entering[1], results[1][1][name]) or gradient.numel() < 100
+        mean = (entering[0] + entering[1]) / 2
+        local = local_after is not None and not grouped
+        for rank, (got, _, _) in enumerate(results):
+            assert torch.equal(got[name], entering[rank] if local else mean), (rank, name)
 
 
 @pytest.mark.parametrize("how", ["scaler", "rescale"])
@@ -100,6 +128,48 @@ def test_other_world(worlds: Worlds) -> None:
         for name, found in momenta.items():
             old = [one["parameters"][name]["momentum"] for one in saved]
             assert found.any() and torch.equal(found, (old[0] + old[1]) / 2), name
+
+
+def test_loss_scales_that_differ(worlds: Worlds, tmp_path: Path) -> None:
+    """In local steps each rank has its own loss scale: what ranks share has rank 0's unit."""
+    saved = worlds(2).run(more.loaded, None)
+    for one in saved:
+        one["scale"] = 8.0
+    unlike = copy.deepcopy(saved)  # the same, but rank 1 had other scales: powers of two
+    unlike[1]["scale"], unlike[1]["rescaled"] = 2.0, 64.0
+    for entry in unlike[1]["parameters"].values():
+        for kept in ("residual", "owner", "momentum"):
+            if kept in entry:
+                entry[kept] *= 16.0
+    for folder in ("", str(tmp_path)):  # files, and a distributed checkpoint
+        for found, wanted in zip(worlds(2).run(more.loaded, unlike, folder), unlike, strict=True):
+            same_state(found, wanted)
+        wanted = worlds(1).run(more.loaded, saved)[0]
+        same_state(worlds(1).run(more.loaded, unlike, folder)[0], wanted)
+    unlike[1]["step"] = 4
+    with pytest.raises(RankFailure, match="saved at different moments: step is 3 on rank 0"):
+        worlds(1).run(more.loaded, unlike)
+
+
+def same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    scalars = ("step", "scale", "rescaled")
+    assert [found[x] for x in scalars] == [wanted[x] for x in scalars]
+    for name, entry in wanted["parameters"].items():
+        for kept, values in entry.items():
+            if kept != "owner_span":
+                assert torch.equal(found["parameters"][name][kept], values), (name, kept)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_checkpoint_without_residuals(worlds: Worlds, tmp_path: Path, momentum: float) -> None:
+    assert worlds(1).run(more.without_residuals, str(tmp_path), momentum) == [[1]]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoint_of_others(tmp_path: Path) -> None:
+    dcp.save({"loss_scales": torch.ones(3), "momentum/x": torch.ones(2)}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="holds no state of pydist"):
+        pydist.ddp.saved_world_size(str(tmp_path))
 
 
 def test_without_momentum(worlds: Worlds) -> None:
@@ -129,6 +199,10 @@ def test_other_options(worlds: Worlds, what: str, part: str) -> None:
 
 def test_refused_step(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(more.refused_step))
+
+
+def test_refused_after_other_buckets(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(2).run(more.refused_late))
 
 
 def test_misuse(worlds: Worlds) -> None:
@@ -166,6 +240,11 @@ def test_post_local(worlds: Worlds) -> None:
     same_on_all_ranks(worlds(2).run(more.post_local, None, 2, 5))
     pairs = worlds(4).run(more.post_local, [[0, 1], [2, 3]], 0, 4)
     assert pairs[0] == pairs[1] and pairs[2] == pairs[3] and pairs[0] != pairs[2]
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "subgroup"])
+def test_clipping_in_local_steps(worlds: Worlds, grouped: bool) -> None:
+    worlds(2).run(more.clipped_local, grouped)
 
 
 def test_into_local_steps(worlds: Worlds) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 _RESIDUAL, _OWNER, _SPAN, _MOMENTUM = "residual/", "owner/", "owner_span/", "momentum/"
+_SCALES = "loss_scales"
 
 
 def shaped(flat: Tensor, param: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ def load_state_dict(
                 f"state: entry {i} of {len(states)} was saved by rank {one['rank']} of "
                 f"{one['world_size']}"
             )
-        if (one["step"], one["scale"]) != (states[0]["step"], states[0]["scale"]):
-            found = [{name: each[name] for name in ("step", "scale")} for each in states]
+        if one["step"] != states[0]["step"]:  # loss scales differ by rank in local steps
+            found = [{"step": each["step"]} for each in states]
             text = differences(found, list(range(len(states))))
             raise ValueError(f"state: ranks saved at different moments: {text}")
         unknown = [name for name in one["parameters"] if state.parameters.ordinal_of(name) is None]
@@ -164,14 +165,25 @@ def _put_momentum(state: CompressionState, ordinal: int, param: Tensor, values: 
     state.momenta.held[ordinal] = flat
 
 
+def _unit(saved: Mapping[str, Any]) -> float:
+    """What a rank's residuals and momenta are multiplied by, against those of an unscaled loss."""
+    scale = saved["scale"]
+    return float(1.0 if scale is None else scale) * float(saved["rescaled"])
+
+
 def _take_shares(state: CompressionState, states: Sequence[Mapping[str, Any]]) -> None:
-    """Takes an equal part of what all old ranks had not sent."""
+    """Takes an equal part of what all old ranks had not sent, in the unit of rank 0's."""
     _restore_scalars(state, states[0])
+    ratios = [_unit(states[0]) / _unit(one) for one in states]
     for name in dict.fromkeys(name for one in states for name in one["parameters"]):
         ordinal, param = _find(state, name)
         momenta = [one["parameters"].get(name, {}).get("momentum") for one in states]
-        if found := [x for x in momenta if x is not None]:
-            wide = [x.to(torch.promote_types(x.dtype, torch.float32)).cpu() for x in found]
+        wide = [
+            x.to(torch.promote_types(x.dtype, torch.float32)).cpu() * ratio
+            for x, ratio in zip(momenta, ratios, strict=True)
+            if x is not None
+        ]
+        if wide:
             _put_momentum(state, ordinal, param, torch.stack(wide).sum(0) / len(states))
         total = torch.zeros(param.numel())
         left = False
@@ -185,7 +197,7 @@ def _take_shares(state: CompressionState, states: Sequence[Mapping[str, Any]]) -
                 first, last, whole = (int(x) for x in entry["owner_span"])
                 if not whole or rank == 0:  # a whole one is the same on all ranks
                     mine[first:last] += entry["owner"].float().cpu() * one["weight"]
-            total += mine
+            total += mine * ratios[rank]
         if left:
             _put(state, ordinal, param, shaped(total / len(states), param))
 
@@ -218,6 +230,9 @@ class Sharded:
     def state_dict(self) -> dict[str, Any]:
         """All residuals, as DTensors; to be loaded from another world, as plain tensors."""
         result: dict[str, Any] = _scalars(self._state)
+        scale = self._state.scale  # zero is no scale; scalars are kept of one rank only
+        scales = torch.tensor([scale or 0.0, self._state.rescaled], dtype=torch.float64)
+        result[_SCALES] = self._distributed(scales)
         for name, ordinal, param in self._parameters():
             for key, value in self._entries(name, ordinal, param):
                 result[key] = self._distributed(value)
@@ -283,24 +298,38 @@ class Sharded:
             for name, _ in self._momenta():
                 parameters.setdefault(name, {})["momentum"] = rows[_MOMENTUM + name][row]
             rank = row if other else self._state.communicator.rank
-            states.append({**scalars, "rank": rank, "parameters": parameters})
+            scale, rescaled = rows[_SCALES][row].tolist()
+            own = {"scale": scale or None, "rescaled": rescaled, "rank": rank}
+            states.append({**scalars, **own, "parameters": parameters})
         self._state.load_state_dict(states if other else states[0])
 
 
 def saved_world_size(checkpoint_id: str) -> int:
-    """How many ranks saved the residuals in a checkpoint of torch.distributed.checkpoint.
+    """How many ranks saved the state in a checkpoint of torch.distributed.checkpoint.
 
     Args:
         checkpoint_id: Its directory.
 
     Raises:
-        ValueError: It holds no residuals of pydist.
+        ValueError: It holds no state of pydist.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
     for key, entry in entries.items():
-        if _SPAN in key and isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, TensorStorageMetadata) and _saved_by_rank(key, entries):
             return int(entry.size[0])
-    raise ValueError(f"checkpoint_id: {checkpoint_id!r} holds no residuals of pydist")
+    raise ValueError(
+        f"checkpoint_id: {checkpoint_id!r} holds no state of pydist (residuals, momenta or "
+        "loss scales)"
+    )
+
+
+def _saved_by_rank(key: str, entries: Mapping[str, Any]) -> bool:
+    """Whether the first dimension of an entry is the ranks of a state of pydist."""
+    if _SPAN in key:
+        return True
+    # A state without residuals, whose name could be another's: pydist saves these scalars beside.
+    prefix = key.removesuffix(_SCALES)
+    return prefix != key and {prefix + "rescaled", prefix + "weight"} <= entries.keys()

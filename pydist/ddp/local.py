@@ -6,6 +6,7 @@ averaged elsewhere, by ``torch.distributed.algorithms.model_averaging``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,16 @@ def check_subgroup(subgroup: dist.ProcessGroup | None) -> None:
         raise TypeError(f"subgroup must be a process group, got {type(subgroup).__name__}")
 
 
+def size(subgroup: dist.ProcessGroup | None) -> int:
+    """How many ranks a local step's gradients are the mean of."""
+    return 1 if subgroup is None else dist.get_world_size(subgroup)
+
+
 def mean_in(
-    subgroup: dist.ProcessGroup | None, flat: Tensor, buffer: Tensor
+    subgroup: dist.ProcessGroup | None,
+    flat: Tensor,
+    buffer: Tensor,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> torch.futures.Future[Tensor]:
     """The mean of a bucket over a subgroup, uncompressed; without one the bucket as it is.
 
@@ -41,21 +50,26 @@ def mean_in(
         subgroup: The ranks to average over.
         flat: The bucket's values; overwritten.
         buffer: The bucket's buffer.
+        watch: Called with ``flat`` once it holds the mean.
     """
-    if subgroup is not None and dist.get_world_size(subgroup) > 1:
-        flat.div_(dist.get_world_size(subgroup))
+
+    def done() -> Tensor:
+        if watch is not None:
+            watch(flat)
+        return result_of(buffer, flat)
+
+    if (ranks := size(subgroup)) > 1:
+        flat.div_(ranks)
         work = dist.all_reduce(flat, group=subgroup, async_op=True)
-        future: torch.futures.Future[Tensor] = work.get_future().then(
-            lambda _: result_of(buffer, flat)
-        )
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda _: done())
         return future
     devices: Any = [flat.device] if flat.is_cuda else []
     future = torch.futures.Future(devices=devices)
-    future.set_result(result_of(buffer, flat))
+    future.set_result(done())
     return future
 
 
 def bytes_sent(subgroup: dist.ProcessGroup | None, flat: Tensor) -> int:
     """What a rank sends in a ring all-reduce of a bucket in its subgroup."""
-    ranks = 1 if subgroup is None else dist.get_world_size(subgroup)
+    ranks = size(subgroup)
     return 2 * (ranks - 1) * flat.numel() * flat.element_size() // ranks

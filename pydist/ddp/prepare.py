@@ -24,13 +24,16 @@ PIECE = 65536
 
 
 class Prepared:
-    """One bucket's gradients, ready to be encoded; what is kept changes with :meth:`take` only.
+    """One bucket's gradients, ready to be encoded; what is kept stays as it was at first.
+
+    :meth:`take` and :meth:`forget` change it.
 
     1. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
     2. Momenta advance. Parameters with residuals are encoded from them; in those without they
        replace the gradient in the bucket, rounded to its type.
     3. A parameter that has a residual and does not keep one in this step (its codec changed) has
-       it added in the bucket.
+       it added in the bucket. It is forgotten after the first step that is finite everywhere: of
+       any other nothing arrives, or the optimizer leaves it out.
 
     Parameters whose gradient is all zeros have no part in any of it.
 
@@ -45,7 +48,7 @@ class Prepared:
 
     Attributes:
         used: Which parts have a gradient that is not all zeros; all of them where nobody asks.
-        advanced: The new momenta; ``None`` without momentum.
+        advanced: The new momenta until they are taken over; ``None`` without momentum.
     """
 
     def __init__(
@@ -77,7 +80,8 @@ class Prepared:
         if limit is not None:
             _clip(flat, [part for part, used in zip(parts, self.used, strict=True) if used], limit)
         if momenta.factor:
-            self.advanced = momenta.advance(flat, parts, self.used)
+            with_residual = [choice.feedback for choice in layout.choices]
+            self.advanced = momenta.advance(flat, parts, self.used, with_residual)
             for part, choice in zip(parts, layout.choices, strict=True):
                 if not choice.feedback and part.ordinal in self.advanced.values:
                     _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
@@ -107,9 +111,18 @@ class Prepared:
         return self.advanced.values[part.ordinal]
 
     def take(self) -> None:
-        """Takes over the new momenta, and forgets residuals that were sent as they are."""
+        """Takes over the new momenta, once."""
         if self.advanced is not None:
             self._momenta.take(self.advanced)
+            self.advanced = None
+
+    @property
+    def releases(self) -> bool:
+        """Whether residuals were added in the bucket, to be forgotten once they have arrived."""
+        return bool(self._sent)
+
+    def forget(self) -> None:
+        """Forgets residuals that were sent as they are."""
         for ordinal in self._sent:
             self._residuals.drop(ordinal)
 
@@ -119,6 +132,44 @@ class Prepared:
         Empty unless ``measured``; the residuals must be the new ones.
         """
         return [(whole, _square(self._residuals.worker[i])) for i, whole in self._entered]
+
+
+class StepOf:
+    """What the buckets of one step, prepared one by one, change when it is over."""
+
+    def __init__(self) -> None:
+        self._prepared: list[Prepared] = []
+        self._finite: list[Tensor] = []  # appended by the threads that end local reductions
+
+    def add(self, prepared: Prepared) -> None:
+        """Takes note of a bucket on its way."""
+        self._prepared.append(prepared)
+
+    def watch(self, flat: Tensor) -> None:
+        """Notes whether what a local step left in a bucket is finite."""
+        self._finite.append(flat.isfinite().all())
+
+    def take(self) -> None:
+        """Takes over all buckets' momenta."""
+        for one in self._prepared:
+            one.take()
+
+    def forget(self, bad: bool | Tensor) -> None:
+        """Forgets what was released, unless something was not finite; asks only if it matters.
+
+        Args:
+            bad: Whether something that was reduced over all ranks was not finite.
+        """
+        if not any(one.releases for one in self._prepared):
+            return
+        if bool(bad) or not all(bool(x) for x in self._finite):
+            return
+        for one in self._prepared:
+            one.forget()
+
+    def lost(self) -> list[tuple[Tensor, Tensor]]:
+        """:meth:`Prepared.lost` of all buckets."""
+        return [pair for one in self._prepared for pair in one.lost()]
 
 
 def used_parts(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:

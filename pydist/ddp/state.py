@@ -24,7 +24,7 @@ from pydist.ddp.advice import Advice
 from pydist.ddp.buffers import result_of, spoiled, values_of
 from pydist.ddp.layout import Layout, Layouts, Parameters
 from pydist.ddp.options import LOCAL, Exclude, Options
-from pydist.ddp.prepare import Prepared, clip_limit
+from pydist.ddp.prepare import Prepared, StepOf, clip_limit
 from pydist.ddp.schedule import Schedule
 from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
@@ -42,7 +42,6 @@ class _InFlight:
 
     road: Road
     coder: BucketCoder
-    prepared: Prepared
 
 
 class CompressionState:
@@ -123,6 +122,7 @@ class CompressionState:
         self.step = 0
         self.stats_of = Stats()
         self._in_flight: list[_InFlight] = []
+        self._step_of = StepOf()
         self._open = False  # inside a step: its last bucket has not come by
         self._unsettled = False  # a step is over, and what became of it was not looked at
         self._series = Series()  # the buckets of this step
@@ -215,16 +215,21 @@ class CompressionState:
 
     def _prepare(self, bucket: GradBucket, flat: Tensor) -> tuple[Layout, Prepared]:
         options, comm = self.options, self._comm
-        layout = self.layouts.of(bucket, flat, options.stage(self.step))
+        stage = options.stage(self.step)
+        layout = self.layouts.of(bucket, flat, stage)
         limit = None
         if options.clip_norm is not None:
             scale = self._rescaled if self.scaler is None or self._scale is None else self._scale
-            limit = clip_limit(options.clip_norm, comm.world_size, options.op == "mean", scale)
+            # In local steps the result is the mean of fewer ranks, or of this one alone.
+            ranks = local.size(self.subgroup) if stage == LOCAL else comm.world_size
+            limit = clip_limit(options.clip_norm, ranks, options.op == "mean", scale)
         every = options.error_every
-        return layout, Prepared(
+        prepared = Prepared(
             layout, flat, self.residuals, self.momenta, limit=limit, rank=comm.rank,
             measured=every > 0 and self.step % every == 0,
         )  # fmt: skip
+        self._step_of.add(prepared)
+        return layout, prepared
 
     def _start(self, bucket: GradBucket, buffer: Tensor, number: int) -> _InFlight:
         flat = values_of(buffer)
@@ -256,7 +261,7 @@ class CompressionState:
         comm.submit(road)
         self.stats_of.sent(layout.choices, plan, flat)
         layout.agreed = True
-        return _InFlight(road, coder, prepared)
+        return _InFlight(road, coder)
 
     def _reduce_locally(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """A bucket's step of post-local SGD: nothing is compressed, nobody is asked."""
@@ -264,14 +269,16 @@ class CompressionState:
         in_backward = self._raise_after_backward()
         flat = values_of(buffer)
         try:
-            layout, prepared = self._prepare(bucket, flat)
-            prepared.take()
+            layout, _ = self._prepare(bucket, flat)
             self.stats_of.sent(layout.choices, layout.plan, flat)
             self.stats_of.wire_bytes += local.bytes_sent(self.subgroup, flat)
         except Exception as error:  # the subgroup is waiting: it gets a NaN from here
             self._failed(error)
             flat.fill_(float("nan"))
-        future = local.mean_in(self.subgroup, flat, buffer)
+        # Residuals that were released must arrive; without any there is nothing to look after.
+        left = self.residuals.worker or self.residuals.owner
+        watch = self._step_of.watch if left else None
+        future = local.mean_in(self.subgroup, flat, buffer, watch)
         if bucket.is_last():
             self._open, self._unsettled = False, True
         if not in_backward:
@@ -303,8 +310,6 @@ class CompressionState:
                     self._failed(error)
                     result = spoiled(buffer)
                     return
-                if not self.options.exact_skip:
-                    sent.prepared.take()
                 result = result_of(buffer, sent.coder.bucket.flat)
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
@@ -320,13 +325,17 @@ class CompressionState:
                 self._failure = error if isinstance(error, PydistError) else PydistError(str(error))
 
     def _raise_failure(self) -> None:
+        """At the end of backward: raises what went wrong; else momenta have moved."""
         with self._lock:
             failure, self._failure = self._failure, None
         if failure is not None:
             self._open, self._unsettled = False, False
             self._in_flight.clear()
+            self._step_of = StepOf()
             self.layouts.agree_again()
             raise failure
+        if self._unsettled and not self.options.exact_skip:
+            self._step_of.take()  # no bucket was refused; frees the old momenta already here
 
     def _raise_after_backward(self) -> bool:
         """Lets backward raise what went wrong, once DDP is through; False outside of backward."""
@@ -347,6 +356,7 @@ class CompressionState:
             return
         self._unsettled = False
         sent, self._in_flight = self._in_flight, []
+        step_of, self._step_of = self._step_of, StepOf()
         for one in sent:
             one.road.wait()
         bad = self.stats_of.step_over([(one.road, one.coder) for one in sent])
@@ -358,8 +368,9 @@ class CompressionState:
                 for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
                     if feedback is not None:
                         self.residuals.commit(section, plan.parts, feedback)
-                one.prepared.take()
-        lost = [pair for one in sent for pair in one.prepared.lost()]
+        step_of.take()
+        step_of.forget(bad)
+        lost = step_of.lost()
         if lost and not bool(bad):
             self.stats_of.measured(lost, self.step)
         self.step += 1
