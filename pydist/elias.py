@@ -7,6 +7,8 @@ ends (uint32), the scales (float32), the streams. ``docs/wire_format.md`` says w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from pydist import wire
@@ -50,6 +52,16 @@ def check_fault(result: int) -> None:
     """Raises MalformedError where a decoder found a fault."""
     if result != NO_FAULT:
         raise MalformedError(result // 16, result % 16)
+
+
+def first_fault(results: Iterable[int]) -> tuple[int, str] | None:
+    """Which of several payloads is malformed, the first of them, and why."""
+    for i, result in enumerate(results):
+        try:
+            check_fault(result)
+        except MalformedError as error:
+            return i, str(error)
+    return None
 
 
 def stream_bytes(n: int, form: BlockFormat) -> int:

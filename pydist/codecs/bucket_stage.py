@@ -176,11 +176,8 @@ class BucketStage:
             if wrong:
                 return i, wrong
         for i, faults in enumerate(results.tolist()):
-            for number, fault in enumerate(faults):
-                try:
-                    elias.check_fault(fault)
-                except elias.MalformedError as error:
-                    return i, f"Elias payload {number}: {error}"
+            if (found := elias.first_fault(faults)) is not None:
+                return i, f"Elias payload {found[0]}: {found[1]}"
         return None
 
     def _restore(

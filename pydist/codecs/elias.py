@@ -67,9 +67,4 @@ class EliasStage:
         for i, (row, message, span) in enumerate(zip(rows, messages, spans, strict=True)):
             self.coder.clear(row, units, span[1] - span[0])
             self._launch("elias_decode", row, units, message, span, results[i])
-        for i, result in enumerate(results.tolist()):
-            try:
-                elias.check_fault(result)
-            except elias.MalformedError as error:
-                return i, str(error)
-        return None
+        return elias.first_fault(results.tolist())

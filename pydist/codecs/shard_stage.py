@@ -80,9 +80,4 @@ class ShardStage:
         for row, message, result in zip(rows, messages, results, strict=True):
             row.zero_()
             self._launch("elias_decode", row, units, message, mine, result)
-        for i, result in enumerate(results.tolist()):
-            try:
-                elias.check_fault(result)
-            except elias.MalformedError as error:
-                return i, str(error)
-        return None
+        return elias.first_fault(results.tolist())

@@ -14,7 +14,7 @@ from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.errors import PydistError
 from pydist.optim.layout import check_parameters, describe, names_of
-from pydist.optim.shards import local_of
+from pydist.optim.shards import is_sharded, local_of
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -137,6 +137,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
                 self._places[p] = (len(self._places), g)
+        self._sharded = [p for p in self.parameters() if is_sharded(p)]
 
     def _with_groups(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """Every parameter with its ordinal and its group."""

@@ -67,19 +67,17 @@ def part_of(x: Tensor) -> list[Any]:
     return [list(tensor.shape), placements, [coordinate[i] for i in cuts]]
 
 
-def shard_groups(params: Iterable[Tensor]) -> dict[dist.ProcessGroup, str]:
-    """The groups of ranks that have the other parts, in the order of the parameters.
+def shard_groups(sharded: Iterable[Tensor]) -> dict[dist.ProcessGroup, str]:
+    """The groups of ranks that have the other parts of DTensors, in their order.
 
     Each with the type of the devices that it communicates from; parameters may be elsewhere
     (``CPUOffloadPolicy``).
     """
     groups: dict[dist.ProcessGroup, str] = {}
-    for x in params:
-        if is_sharded(x):
-            tensor = cast(Any, x)
-            for dimension in _dimensions(tensor):
-                group = tensor.device_mesh.get_group(dimension)
-                groups.setdefault(group, tensor.device_mesh.device_type)
+    for x in sharded:
+        mesh = cast(Any, x).device_mesh
+        for dimension in _dimensions(x):
+            groups.setdefault(mesh.get_group(dimension), mesh.device_type)
     return groups
 
 

@@ -23,7 +23,6 @@ from pydist.optim.layout import check_gradient, sample_of, with_strides_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
 from pydist.optim.shards import (
     agree_over_shards,
-    is_sharded,
     local_gradient,
     local_of,
     shard_groups,
@@ -135,7 +134,7 @@ class VotingOptimizer(DistributedOptimizer):
         votes, failure = self._collect_votes()
         device = local_of(next(self.parameters())).device
         flags = [torch.zeros(1, dtype=torch.int32, device=device), *(c.flags for c in votes)]
-        groups = shard_groups(self.parameters())
+        groups = shard_groups(self._sharded)
         self._apply(
             votes, agree_over_shards(torch.stack(flags).amax(0), refused or failure, groups)
         )
@@ -266,7 +265,7 @@ class VotingOptimizer(DistributedOptimizer):
             scalars = [rates[entry.ordinal] for entry in coder.entries]
             coder.apply(scalars, None if on_host else flags)
             self._commit_staged(coder)
-        torch.autograd.graph.increment_version([p for p in self.parameters() if is_sharded(p)])
+        torch.autograd.graph.increment_version(self._sharded)
 
     def _commit_staged(self, coder: LionCoder) -> None:
         if self._staged is None:
