@@ -24,7 +24,7 @@ endif()
 function(pydist_isa isa table)
   set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp block_encode.cpp
               block_decode.cpp quantize.cpp sum_values.cpp elias.cpp
-              ternary_scale.cpp ternary_pack.cpp ternary_sum.cpp topk.cpp topk_select.cpp
+              ternary_scale.cpp ternary_pack.cpp ternary_sum.cpp topk.cpp topk_select.cpp crc32c.cpp
               table.cpp)
   list(TRANSFORM sources PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/)
   add_library(pydist_${isa} OBJECT ${sources})
@@ -46,7 +46,7 @@ if(PYDIST_X86)
   pydist_isa(avx2 kAvx2 ${avx2})
   pydist_isa(avx512 kAvx512 ${avx512})
 elseif(PYDIST_AARCH64)
-  pydist_isa(neon kNeon)
+  pydist_isa(neon kNeon -march=armv8-a+crc)
 endif()
 
 set(PYDIST_CPU_SOURCES ${CMAKE_CURRENT_LIST_DIR}/../csrc/cpu/driver.cpp

@@ -312,6 +312,25 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
       },
       nogil);
 
+  c.def(
+      "crc32c",
+      [](uint64_t data, int64_t n, uint32_t before) {
+        return cpu::crc32c(at<const unsigned char>(data), n, before);
+      },
+      nogil);
+  c.def(
+      "seal_messages",
+      [](uint64_t rows, int64_t n, int64_t stride, int64_t bytes) {
+        cpu::seal_messages(at<unsigned char>(rows), n, stride, bytes);
+      },
+      nogil);
+  c.def(
+      "first_damaged",
+      [](uint64_t rows, int64_t n, int64_t stride, int64_t bytes, uint32_t digest) {
+        return cpu::first_damaged(at<const unsigned char>(rows), n, stride, bytes, digest);
+      },
+      nogil);
+
 #if defined(PYDIST_CUDA)
   // Rows are in device memory, or, where `rows` is 0, the one row given inline.
   m.attr("CUDA_BUILD") = cuda::build_description();

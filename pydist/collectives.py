@@ -21,9 +21,9 @@ from pydist.codecs.coders import (
     reduce_scatter_coder,
 )
 from pydist.codecs.raw import Raw
-from pydist.communicator import Call, Communicator, communicator
+from pydist.communicator import Call, Communicator, communicator, counter_of
 from pydist.errors import PydistError
-from pydist.hierarchy import Grid, HierarchicalCall, Levels, Plan, grid
+from pydist.hierarchy import Grid, HierarchicalCall, Levels, Plan, counter_of_grid, grid
 from pydist.operators import dense_of, written
 from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route, choose_algorithm
 
@@ -105,6 +105,7 @@ def _check_apart(large: Tensor, small: Tensor, rank: int) -> None:
         raise ValueError("output and input overlap in memory")
 
 
+@torch.inference_mode(False)  # what a call makes outlives the caller's modes
 def _start(
     name: str,
     comm: Communicator,
@@ -142,6 +143,7 @@ def _start(
     return work if async_op else work.wait()
 
 
+@torch.inference_mode(False)
 def _start_hierarchical(
     name: str,
     where: Grid,
@@ -241,7 +243,8 @@ def all_reduce(
 
     if isinstance(group, DeviceMesh | tuple):
         inside = Raw() if inner is None else inner
-        return _start_hierarchical("all_reduce", grid(group), step, fields, plan, async_op)
+        where = grid(group, _device_of(tensor))
+        return _start_hierarchical("all_reduce", where, step, fields, plan, async_op)
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
         if inner is not None:
@@ -252,7 +255,8 @@ def all_reduce(
         fields.update(numel=tensor.numel(), dtype=str(tensor.dtype))
         return coder, tensor, dense
 
-    return _start("all_reduce", communicator(group), step, fields, prepare, algorithm, async_op)
+    comm = communicator(group, _device_of(tensor))
+    return _start("all_reduce", comm, step, fields, prepare, algorithm, async_op)
 
 
 def reduce_scatter(
@@ -294,7 +298,7 @@ def reduce_scatter(
         MismatchError: Ranks disagree; raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
-    comm = communicator(group)
+    comm = communicator(group, _device_of(output))
     fields: dict[str, Any] = {"codec": repr(codec), "op": op, "seed": seed}
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
@@ -344,7 +348,7 @@ def all_gather(
         MismatchError: Ranks disagree; raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
-    comm = communicator(group)
+    comm = communicator(group, _device_of(output))
     fields: dict[str, Any] = {"codec": repr(codec), "seed": seed}
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
@@ -364,15 +368,27 @@ def refuse(comm: Communicator, call: Call) -> None:
         comm.refuse(call).result()
 
 
-def _counted(group: dist.ProcessGroup | Levels | None) -> Communicator | Grid:
-    return grid(group) if isinstance(group, DeviceMesh | tuple) else communicator(group)
+def _device_of(tensor: Tensor) -> torch.device:
+    """Where a tensor is; what is none is refused later, on all ranks."""
+    return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
 
 
 def state_dict(group: dist.ProcessGroup | Levels | None = None) -> dict[str, int]:
-    """The group's counter of calls, for a checkpoint."""
-    return {"step": _counted(group).step}
+    """The group's counter of calls, for a checkpoint. Not collective."""
+    return {"step": _counter(group)[0]}
 
 
 def load_state_dict(state: dict[str, int], group: dist.ProcessGroup | Levels | None = None) -> None:
-    """Restores the counter that :func:`state_dict` saved; call it on every rank."""
-    _counted(group).step = int(state["step"])
+    """Restores the counter that :func:`state_dict` saved; call it on every rank.
+
+    Raises:
+        ValueError: ``state`` holds no counter.
+    """
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"state: expected {{'step': calls so far}}, got {state!r}")
+    _counter(group)[0] = step
+
+
+def _counter(group: dist.ProcessGroup | Levels | None) -> list[int]:
+    return counter_of_grid(group) if isinstance(group, DeviceMesh | tuple) else counter_of(group)

@@ -8,67 +8,50 @@ waits for something that a later call has to deliver. Phase 1 of one call so ove
 one before, whatever the timing.
 
 With NCCL nothing needs a thread: collectives are enqueued on a side stream, in program order.
+
+A call ends with a confirmation: every rank waits until all have decoded it, and compares checksums
+of what they decoded. So where one rank fails, all ranks raise in the same call: the one that fails
+writes why into the store and ends its connections, which wakes the others wherever they wait.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import queue
 import threading
 import time
+import traceback
 import weakref
-import zlib
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from pydist import groups, wire
-from pydist.errors import MismatchError, PydistError
+from pydist.errors import PydistError
 from pydist.series import Series
 from pydist.staging import Staging
+from pydist.transport import groups
+from pydist.transport.agreement import Agreement, Call, Confirmation, Traffic, differences
+from pydist.transport.connections import Connections, established
+from pydist.transport.failures import Failures, Report
+from pydist.transport.rendezvous import meet
+
+__all__ = ["Call", "Communicator", "communicator", "differences"]
 
 T = TypeVar("T")
 
 IN_FLIGHT = 4
 """Chunks between the two threads at most; bounds the memory of calls in flight."""
 
-JOIN_SECONDS = 10.0
+END_SECONDS = 1.0
 """How long a shutdown waits for calls in flight that nobody waited for."""
 
-
-@dataclass(frozen=True)
-class Call:
-    """What all ranks must agree on before data moves.
-
-    Attributes:
-        name: What the user called, for messages.
-        fields: Names and values that must be equal on all ranks (JSON types).
-        step: Step of the call; must be equal too.
-        problem: Why this rank cannot take part; all ranks then raise.
-    """
-
-    name: str
-    fields: dict[str, Any]
-    step: int = 0
-    problem: str | None = None
-
-    @property
-    def digest(self) -> int:
-        """32-bit checksum of name and fields."""
-        return zlib.crc32(_json([self.name, self.fields]))
-
-    @property
-    def label(self) -> str:
-        """Name and step, for messages."""
-        return f"{self.name}, step {self.step}"
+GRACE_SECONDS = 0.5
+"""How long calls in flight may still end by themselves after a peer has hung up."""
 
 
 class Chunk(Protocol):
@@ -98,8 +81,12 @@ class Job(Protocol):
         """Agrees with the other ranks, then encodes and issues phase 1, chunk after chunk."""
         ...
 
+    def confirm(self) -> Confirmation | None:
+        """Issues the call's confirmation, where it has one; all chunks are complete."""
+        ...
+
     def finish(self) -> None:
-        """Runs when all chunks are complete."""
+        """Runs when the call is confirmed."""
         ...
 
 
@@ -116,129 +103,104 @@ class _Task(Generic[T]):
         self.result = self.task()
         yield from ()
 
+    def confirm(self) -> Confirmation | None:
+        """Nothing was decoded."""
+        return None
+
     def finish(self) -> None:
         """Nothing to do."""
-
-
-@dataclass
-class Traffic:
-    """Bytes this rank handed to the network, by phase, and the number of calls."""
-
-    bytes_sent: Counter[str] = field(default_factory=Counter)
-    calls: int = 0
 
 
 class Communicator:
     """The groups, threads and counters that belong to one process group of the user's.
 
-    Construction is collective over the group's ranks.
+    Construction is collective over the group's ranks; where it fails, it may be tried again.
 
     Args:
         parent: The user's process group; no reference to it is kept.
-        phases: 1 where calls have no second phase.
+        device: Where data is: ``"cpu"`` or ``"cuda"``.
+
+    Attributes:
+        device_side: Messages are exchanged by NCCL, on the device. Otherwise they are in host
+            memory, have checksums, and calls are confirmed.
     """
 
-    def __init__(self, parent: dist.ProcessGroup, phases: int = 2) -> None:
+    def __init__(self, parent: dist.ProcessGroup, device: str = "cpu") -> None:
         self.ranks = dist.get_process_group_ranks(parent)
         self.rank = dist.get_rank(parent)
         self.world_size = len(self.ranks)
-        self.backend = str(dist.get_backend(parent))
+        self.device_side = groups.backend_for(parent, device) == "nccl"
         self.timeout = groups.timeout_of(parent)
-        self.device_side = "nccl" in self.backend
-        self.step = 0
         self.traffic = Traffic()
         self.staging = Staging()
-        name = groups.unique_name(parent)
-        self.first = self._new_group(f"{name}/phase1", self.backend)
-        # One stream orders everything with NCCL, and its messages are on the device. Elsewhere the
-        # phases must not wait for each other.
-        self.second = self.control = self.first
-        if self.device_side:
-            self.control = self._new_group(f"{name}/control", "gloo")
-        elif phases > 1:
-            self.second = self._new_group(f"{name}/phase2", self.backend)
-        self._broken: BaseException | None = None
+        self._counter = _counters.setdefault(parent, [0])
+        self._made: list[dist.ProcessGroup] = []
+        (roster,) = meet([parent], "set-up of a process group", self.timeout)
+        self._failures = Failures(
+            groups.store(), roster.name, self.ranks, self.rank, self.timeout.total_seconds()
+        )
+        before = established()
+        try:
+            self._make_groups(roster.name, parent)
+            self._connections = Connections(
+                groups.store(), roster.name, self.rank, self.world_size, before, self.timeout
+            )
+        except Exception:
+            self._destroy_groups()
+            raise
+        behind = None if self.device_side else self.second  # on a device it would wait for results
+        self.agreement = Agreement(
+            roster.name, self.ranks, self.rank, self.control, behind, self.traffic
+        )
+        self._breaking = False
+        self._broken = ""  # why; empty while nothing is, or while that is found out
+        self._explained = threading.Event()
         self._closed = False
         self._lock = threading.Lock()
+        self._under_way = 0  # jobs
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._chunks: queue.Queue[tuple[Job | None, Chunk | None]] = queue.Queue(IN_FLIGHT)
         self._threads: list[threading.Thread] = []
 
-    def _new_group(self, name: str, backend: str) -> dist.ProcessGroup:
-        return groups.new_group(
-            self.ranks, self.rank, backend=backend, name=name, timeout=self.timeout
-        )
+    def _make_groups(self, name: str, parent: dist.ProcessGroup) -> None:
+        def make(purpose: str, backend: str) -> dist.ProcessGroup:
+            made = groups.new_group(
+                self.ranks, self.rank, backend=backend, name=f"{name}/{purpose}",
+                timeout=self.timeout,
+            )  # fmt: skip
+            self._made.append(made)
+            return made
+
+        # One stream orders everything with NCCL, and its messages are on the device. Elsewhere the
+        # phases must not wait for each other.
+        if self.device_side:
+            self.first = self.second = make("phase1", "nccl")
+            self.control = make("control", "gloo")
+        else:
+            on_host = groups.backend_for(parent, "cpu") or "gloo"
+            self.first = self.control = make("phase1", on_host)
+            self.second = make("phase2", on_host)
+
+    @property
+    def step(self) -> int:
+        """Calls of the user's group so far, on any device; a checkpoint may hold it."""
+        return self._counter[0]
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._counter[0] = value
 
     def device(self, x: torch.device) -> torch.device:
         """Where messages about data on ``x`` are exchanged."""
         return x if self.device_side else torch.device("cpu")
 
-    # ----------------------------------------------------------------- agreement
-
     def agree(self, call: Call, meanwhile: Callable[[], object] | None = None) -> None:
-        """Makes sure that all ranks make the same call, before any payload is sent.
-
-        1. Everyone sends its 16-byte header to everyone.
-        2. Where all are equal and none has a problem, that was it.
-        3. Otherwise the descriptions are exchanged and every rank raises.
-
-        With NCCL the exchange runs on the hosts, without waiting for the devices.
-
-        Args:
-            call: What this rank is about to do.
-            meanwhile: Work to do while the headers travel.
-
-        Raises:
-            MismatchError: Ranks make different calls; names field, values and ranks.
-            PydistError: A rank has a problem; names the rank and the problem.
-        """
-        meanwhile = meanwhile or (lambda: None)
-        if self.world_size == 1:
-            if call.problem:
-                raise PydistError(f"{call.name}: {call.problem}")
-            meanwhile()
-            return
-        flags = wire.FLAG_PROBLEM if call.problem else 0
-        mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
-        sent = torch.frombuffer(bytearray(mine * self.world_size), dtype=torch.uint8)
-        received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=self.control, async_op=True)
-        try:
-            meanwhile()
-        finally:
-            work.wait()
-        self.traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
-        if call.problem or received.numpy().tobytes() != mine * self.world_size:
-            self._raise_difference(call, received.view(self.world_size, -1))
-
-    def _raise_difference(self, call: Call, headers: Tensor) -> None:
-        for rank, header in zip(self.ranks, headers, strict=True):
-            _, reason = wire.unpack_header(header.numpy().tobytes())
-            if reason:  # not only here: whoever sent it sees ours as malformed, others see it too
-                call = replace(call, problem=call.problem or f"header of rank {rank}: {reason}")
-        described = {"call": call.name, **call.fields, "step": call.step}
-        mine = _json({"fields": described, "problem": call.problem})
-        descriptions = [json.loads(text) for text in self.gather_bytes(mine)]
-        problems = [
-            f"rank {rank}: {description['problem']}"
-            for rank, description in zip(self.ranks, descriptions, strict=True)
-            if description["problem"]
-        ]
-        if problems:
-            raise PydistError(f"{call.name}: " + "; ".join(problems))
-        fields = [description["fields"] for description in descriptions]
-        raise MismatchError(f"{call.name}: ranks disagree: {differences(fields, self.ranks)}")
+        """Makes sure that all ranks make the same call (:meth:`Agreement.agree`)."""
+        self.agreement.agree(call, meanwhile)
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """Every rank's bytes, of any length, in rank order."""
-        size = torch.tensor([len(mine)])
-        sizes = torch.empty(self.world_size, dtype=torch.int64)
-        groups.all_gather(sizes, size, self.control).wait()
-        padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
-        padded.numpy()[: len(mine)] = list(mine)
-        rows = padded.new_empty((self.world_size, len(padded)))
-        groups.all_gather(rows, padded, self.control).wait()
-        return [row.numpy().tobytes()[:n] for row, n in zip(rows, sizes.tolist(), strict=True)]
+        return self.agreement.gather_bytes(mine)
 
     # ----------------------------------------------------------------- order
 
@@ -251,11 +213,10 @@ class Communicator:
         with self._lock:
             if self._closed:
                 raise PydistError("the process group was destroyed")
-            if self._broken is not None:
-                raise PydistError(
-                    f"an earlier collective of this process group failed: {self._broken}"
-                ) from self._broken
+            if self._breaking:
+                raise self._earlier()
             self.traffic.calls += 1
+            self._under_way += 1
             if not self.device_side and not self._threads:
                 self._start_threads()
             if not self.device_side:
@@ -293,6 +254,7 @@ class Communicator:
             thread = threading.Thread(target=loop, name=f"pydist-{name}", daemon=True)
             thread.start()
             self._threads.append(thread)
+        self._connections.watch(self._hung_up)
 
     def _run_inline(self, job: Job) -> None:
         try:
@@ -301,9 +263,9 @@ class Communicator:
                     chunk.reduce()
                     chunk.complete()
             job.finish()
-            job.future.set_result(None)
+            self._end(job, None)
         except BaseException as error:
-            self._fail(job, error)
+            self._end(job, error)
 
     def _front(self) -> None:
         """Issues phase 1 of every chunk of every job, in order."""
@@ -316,23 +278,35 @@ class Communicator:
         if job is None:
             return False
         try:
-            if self._broken is not None:
-                raise PydistError(f"an earlier collective failed: {self._broken}")
+            if self._breaking:
+                raise self._earlier()
             with contextlib.closing(job.chunks()) as chunks:
                 for chunk in chunks:
                     self._chunks.put((job, chunk))
             self._chunks.put((job, None))
         except BaseException as error:
-            self._fail(job, error)
+            self._end(job, error)
         return True
 
     def _back(self) -> None:
         """Issues phase 2 of every chunk, in order, one ahead of waiting for it."""
         pending: list[Chunk] = []
-        while self._advance(*self._chunks.get(), pending):
-            pass
+        # Confirmations are issued in the order of the calls, and waited for where there is nothing
+        # else to do: that issues nothing, so it may happen at any moment.
+        unconfirmed: deque[tuple[Job, Confirmation]] = deque()
+        while True:
+            while unconfirmed and (self._chunks.empty() or len(unconfirmed) > IN_FLIGHT):
+                self._settle(*unconfirmed.popleft())
+            if not self._advance(*self._chunks.get(), pending, unconfirmed):
+                return
 
-    def _advance(self, job: Job | None, chunk: Chunk | None, pending: list[Chunk]) -> bool:
+    def _advance(
+        self,
+        job: Job | None,
+        chunk: Chunk | None,
+        pending: list[Chunk],
+        unconfirmed: deque[tuple[Job, Confirmation]],
+    ) -> bool:
         if job is None:
             return False
         try:
@@ -345,87 +319,132 @@ class Communicator:
             while len(pending) > (1 if chunk is not None else 0):
                 pending.pop(0).complete()
             if chunk is None:
-                job.finish()
-                job.future.set_result(None)
+                confirmation = job.confirm()
+                if confirmation is not None:
+                    unconfirmed.append((job, confirmation))
+                else:
+                    job.finish()
+                    self._end(job, None)
         except BaseException as error:
             pending.clear()
-            self._fail(job, error)
+            self._end(job, error)
         return True
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _settle(self, job: Job, confirmation: Confirmation) -> None:
+        try:
+            self.agreement.confirmed(confirmation)
+            job.finish()
+            self._end(job, None)
+        except BaseException as error:
+            self._end(job, error)
+
+    # ----------------------------------------------------------------- the end of a job
+
+    def _end(self, job: Job, error: BaseException | None) -> None:
+        """Completes a job's future; what breaks the communicator breaks it on all ranks."""
         # A disagreement is raised on every rank before data moved: the group is still in step.
-        if not isinstance(error, PydistError):
-            self._broken = error
-            which = f"{job.label}: " if job.label else ""
-            me = self.ranks[self.rank]
-            reason = PydistError(f"{which}rank {me}: a collective failed: {error}")
-            reason.__cause__ = error
-            error = reason
-        if not job.future.done():
+        if error is not None and not isinstance(error, PydistError):
+            error = self._break(job.label, error)
+        with self._lock:
+            if job.future.done():
+                return
+            self._under_way -= 1
+        if error is None:
+            job.future.set_result(None)
+        else:
             job.future.set_exception(error)
 
-    def shutdown(self) -> None:
-        """Ends the threads once the jobs in flight are done. Not collective."""
+    def _break(self, label: str, error: BaseException) -> PydistError:
+        """Ends the connections, so that every rank fails; says what went wrong, and where."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._jobs.put(None)
-        deadline = time.monotonic() + JOIN_SECONDS
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        for group in {self.first, self.second, self.control}:
+            first, self._breaking = not self._breaking, True
+        if first:
+            report = Report.of(error)
+            self._failures.publish(report)
+            self._abort()
+            which = f"{label}: " if label else ""
+            self._broken = f"{which}a collective failed: {self._failures.explain(report)}"
+            self._explained.set()
+        self._explained.wait()
+        # The frames hold the user's model; who reads the traceback needs their lines alone.
+        traceback.clear_frames(error.__traceback__)
+        reason = PydistError(self._broken)
+        reason.__cause__ = error
+        return reason
+
+    def _earlier(self) -> PydistError:
+        self._explained.wait()
+        return PydistError(f"an earlier call on this process group failed: {self._broken}")
+
+    def _abort(self) -> None:
+        self._connections.abort()
+        if self.device_side:
+            groups.abort(self.first)
+
+    def _hung_up(self, place: int) -> None:
+        """A peer has closed its connections: what still needs it will not end by itself."""
+        self._failures.hung_up.append(place)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._under_way:
+            self._abort()
+
+    def shutdown(self) -> None:
+        """Ends the threads; calls in flight have a second to end. Not collective."""
+        shut_down([self])
+
+    def _close(self) -> bool:
+        """Takes no more calls; whether it took any before."""
+        with self._lock:
+            was_open, self._closed = not self._closed, True
+        if was_open:
+            self._jobs.put(None)
+        return was_open
+
+    def _join(self, deadline: float) -> bool:
+        """Waits for the threads; whether they have ended."""
+        mine = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in mine:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in mine)
+
+    def _destroy_groups(self) -> None:
+        for group in self._made:
             groups.destroy(group)
+        self._made.clear()
+        # With the last reference gloo's threads end; later they would meet a dying interpreter.
+        self.__dict__.pop("agreement", None)
+        for name in ("first", "second", "control"):
+            self.__dict__.pop(name, None)
 
 
-# --------------------------------------------------------------------------- helpers
-
-
-def _json(value: Any) -> bytes:
-    # What JSON cannot hold (numbers of NumPy, say) is told apart by its repr.
-    return json.dumps(value, sort_keys=True, default=repr).encode()
-
-
-def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
-    """Says in which fields descriptions differ, with the values and who has them."""
-    parts = []
-    for name in sorted({key for description in descriptions for key in description}):
-        by_value: dict[str, list[int]] = {}
-        for rank, description in zip(ranks, descriptions, strict=True):
-            by_value.setdefault(json.dumps(description.get(name)), []).append(rank)
-        if len(by_value) > 1:
-            sides = [
-                f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
-                for value, who in by_value.items()
-            ]
-            parts.append(f"{name} is {' and '.join(sides)}")
-    return "; ".join(parts)
+def shut_down(communicators: list[Communicator]) -> None:
+    """Ends communicators together: a call of one may be what another waits for."""
+    ending = [each for each in communicators if each._close()]
+    for seconds in (END_SECONDS, END_SECONDS):
+        deadline = time.monotonic() + seconds
+        for each in [each for each in ending if not each._join(deadline)]:
+            each._abort()
+    for each in ending:
+        each._connections.close()
+        each._destroy_groups()
 
 
 # --------------------------------------------------------------------------- the cache
 
-_communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+_counters: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+_communicators: weakref.WeakKeyDictionary[Any, dict[bool, Communicator]] = (
+    weakref.WeakKeyDictionary()
+)
 _all: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-def own_communicator(parent: dist.ProcessGroup, phases: int = 2) -> Communicator:
-    """A new communicator of a process group, which ends with the group; collective."""
-    made = Communicator(parent, phases)
-    _all.add(made)
-    weakref.finalize(parent, made.shutdown)
-    return made
-
-
-def communicator(
-    group: dist.ProcessGroup | None = None,
-) -> Communicator:
-    """The communicator of a process group; made at the first call, which is collective.
-
-    Args:
-        group: The user's process group; ``None`` is the default one.
+def checked(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The process group that a user means; ``None`` is the default one.
 
     Raises:
+        TypeError: ``group`` is no process group.
         ValueError: There is no process group, or this rank is not in it.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -439,13 +458,45 @@ def communicator(
         raise TypeError(f"group must be one process group, got {type(group).__name__}")
     if outside or dist.get_rank(parent) < 0:
         raise ValueError(f"group: rank {dist.get_rank()} is not in this process group")
-    found = _communicators.get(parent)
-    if found is None:
-        found = _communicators[parent] = own_communicator(parent)
-    return found
+    return parent
+
+
+def counter_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The number of a group's calls so far, as the only entry of a list; not collective."""
+    return _counters.setdefault(checked(group), [0])
+
+
+def own_communicator(parent: dist.ProcessGroup, device: str = "cpu") -> Communicator:
+    """A new communicator of a process group, which ends with the group; collective."""
+    made = Communicator(parent, device)
+    _all.add(made)
+    weakref.finalize(parent, made.shutdown)
+    return made
+
+
+def communicator(
+    group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> Communicator:
+    """The communicator of a process group; made at the first call, which is collective.
+
+    Args:
+        group: The user's process group; ``None`` is the default one.
+        device: Where the data is, which decides what carries it.
+
+    Raises:
+        TypeError: ``group`` is no process group.
+        ValueError: There is no process group, or this rank is not in it.
+        PydistError: A rank did not come to the first call in time; it may be tried again.
+    """
+    parent = checked(group)
+    kind = torch.device(device).type
+    by_device = groups.backend_for(parent, kind) == "nccl"
+    known = _communicators.setdefault(parent, {})
+    if by_device not in known:
+        known[by_device] = own_communicator(parent, kind)
+    return known[by_device]
 
 
 @atexit.register
-def _shutdown_all() -> None:
-    for found in list(_all):
-        found.shutdown()
+def _shut_down_all() -> None:
+    shut_down(list(_all))

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from pydist import groups
 from pydist.codecs.base import Coder, Worker
 from pydist.codecs.coders import (
     Codec,
@@ -44,6 +43,8 @@ from pydist.codecs.raw import Raw
 from pydist.communicator import Call, Communicator, own_communicator
 from pydist.errors import PydistError
 from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route, await_future, wait_for
+from pydist.transport import groups
+from pydist.transport.rendezvous import meet
 
 STAGES = ("inside: reduce-scatter", "across", "inside: all-gather")
 
@@ -102,30 +103,39 @@ class Grid:
     Args:
         across: The ranks that have this rank's place in their nodes.
         inside: The ranks of this node.
+        device: Where the data is: ``"cpu"`` or ``"cuda"``.
+        counter: Holds the number of calls.
 
     Attributes:
         nodes: Number of nodes.
         local: Ranks of each.
         node: This rank's node.
         local_rank: Its place in it.
-        step: Number of calls so far.
+        step: Number of calls so far; that of all devices of these groups.
 
     Raises:
         ValueError: The groups do not form a grid; on every rank of them.
     """
 
-    def __init__(self, across: dist.ProcessGroup, inside: dist.ProcessGroup) -> None:
+    def __init__(
+        self, across: dist.ProcessGroup, inside: dist.ProcessGroup, device: str, counter: list[int]
+    ) -> None:
         _check_grid(across, inside)
         self.nodes, self.local = across.size(), inside.size()
         self.node, self.local_rank = dist.get_rank(across), dist.get_rank(inside)
-        self.step = 0
-        self._stages = (
-            own_communicator(inside, phases=1),
-            own_communicator(across),
-            own_communicator(inside, phases=1),
-        )
+        self._counter = counter
+        self._stages = tuple(own_communicator(group, device) for group in (inside, across, inside))
         self._lock = threading.RLock()
         self._order: tuple[deque[HierarchicalCall], ...] = (deque(), deque(), deque())
+
+    @property
+    def step(self) -> int:
+        """Number of calls so far."""
+        return self._counter[0]
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._counter[0] = value
 
     def traffic(self) -> dict[str, Counter[str]]:
         """Bytes that this rank has sent ``"inside"`` its node and ``"across"``, by phase."""
@@ -157,13 +167,14 @@ def _check_grid(across: dist.ProcessGroup, inside: dist.ProcessGroup) -> None:
     found wrong: what one rank sees so reaches all ranks of the grid, in whatever order they look.
     """
     mine = {"across": _ranks(across), "inside": _ranks(inside)}
+    both, timeout = [inside, across], groups.timeout_of(inside)
     inner, outer = (
-        [json.loads(text) for text in texts]
-        for texts in groups.publish([inside, across], json.dumps(mine))
+        [json.loads(text) for text in roster.texts]
+        for roster in meet(both, "grid of process groups", timeout, json.dumps(mine))
     )
     problem = _grid_problem(mine, inner, outer, dist.get_rank())
-    heard = groups.publish([inside, across], problem)
-    problems = sorted({text for texts in heard for text in texts if text})
+    heard = meet(both, "verdict on a grid of process groups", timeout, problem)
+    problems = sorted({text for roster in heard for text in roster.texts if text})
     if problems:
         raise ValueError("group: across and inside do not form a grid: " + "; ".join(problems))
 
@@ -200,7 +211,10 @@ def _grid_problem(
     return ""
 
 
-_grids: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Grid]] = (
+_grids: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[bool, Grid]]] = (
+    weakref.WeakKeyDictionary()
+)
+_counters: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, list[int]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -208,17 +222,12 @@ Levels = DeviceMesh | tuple[dist.ProcessGroup, dist.ProcessGroup]
 """Two levels of groups: (across nodes, inside a node), or a mesh of these two dimensions."""
 
 
-def grid(group: Levels) -> Grid:
-    """The grid of two levels of groups; made at the first call, which is collective.
-
-    Args:
-        group: A 2-D mesh, its dimensions (across nodes, inside a node), or two groups in that
-            order.
+def _pair(group: Levels) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The groups across nodes and inside a node.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: The mesh has another number of dimensions, this rank is not in it, or the groups
-            do not form a grid.
+        TypeError: These are not two groups.
+        ValueError: The mesh has another number of dimensions, or this rank is not in both.
     """
     if isinstance(group, DeviceMesh):
         if group.ndim != 2:
@@ -234,11 +243,35 @@ def grid(group: Levels) -> Grid:
     if len(pair) != 2 or not all(isinstance(x, dist.ProcessGroup) for x in pair):
         kinds = ", ".join(type(x).__name__ for x in pair)
         raise TypeError(f"group must be two groups (across nodes, inside a node), got ({kinds})")
-    across, inside = pair
-    of_node = _grids.setdefault(inside, weakref.WeakKeyDictionary())
-    if across not in of_node:
-        of_node[across] = Grid(across, inside)
-    return of_node[across]
+    return pair
+
+
+def counter_of_grid(group: Levels) -> list[int]:
+    """The number of calls on two levels so far, the only entry of a list; not collective."""
+    across, inside = _pair(group)
+    return _counters.setdefault(inside, weakref.WeakKeyDictionary()).setdefault(across, [0])
+
+
+def grid(group: Levels, device: torch.device | str = "cpu") -> Grid:
+    """The grid of two levels of groups; made at the first call, which is collective.
+
+    Args:
+        group: A 2-D mesh, its dimensions (across nodes, inside a node), or two groups in that
+            order.
+        device: Where the data is.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: The mesh has another number of dimensions, this rank is not in it, or the groups
+            do not form a grid.
+    """
+    across, inside = _pair(group)
+    kind = torch.device(device).type
+    known = _grids.setdefault(inside, weakref.WeakKeyDictionary()).setdefault(across, {})
+    by_device = groups.backend_for(across, kind) == "nccl"
+    if by_device not in known:
+        known[by_device] = Grid(across, inside, kind, counter_of_grid(group))
+    return known[by_device]
 
 
 # --------------------------------------------------------------------------- a call

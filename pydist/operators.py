@@ -99,7 +99,20 @@ def dense_of(name: str, x: Tensor) -> Tensor:
             f"{name} has strides {list(x.stride())}: several elements share one place in memory, "
             "so it cannot be written in place"
         )
-    return x.contiguous()
+    return normal(x.contiguous())
+
+
+def normal(x: Tensor) -> Tensor:
+    """A tensor of the same memory that may be changed outside of inference mode, by any thread.
+
+    Modes of torch belong to threads, and a tensor made in inference mode can be changed in that
+    mode alone. Threads of pydist's own are in none.
+    """
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        same = torch.empty(0, dtype=x.dtype, device=x.device)
+        return same.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def check_apart(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
@@ -120,7 +133,8 @@ def written(target: Tensor, dense: Tensor) -> None:
     A tensor that backward has saved is then known to have changed, as after any in-place operation.
     """
     if dense.data_ptr() != target.data_ptr() or dense.stride() != target.stride():
-        target.copy_(dense.view_as(target))
+        with torch.inference_mode(target.is_inference()):
+            target.copy_(dense.view_as(target))
     elif not target.is_inference():
         torch.autograd.graph.increment_version(target)
 

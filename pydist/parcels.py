@@ -6,18 +6,21 @@ knows of it. ``all_to_all_single`` with split sizes carries them, in both phases
 everyone is sent to each rank, which takes no more bytes than a gather does.
 
 The lengths must be known on the host: with NCCL that waits for the device, twice a chunk and phase.
+Each travels with a checksum: a wrong one would make the next exchange one of other sizes than at
+the peer, which ends a process that uses gloo.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pydist.codecs.base import Span, Stage
-from pydist.communicator import Communicator
+from pydist.communicator import Call, Communicator
+from pydist.transport import groups
 
 SIZE_BYTES = 8
 
@@ -29,7 +32,7 @@ class Parcels:
         comm: The group's communicator.
         stage: What shortens the rows.
         phase: ``"phase 1"`` or ``"phase 2"``, to count the bytes and to choose the group.
-        name: What the user called, for messages.
+        call: The call.
         head: Bytes at the beginning of each row that stay as they are.
         units: Units of a row.
         count: Told what is sent, and how many bytes of it.
@@ -40,12 +43,13 @@ class Parcels:
         comm: Communicator,
         stage: Stage,
         phase: str,
-        name: str,
+        call: Call,
         head: int,
         units: int,
         count: Callable[[str, int], None],
     ) -> None:
-        self.comm, self.stage, self.phase, self.name = comm, stage, phase, name
+        self.comm, self.stage, self.phase = comm, stage, phase
+        self._digest = call.digest
         self.head, self.units, self._tell = head, units, count
         self._group = comm.first if phase == "phase 1" else comm.second
         self._sizes: list[int] = []
@@ -66,11 +70,16 @@ class Parcels:
         ]
         self._parcels = parcels * (n // len(parcels))
         self._lengths = [parcel.numel() for parcel in self._parcels]
-        mine = torch.tensor(self._lengths, dtype=torch.int64, device=rows.device)
+        announced = [length << 32 | self._guard(length) for length in self._lengths]
+        mine = torch.tensor(announced, dtype=torch.int64, device=rows.device)
         self._theirs = torch.empty_like(mine)
         self._keep = mine
         self._count("sizes", [SIZE_BYTES] * n)
-        self._work = dist.all_to_all_single(self._theirs, mine, group=self._group, async_op=True)
+        self._work = groups.all_to_all(self._theirs, mine, self._group)
+
+    def _guard(self, length: int) -> int:
+        """A checksum of 32 bits of a length in this call."""
+        return zlib.crc32(length.to_bytes(4, "little"), self._digest)
 
     def send(self) -> None:
         """Waits for the lengths, then starts to send the messages.
@@ -78,22 +87,24 @@ class Parcels:
         Raises:
             ValueError: A length is none that such a message can have.
         """
-        self._work.wait()
-        self._sizes = self._theirs.tolist()
-        for rank, size, span in zip(self.comm.ranks, self._sizes, self._spans, strict=True):
+        groups.wait(self._work)
+        self._sizes = [announced >> 32 for announced in self._theirs.tolist()]
+        expected = [self._guard(size & 0xFFFFFFFF) for size in self._sizes]
+        guards = [announced & 0xFFFFFFFF for announced in self._theirs.tolist()]
+        for i, (size, span) in enumerate(zip(self._sizes, self._spans, strict=True)):
             least, most = (self.head + bound for bound in self.stage.bounds(span))
-            if not least <= size <= most or size % 4:
+            if guards[i] != expected[i] or not least <= size <= most or size % 4:
                 raise ValueError(
-                    f"{self.name}: malformed message from rank {rank}: {size} bytes, "
-                    f"expected {least} to {most} and a multiple of 4"
+                    f"malformed message from rank {self.comm.ranks[i]}: it announces {size} bytes, "
+                    f"expected {least} to {most}, a multiple of 4, and their checksum"
                 )
         sent = torch.cat(self._parcels)
         self._parcels = []
         self._received = sent.new_empty(sum(self._sizes))
         self._keep = sent
         self._count(self.phase, self._lengths)
-        self._work = dist.all_to_all_single(
-            self._received, sent, self._sizes, self._lengths, group=self._group, async_op=True
+        self._work = groups.all_to_all(
+            self._received, sent, self._group, self._sizes, self._lengths
         )
 
     def wait(self) -> Tensor:
@@ -102,7 +113,7 @@ class Parcels:
         Raises:
             ValueError: A message is malformed; names the rank and the reason.
         """
-        self._work.wait()
+        groups.wait(self._work)
         messages = self._received.split(self._sizes)
         rows = self._received.new_empty((len(messages), self._row_bytes))
         for row, message in zip(rows, messages, strict=True):
@@ -111,7 +122,7 @@ class Parcels:
         wrong = self.stage.unpack(bodies, rows[:, self.head :], self.units, self._spans)
         if wrong is not None:
             rank = self.comm.ranks[wrong[0]]
-            raise ValueError(f"{self.name}: malformed message from rank {rank}: {wrong[1]}")
+            raise ValueError(f"malformed message from rank {rank}: {wrong[1]}")
         return rows
 
     def _count(self, what: str, lengths: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ and an all-gather has no other; both decode what has arrived.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
@@ -31,9 +32,10 @@ from pydist import wire
 from pydist.codecs.base import Coder, Span, spans, stage_of
 from pydist.communicator import Call, Communicator
 from pydist.errors import PydistError
-from pydist.groups import all_gather
 from pydist.parcels import Parcels
 from pydist.series import Series
+from pydist.transport import groups, message
+from pydist.transport.agreement import Confirmation
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
@@ -41,7 +43,8 @@ CHUNK_BYTES = 512 * 1024
 LATENCY_BYTES = 16 * 1024
 """What a round trip costs, in bytes: below it one phase beats two."""
 
-_FLAGS_AT = 7  # where a header has its flags
+_FLAGS_AT = wire.FLAGS_AT
+_CHECKSUM = slice(wire.CHECKSUM_AT, wire.CHECKSUM_AT + 4)
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class _Exchange:
         sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
         if self.extra is not None:
             sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
+        road.seal(sent)
 
     def drop(self) -> None:
         """Gives back what was encoded in vain."""
@@ -166,13 +170,12 @@ class _Exchange:
         self._arriving, self._sent = send(self._sent), None
 
     def _arrived(self) -> Tensor:
-        """Waits for what was issued last and checks its headers."""
+        """Waits for what was issued last."""
         assert self._arriving is not None
         arriving, self._arriving = self._arriving, None
         received = arriving.wait()
         if isinstance(arriving, _Pending) and arriving.sent is not received:
             self.road.done(arriving.sent)
-        self.road.check(received)
         return received
 
     def reduce(self) -> None:
@@ -185,6 +188,7 @@ class _Exchange:
         if not road.route.reduces:
             return
         received = self._arrived()
+        road.check(received)
         if self.extra is not None:
             road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
         second = road.route.second
@@ -196,6 +200,7 @@ class _Exchange:
             road.flags,
         )  # fmt: skip
         sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
+        road.seal(sent)
         road.done(received)
         del received
         if not second:
@@ -212,6 +217,7 @@ class _Exchange:
         """Waits for the last phase and decodes."""
         with self.road.stream():
             received, begin = self._arrived(), wire.HEADER_BYTES
+            self.road.check(received, decoded=True)
             if not self.road.route.reduces and self.extra is not None:
                 begin = self.offset
                 self.road.coder.merge_extra(received[:, wire.HEADER_BYTES : begin])
@@ -228,7 +234,7 @@ class _Pending:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            groups.wait(self.work)
         return self.received
 
 
@@ -270,6 +276,7 @@ class Road:
         self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
         header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
+        self._decoded = 0  # checksum of the checksums of what was decoded
         self.stream = _SideStream(device)
         self.stage = stage_of(coder) if comm.world_size > 1 else None
         self.bytes_sent = 0  # by this rank so far, but for the agreement
@@ -325,7 +332,7 @@ class Road:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
         everyones = self.share(prologues.pop())
-        self.coder.merge_prologue(everyones)
+        self.coder.merge_prologue(everyones[:, wire.HEADER_BYTES :])
         self.done(everyones)
         return 0
 
@@ -334,6 +341,15 @@ class Road:
         await_future(self.future, self.call.name, timeout)
         if self.stream.done is not None:
             torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
+
+    def confirm(self) -> Confirmation | None:
+        """Tells the other ranks what was decoded here."""
+        # Shares differ by rank; everything else is the same everywhere.
+        same = self.route.reduces or not self.route.scatters
+        confirmation = self.comm.agreement.confirm(self.call, self._decoded if same else 0)
+        if confirmation is not None:
+            self.bytes_sent += confirmation.bytes_sent
+        return confirmation
 
     def finish(self) -> None:
         """Hands the flags of all ranks to the coder."""
@@ -359,26 +375,45 @@ class Road:
         header[_FLAGS_AT] = flags[0]
         return header
 
-    def check(self, received: Tensor) -> None:
-        """Collects the flags of all ranks' headers and compares the rest with our own.
+    def seal(self, messages: Tensor) -> None:
+        """Puts checksums into messages that are about to be sent."""
+        if messages.device.type == "cpu":
+            message.seal(messages)
+
+    def check(self, received: Tensor, *, decoded: bool = False) -> None:
+        """Compares checksums and headers, and collects the flags of all ranks.
+
+        Args:
+            received: Messages, which are used right behind this.
+            decoded: They are what every rank decodes.
 
         Raises:
-            ValueError: A header is malformed: the bytes did not come from an equal pydist.
+            ValueError: A message was damaged on its way, or did not come from an equal pydist.
         """
         headers = received[:, : wire.HEADER_BYTES]
         if headers.is_cuda:  # agreed on the host before; comparing here would wait for the device
             self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
             return
+        damaged = message.first_damaged(received, self.call.digest)
+        if damaged is not None:
+            raise self._malformed(received, damaged, "its checksum is wrong")
         table = headers.numpy().copy()
         self.flags |= int(np.bitwise_or.reduce(table[:, _FLAGS_AT]))
-        table[:, _FLAGS_AT] = 0
-        if not (table == self._header.numpy()).all():
-            rank = int((table != self._header.numpy()).any(1).nonzero()[0][0])
-            header, reason = wire.unpack_header(table[rank].tobytes())
-            raise ValueError(
-                f"{self.call.name}: malformed message from rank {self.comm.ranks[rank]}: "
-                f"{reason or header}"
-            )
+        if decoded:
+            self._decoded = zlib.crc32(table[:, _CHECKSUM].tobytes(), self._decoded)
+        table[:, _FLAGS_AT], table[:, _CHECKSUM] = 0, 0
+        expected = self._header.numpy().copy()
+        expected[_CHECKSUM] = 0
+        if not (table == expected).all():
+            row = int((table != expected).any(1).nonzero()[0][0])
+            header, _ = wire.unpack_header(table[row].tobytes())
+            raise self._malformed(received, row, str(header))
+
+    def _malformed(self, received: Tensor, row: int, what: str) -> ValueError:
+        ranks = self.comm.ranks
+        rank = ranks[row] if len(received) == len(ranks) else ranks[self.comm.rank]
+        _, reason = wire.unpack_header(received[row, : wire.HEADER_BYTES].numpy().tobytes())
+        return ValueError(f"malformed message from rank {rank}: {reason or what}")
 
     def scatter(self, sent: Tensor) -> _Pending:
         """Phase 1: row i goes to rank i."""
@@ -386,13 +421,20 @@ class Road:
         if self.comm.world_size == 1:
             return _Pending(None, sent, sent)
         received = self.room(*sent.shape)
-        work = dist.all_to_all_single(received, sent, group=self.comm.first, async_op=True)
+        work = groups.all_to_all(received, sent, self.comm.first)
         return _Pending(work, received, sent)
 
     def share(self, prologue: Tensor) -> Tensor:
         """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
-        sent = prologue.to(self.device).view(1, -1)
-        return self.gather(sent, phase="prologue").wait()
+        sent = self.room(1, wire.HEADER_BYTES + prologue.numel())
+        sent[0, : wire.HEADER_BYTES] = self._header
+        sent[0, wire.HEADER_BYTES :] = prologue.to(self.device).view(-1)
+        self.seal(sent)
+        received = self.gather(sent, phase="prologue").wait()
+        if received is not sent:
+            self.done(sent)
+        self.check(received)
+        return received
 
     def gather(self, sent: Tensor, *, second: bool = False, phase: str | None = None) -> _Pending:
         """Everyone's message to everyone."""
@@ -403,13 +445,13 @@ class Road:
             return _Pending(None, sent, sent)
         received = self.room(n, sent.numel())
         group = self.comm.second if second else self.comm.first
-        work = all_gather(received, sent, group)
+        work = groups.all_gather(received, sent, group)
         return _Pending(work, received, sent)
 
     def parcels(self, phase: str, head: int, units: int) -> Parcels:
         """An exchange of rows that are shortened."""
         assert self.stage is not None
-        return Parcels(self.comm, self.stage, phase, self.call.name, head, units, self._count)
+        return Parcels(self.comm, self.stage, phase, self.call, head, units, self._count)
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 WORD_BITS = 32
 WORD_BYTES = 4
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_RANKS = 65535
 
 FLAG_NON_FINITE = 1
@@ -32,11 +32,13 @@ FLAG_MALFORMED = 4
 MAGIC = b"PDst"
 _HEADER = struct.Struct("<4sBBBBII")
 HEADER_BYTES = _HEADER.size
+FLAGS_AT, CHECKSUM_AT = 7, 8
+"""Where a header has its flags (a byte), and digest or checksum (4 bytes)."""
 
 CODECS = {
     "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
     "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9, "bucket": 10,
-    "agreement": 255,
+    "confirmation": 254, "agreement": 255,
 }  # fmt: skip
 
 MAX_ENTRY = 2**48
@@ -76,7 +78,8 @@ class Header:
         codec: Number of the codec (``CODECS``).
         bits: Bits an element (1 for sign planes, planes for counts).
         flags: ``FLAG_*``, OR-ed.
-        digest: 32-bit checksum of what all ranks must agree on (lengths, options, learning rates).
+        digest: 32-bit checksum of what all ranks must agree on (lengths, options, learning rates);
+            in messages that are checked, their checksum (:mod:`pydist.transport.message`).
         step: Step of the call, modulo 2**32.
     """
 

@@ -60,7 +60,7 @@ def bytes_as_predicted(rank: int, ranks: int) -> list[int]:
     stats = state.stats()
     wanted = {"gradients": 0, "parameters": 0}
     given = {name for name, p in net.named_parameters() if p.grad is not None}
-    per_call = 2 * 16 * (ranks - 1)  # the agreement, and a header
+    per_call = 3 * 16 * (ranks - 1)  # agreement, header and confirmation
     for unit in units_of(net):
         row = _row_bytes(held_by(unit, net, given), gradients, ranks)
         wanted["gradients"] += 2 * ((ranks - 1) * row + per_call)

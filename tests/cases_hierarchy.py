@@ -288,7 +288,7 @@ def wrong(rank: int, ranks: int) -> None:
 
 
 def traffic(rank: int, ranks: int, local: int, n: int) -> dict[str, int]:
-    """Bytes of a call that this rank sent across and inside, without agreements."""
+    """Bytes of messages that this rank sent across and inside in a call."""
     where = hierarchy.grid(levels(ranks, local))
     before = where.traffic()
     pydist.all_reduce(
@@ -297,7 +297,7 @@ def traffic(rank: int, ranks: int, local: int, n: int) -> dict[str, int]:
     after = where.traffic()
     return {
         level: sum((after[level] - before[level]).values())
-        - (after[level] - before[level])["agreement"]
+        - sum((after[level] - before[level])[what] for what in ("agreement", "confirmation"))
         for level in after
     }
 

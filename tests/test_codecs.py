@@ -115,7 +115,8 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     blocks = 10
     share = (ranks - 1) * (blocks * (512 * 4 // 8 + 4) + 16)
     # Two phases of an all-reduce; the one phase of a scatter and of a gather.
-    expected = {"agreement": 3 * (ranks - 1) * 16, "phase 1": 3 * share, "phase 2": share}
+    ends = 3 * (ranks - 1) * 16
+    expected = {"agreement": ends, "phase 1": 3 * share, "phase 2": share, "confirmation": ends}
     assert worlds(ranks).run(cases.traffic, 512 * blocks) == [expected] * ranks
 
 
@@ -132,6 +133,7 @@ def test_traffic_of_variable_lengths(worlds: Worlds, ranks: int) -> None:
         share = (ranks - 1) * message
         assert sent == {
             "agreement": 3 * (ranks - 1) * 16, "phase 1": 3 * share, "phase 2": share,
+            "confirmation": 3 * (ranks - 1) * 16,
             "sizes": 4 * (ranks - 1) * 8,
         }  # fmt: skip
 

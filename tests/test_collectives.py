@@ -111,7 +111,8 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     """(n - 1) / n of a payload in either phase, plus a header a message."""
     n = 32 * 12 * 100
     share = (ranks - 1) * (n // 8 // ranks + 16)
-    expected = {"agreement": (ranks - 1) * 16, "phase 1": share, "phase 2": share}
+    ends = (ranks - 1) * 16
+    expected = {"agreement": ends, "phase 1": share, "phase 2": share, "confirmation": ends}
     assert worlds(ranks).run(cases.traffic, n) == [expected] * ranks
 
 

@@ -103,7 +103,7 @@ def test_numbers_of_numpy(worlds: Worlds, ranks: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("WIRE_VERSION", 7, "rank 0: header of rank 1: wire version 7, expected 1"),
+        ("WIRE_VERSION", 7, "rank 0: header of rank 1: wire version 7, expected 2"),
         ("MAGIC", b"Ping", "rank 0: header of rank 1: magic b'Ping', expected b'PDst'"),
     ],
 )
@@ -118,7 +118,7 @@ def test_malformed_message(worlds: Worlds, algorithm: str) -> None:
     for rank, (first, second, took) in enumerate(results):
         assert first[0] == "PydistError" and second[0] == "PydistError", (first, second)
         if rank != 1:
-            assert "malformed message from rank 1: magic b'HTTP'" in first[1], first
+            assert "malformed message from rank 1" in first[1], first
         assert took < cases.SHORT + SLACK
 
 
@@ -131,10 +131,10 @@ def test_stalled_rank(worlds: Worlds, in_flight: int) -> None:
         worlds(3).run(cases.stalls, 1, in_flight)
     ):
         assert {kind for kind, _ in results} == {"PydistError"}, results
-        assert rank == 1 or f"rank {rank}: a collective failed" in results[0][1], results[0]
+        assert rank == 1 or "no sign of rank 1 within 3 s" in results[0][1], results[0]
         assert took < cases.SHORT + SLACK, f"rank {rank} waited {took:.1f} s"
         assert again[0] == "PydistError" and took_again < 1, (again, took_again)
-        assert "an earlier collective of this process group failed" in again[1]
+        assert "an earlier call on this process group failed" in again[1]
 
 
 @pytest.mark.parametrize("n", [1000, 3_000_000], ids=["small", "chunks"])
@@ -142,7 +142,7 @@ def test_killed_rank(n: int) -> None:
     world = World(3)
     try:
         for kind, message, took, took_again in world.run(cases.killed_in_a_loop, 2, n, lost=2):
-            assert kind == "PydistError" and "a collective failed" in message, message
+            assert kind == "PydistError" and "rank 2 was lost" in message, message
             assert took < cases.SHORT + SLACK and took_again < 1, (took, took_again)
     finally:
         world.kill()

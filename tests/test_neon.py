@@ -90,6 +90,7 @@ def test_the_self_check_on_aarch64() -> None:
         "test_elias.py",
         "test_ternary.py",
         "test_topk_kernels.py",
+        "test_message.py",
     ],
 )
 def test_the_kernels_tests_on_aarch64(name: str) -> None:

@@ -21,6 +21,7 @@ from pydist import (
     reference,
     reference_blocks,
     reference_elias,
+    reference_message,
     reference_raw,
     reference_ternary,
     reference_topk,
@@ -198,6 +199,8 @@ def computed() -> dict[str, bytes]:
     plain = np.array([1, -2, -0.0, 0.1], dtype=np.float32)
     header = wire.Header(codec=wire.CODECS["sign"], bits=1, flags=1, digest=0x01020304, step=258)
     return {
+        "header": header.pack(),
+        "message": reference_message.seal(header.pack() + bytes([5, 0, 0, 0])),
         "signs-zero-bit-1": reference.pack_signs(x, zero_bit=1)[0].tobytes(),
         "signs-zero-bit-0": reference.pack_signs(x, zero_bit=0)[0].tobytes(),
         "segments": reference.pack_signs(ramp, segments=wire.segments([2, 3]))[0].tobytes(),
@@ -212,7 +215,6 @@ def computed() -> dict[str, bytes]:
         "stochastic": reference.lion_pack(
             zero, zero, **lion, binarization_range=1.0, seed=1, rank=2, step=3
         )[0].tobytes(),
-        "header": header.pack(),
         "raw-bfloat16": reference_raw.to_bytes(plain, "bfloat16")[0].tobytes(),
         "raw-float32": reference_raw.to_bytes(plain, "float32")[0].tobytes(),
         "raw-float16": reference_raw.to_bytes(plain[:3], "float16")[0].tobytes(),

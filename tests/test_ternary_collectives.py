@@ -44,7 +44,9 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     trits = (ranks - 1) * (units * 32 + 16)
     expected = {
         "agreement": 3 * (ranks - 1) * 16,
-        "prologue": (ranks - 1) * (4 + 4 * ranks),  # an all-reduce has one layer, a scatter n
+        # An all-reduce has one layer, a scatter n; each has a header.
+        "prologue": (ranks - 1) * (4 + 4 * ranks + 2 * 16),
+        "confirmation": 3 * (ranks - 1) * 16,
         "phase 1": 3 * trits + (ranks - 1) * 4,  # gathered trits have their scaler with them
         "phase 2": (ranks - 1) * (units * 160 * 3 // 8 + 16),
     }

@@ -2,6 +2,9 @@
 
 #if defined(PYDIST_X86)
 #include <cpuid.h>
+#elif defined(PYDIST_AARCH64)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include <algorithm>
@@ -12,6 +15,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "../wire/message.h"
 #include "float_mode.h"
 #include "thread_pool.h"
 
@@ -39,7 +43,8 @@ std::vector<const Kernels*> supported_tables() {
     tables.push_back(&kAvx512);
   }
 #elif defined(PYDIST_AARCH64)
-  tables.push_back(&kNeon);  // every AArch64 has it
+  // Every AArch64 has vectors; what counts checksums came with the first revision.
+  if (getauxval(AT_HWCAP) & HWCAP_CRC32) tables.push_back(&kNeon);
 #endif
   return tables;
 }
@@ -459,6 +464,31 @@ void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode
     part.x += from * width_of(dtype);
     raise_flags(flags, kernel(part, args, topk_room(block)));
   });
+}
+
+uint32_t crc32c(const unsigned char* data, int64_t n, uint32_t before) {
+  return kernels().crc32c(data, n, before);
+}
+
+void seal_messages(unsigned char* rows, int64_t n_rows, int64_t stride, int64_t bytes) {
+  for (int64_t r = 0; r < n_rows; ++r, rows += stride) {
+    const uint32_t crc = crc32c(rows, bytes, 0);
+    std::memcpy(rows + kChecksumAt, &crc, kChecksumBytes);
+  }
+}
+
+int64_t first_damaged(const unsigned char* rows, int64_t n_rows, int64_t stride, int64_t bytes,
+                      uint32_t digest) {
+  constexpr int64_t kBehind = kChecksumAt + kChecksumBytes;
+  unsigned char field[kChecksumBytes];
+  std::memcpy(field, &digest, kChecksumBytes);
+  for (int64_t r = 0; r < n_rows; ++r, rows += stride) {
+    uint32_t crc = crc32c(rows, kChecksumAt, 0);
+    crc = crc32c(field, kChecksumBytes, crc);
+    crc = crc32c(rows + kBehind, bytes - kBehind, crc);
+    if (std::memcmp(&crc, rows + kChecksumAt, kChecksumBytes) != 0) return r;
+  }
+  return n_rows;
 }
 
 }  // namespace pydist::cpu

@@ -70,6 +70,9 @@ struct Kernels {
   uint32_t (*topk_reduce)(const Row& row, const TopKDecode& from, const TopKEncode& to,
                           const TopKRoom& room);
   uint32_t (*topk_scatter[3])(const Row& row, const TopKDecode& args, const TopKRoom& room);
+
+  // Checksum of data[0, n) behind bytes whose checksum is `before` (0: none).
+  uint32_t (*crc32c)(const unsigned char* data, int64_t n, uint32_t before);
 };
 
 extern const Kernels kScalar;

@@ -43,6 +43,7 @@ extern const Kernels PYDIST_TABLE = {
      {isa::topk_feedback<BFloat, float>, isa::topk_feedback<BFloat, BFloat>}},
     isa::topk_reduce,
     {isa::topk_scatter<float>, isa::topk_scatter<Half>, isa::topk_scatter<BFloat>},
+    isa::crc32c,
 };
 
 }  // namespace pydist::cpu

@@ -46,5 +46,6 @@ uint32_t topk_reduce(const Row& row, const TopKDecode& from, const TopKEncode& t
                      const TopKRoom& room);
 template <typename T>
 uint32_t topk_scatter(const Row& row, const TopKDecode& args, const TopKRoom& room);
+uint32_t crc32c(const unsigned char* data, int64_t n, uint32_t before);
 
 }  // namespace pydist::cpu::PYDIST_ISA

@@ -16,7 +16,7 @@
 namespace pydist {
 
 // Bumped whenever a byte on the wire changes its meaning; exchanged in every handshake.
-constexpr int kWireVersion = 1;
+constexpr int kWireVersion = 2;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

@@ -20,6 +20,7 @@ from pydist.ddp.options import Options
 from pydist.fsdp import private
 from pydist.fsdp.state import Parameter, ShardedState, choose, submit
 from pydist.fsdp.stats import Direction
+from pydist.operators import normal
 from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -290,6 +291,7 @@ class CompressedAllGather(_Before, private.AllGather):
         self.unit, self.codec, self.options = unit, codec, options
         self.before: private.AllGather = before
 
+    @torch.inference_mode(False)  # validation may run in it; what a call makes outlives that
     def __call__(
         self,
         output_tensor: Tensor,
@@ -298,6 +300,7 @@ class CompressedAllGather(_Before, private.AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gathers ``input_tensor`` of all ranks of ``group`` into ``output_tensor``."""
+        output_tensor, input_tensor = normal(output_tensor), normal(input_tensor)
         unit, state, codec = self.unit, self.unit.state, self.codec
         # Backward must compute with the weights that forward had, so their draws stay.
         if not private.in_backward():

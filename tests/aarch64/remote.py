@@ -35,10 +35,12 @@ KERNELS = (
     "elias_decode",
     "ternary_scale", "ternary_pack", "ternary_sum", "ternary_unpack", "ternary_unpack_sums",
     "topk_select", "topk_feedback", "topk_reduce", "topk_scatter", "sum_values",
+    "crc32c", "seal_messages", "first_damaged",
 )  # fmt: skip
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
 TIES_ZERO = 1
+NO_ROWS = np.zeros((1, 8), dtype=np.int64)
 TERNARY_UNIT, TERNARY_SEGMENT = 160, 4096  # see csrc/wire/ternary.h
 
 
@@ -535,6 +537,26 @@ class RemoteModule(ModuleType):
             arrays.column(rows, X, WIDTH[to], written=True)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "sum_values", rows, threads, source, to, *words, flag)
+
+    def _crc32c(self, data, n, before) -> int:
+        result = ctypes.c_uint32()
+        with stage(self.guest) as arrays:
+            there = arrays.array(ctypes.addressof(result), 4, written=True)
+            self._call(arrays, "crc32c", NO_ROWS, 1, arrays.array(data, n), n, before, there)
+        return result.value
+
+    def _seal_messages(self, rows, n, stride, size) -> None:
+        with stage(self.guest) as arrays:
+            there = arrays.array(rows, stride * (n - 1) + size, written=True)
+            self._call(arrays, "seal_messages", NO_ROWS, 1, there, n, stride, size)
+
+    def _first_damaged(self, rows, n, stride, size, digest) -> int:
+        result = ctypes.c_int64()
+        with stage(self.guest) as arrays:
+            found = arrays.array(ctypes.addressof(result), 8, written=True)
+            there = arrays.array(rows, stride * (n - 1) + size)
+            self._call(arrays, "first_damaged", NO_ROWS, 1, there, n, stride, size, digest, found)
+        return result.value
 
 
 def install() -> None:

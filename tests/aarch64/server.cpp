@@ -287,6 +287,14 @@ void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int thre
   } else if (kernel == "sum_values") {
     cpu::sum_values(rows, n, DType(a[0]), DType(a[1]), sum_args(a + 2), at<uint32_t>(a[6]),
                     threads);
+  } else if (kernel == "crc32c") {
+    const uint32_t before = static_cast<uint32_t>(a[2]);
+    *at<uint32_t>(a[3]) = cpu::crc32c(at<unsigned char>(a[0]), a[1], before);
+  } else if (kernel == "seal_messages") {
+    cpu::seal_messages(at<unsigned char>(a[0]), a[1], a[2], a[3]);
+  } else if (kernel == "first_damaged") {
+    const uint32_t digest = static_cast<uint32_t>(a[4]);
+    *at<int64_t>(a[5]) = cpu::first_damaged(at<unsigned char>(a[0]), a[1], a[2], a[3], digest);
   } else {
     call_ternary(kernel, rows, n, threads, a);
   }
@@ -305,7 +313,8 @@ void call(const std::vector<int64_t>& args) {
       "reduce_quantized",    "dequantize",    "elias_encode",  "elias_decode",
       "ternary_scale",       "ternary_pack",  "ternary_sum",   "ternary_unpack",
       "ternary_unpack_sums", "topk_select",   "topk_feedback", "topk_reduce",
-      "topk_scatter",        "sum_values"};
+      "topk_scatter",        "sum_values",    "crc32c",        "seal_messages",
+      "first_damaged"};
   cpu::select_isa(isas.at(static_cast<size_t>(args.at(0))));
   const std::string kernel = kernels[args.at(1)];
   cpu::set_float_mode(kHostileFloatMode);

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from pydist.transport.failures import LinkError
 
 
-def unique_name(parent: dist.ProcessGroup) -> str:
-    """A name that all ranks of a group find at once, new each time."""
-    name = f"pydist/{parent.group_name}"
-    # All ranks are counted in before any of them can come back for another round.
-    arrival = dist.distributed_c10d._get_default_store().add(name, 1) - 1
-    return f"{name}/{arrival // parent.size()}"
+def store() -> Store:
+    """The store that all ranks of the world share."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def backend_for(group: dist.ProcessGroup, device: str) -> str | None:
+    """The backend that a group has for tensors on a kind of device, such as ``"nccl"``."""
+    try:
+        return str(group._get_backend(torch.device(device)).name())
+    except RuntimeError:  # it has none
+        return None
 
 
 def new_group(
@@ -49,30 +56,6 @@ def new_group(
     return group
 
 
-_published: Counter[str] = Counter()
-
-
-def publish(groups: list[dist.ProcessGroup], text: str) -> list[list[str]]:
-    """What all ranks of some groups publish, group by group in rank order.
-
-    It goes through the store, and a rank's own text is in all places before it waits for the
-    others': so ranks may name their groups in any order.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    places = []
-    for group in groups:
-        name = f"pydist/{group.group_name}/published"
-        places.append(f"{name}/{_published[name]}")
-        _published[name] += 1
-        store.set(f"{places[-1]}/{dist.get_rank(group)}", text or " ")
-    texts = []
-    for group, place in zip(groups, places, strict=True):
-        keys = [f"{place}/{rank}" for rank in range(group.size())]
-        store.wait(keys, timeout_of(group))
-        texts.append([store.get(key).decode().strip() for key in keys])
-    return texts
-
-
 def destroy(group: dist.ProcessGroup) -> None:
     """Closes a group's connections, unless the whole world was closed before."""
     if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
@@ -89,8 +72,57 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     return dist.distributed_c10d.default_pg_timeout
 
 
+def abort(group: dist.ProcessGroup) -> None:
+    """Ends what is under way in a group, where its backend can."""
+    for kind in ("cuda", "cpu"):
+        try:
+            group._get_backend(torch.device(kind)).abort()
+        except (RuntimeError, AttributeError):
+            continue
+
+
+# --------------------------------------------------------------------------- exchanges
+
+
+def wait(work: dist.Work) -> None:
+    """Waits for an exchange.
+
+    Raises:
+        LinkError: It ended without a result.
+    """
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None
+
+
+def all_to_all(
+    output: Tensor,
+    tensor: Tensor,
+    group: dist.ProcessGroup,
+    received: list[int] | None = None,
+    sent: list[int] | None = None,
+) -> dist.Work:
+    """Starts sending row i of ``tensor`` to rank i, or pieces of these lengths where given.
+
+    Raises:
+        LinkError: The connections have ended.
+    """
+    try:
+        return dist.all_to_all_single(output, tensor, received, sent, group=group, async_op=True)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None
+
+
 def all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Starts gathering every rank's ``tensor``, flat, into ``output``."""
+    """Starts gathering every rank's ``tensor``, flat, into ``output``.
+
+    Raises:
+        LinkError: The connections have ended.
+    """
     # torch 2.13 renamed the function and warns at the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(output.view(-1), tensor.view(-1), group=group, async_op=True)
+    try:
+        return gather(output.view(-1), tensor.view(-1), group=group, async_op=True)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None

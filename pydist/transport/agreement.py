@@ -1,0 +1,254 @@
+"""What all ranks exchange before a call and behind it: that it is one call, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydist import wire
+from pydist.errors import MismatchError, PydistError
+from pydist.transport import groups
+
+DESCRIBE_SECONDS = 5.0
+"""How long ranks that disagree wait for each other's descriptions."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks must agree on before data moves.
+
+    Attributes:
+        name: What the user called, for messages.
+        fields: Names and values that must be equal on all ranks (JSON types).
+        step: Step of the call; must be equal too.
+        problem: Why this rank cannot take part; all ranks then raise.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    step: int = 0
+    problem: str | None = None
+
+    @property
+    def digest(self) -> int:
+        """32-bit checksum of name and fields."""
+        return zlib.crc32(_json([self.name, self.fields]).encode())
+
+    @property
+    def label(self) -> str:
+        """Name and step, for messages."""
+        return f"{self.name}, step {self.step}"
+
+
+@dataclass
+class Confirmation:
+    """The last exchange of a call, under way: who has decoded what."""
+
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+    bytes_sent: int
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank handed to the network, by phase, and the number of calls."""
+
+    bytes_sent: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+
+
+class Agreement:
+    """The small exchanges around the calls of a communicator.
+
+    Args:
+        name: Unique, the same on all ranks.
+        ranks: The ranks, as the world counts them.
+        rank: This rank's place among them.
+        before: The group that carries what comes before a call.
+        behind: The one for what comes behind it; ``None``: nothing does.
+        traffic: Counts what is sent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: list[int],
+        rank: int,
+        before: dist.ProcessGroup,
+        behind: dist.ProcessGroup | None,
+        traffic: Traffic,
+    ) -> None:
+        self._name, self.ranks, self.rank, self.world_size = name, ranks, rank, len(ranks)
+        self._before, self._behind, self._traffic = before, behind, traffic
+        self._differences = 0
+
+    def agree(self, call: Call, meanwhile: Callable[[], object] | None = None) -> None:
+        """Makes sure that all ranks make the same call, before any payload is sent.
+
+        1. Everyone sends its 16-byte header to everyone.
+        2. Where all are equal and none has a problem, that was it.
+        3. Otherwise the descriptions are exchanged and every rank raises.
+
+        With NCCL the exchange runs on the hosts, without waiting for the devices.
+
+        Args:
+            call: What this rank is about to do.
+            meanwhile: Work to do while the headers travel.
+
+        Raises:
+            MismatchError: Ranks make different calls; names field, values and ranks.
+            PydistError: A rank has a problem; names the rank and the problem.
+        """
+        meanwhile = meanwhile or (lambda: None)
+        if self.world_size == 1:
+            if call.problem:
+                raise PydistError(f"{call.name}: {call.problem}")
+            meanwhile()
+            return
+        flags = wire.FLAG_PROBLEM if call.problem else 0
+        mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
+        sent = torch.frombuffer(bytearray(mine * self.world_size), dtype=torch.uint8)
+        received = torch.empty_like(sent)
+        work = groups.all_to_all(received, sent, self._before)
+        try:
+            meanwhile()
+        finally:
+            groups.wait(work)
+        self._traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
+        if call.problem or received.numpy().tobytes() != mine * self.world_size:
+            self._raise_difference(call, received.view(self.world_size, -1))
+
+    def _raise_difference(self, call: Call, headers: Tensor) -> None:
+        for rank, header in zip(self.ranks, headers, strict=True):
+            _, reason = wire.unpack_header(header.numpy().tobytes())
+            if reason:  # not only here: whoever sent it sees ours as malformed, others see it too
+                call = replace(call, problem=call.problem or f"header of rank {rank}: {reason}")
+        described = {"call": call.name, **call.fields, "step": call.step}
+        descriptions = self._descriptions({"fields": described, "problem": call.problem})
+        problems = [
+            f"rank {self.ranks[place]}: {description['problem']}"
+            for place, description in descriptions.items()
+            if description["problem"]
+        ]
+        if len(descriptions) < self.world_size:
+            # The others saw no difference, so a header was damaged on its way here.
+            silent = [r for place, r in enumerate(self.ranks) if place not in descriptions]
+            raise ValueError(
+                f"{call.name}: the agreement failed: no description from ranks {silent}"
+                + "".join(f"; {problem}" for problem in problems)
+            )
+        if problems:
+            raise PydistError(f"{call.name}: " + "; ".join(problems))
+        fields = [descriptions[place]["fields"] for place in range(self.world_size)]
+        raise MismatchError(f"{call.name}: ranks disagree: {differences(fields, self.ranks)}")
+
+    def _descriptions(self, mine: dict[str, Any]) -> dict[int, Any]:
+        """What every rank is about to do, by its place; of those who see a difference, too.
+
+        Over the store: an exchange here would meet the next one of a rank that saw none.
+        """
+        self._differences += 1
+        store = groups.store()
+        place = f"{self._name}/difference/{self._differences}"
+        store.set(f"{place}/{self.rank}", _json(mine))
+        found: dict[int, Any] = {}
+        deadline = time.monotonic() + DESCRIBE_SECONDS
+        while len(found) < self.world_size and time.monotonic() < deadline:
+            for rank in set(range(self.world_size)) - set(found):
+                if store.check([f"{place}/{rank}"]):
+                    found[rank] = json.loads(store.get(f"{place}/{rank}"))
+            if len(found) < self.world_size:
+                time.sleep(0.002)
+        return found
+
+    def gather_bytes(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, of any length, in rank order.
+
+        Raises:
+            ValueError: Bytes were damaged on their way.
+        """
+        sizes = [
+            int.from_bytes(row, "little")
+            for row in self._gather_rows(len(mine).to_bytes(8, "little"))
+        ]
+        rows = self._gather_rows(mine.ljust(max(sizes), b"\0"))
+        return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+
+    def _gather_rows(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, of one length; a wrong length here would end the process in gloo."""
+        sent = torch.frombuffer(
+            bytearray(mine + zlib.crc32(mine).to_bytes(4, "little")), dtype=torch.uint8
+        )
+        rows = sent.new_empty((self.world_size, len(sent)))
+        groups.wait(groups.all_gather(rows, sent, self._before))
+        result = []
+        for rank, row in zip(self.ranks, rows, strict=True):
+            data = row.numpy().tobytes()
+            if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
+                raise ValueError(f"malformed message from rank {rank}: its checksum is wrong")
+            result.append(data[:-4])
+        return result
+
+    def confirm(self, call: Call, decoded: int) -> Confirmation | None:
+        """Starts to tell all ranks that this one has decoded a call.
+
+        Args:
+            call: The call.
+            decoded: Checksum of what was decoded, where it is the same on all ranks.
+        """
+        if self.world_size == 1 or self._behind is None:
+            return None
+        header = wire.Header(wire.CODECS["confirmation"], 0, 0, decoded, call.step).pack()
+        sent = torch.frombuffer(bytearray(header * self.world_size), dtype=torch.uint8)
+        received = torch.empty_like(sent)
+        work = groups.all_to_all(received, sent, self._behind)
+        size = (self.world_size - 1) * len(header)
+        self._traffic.bytes_sent["confirmation"] += size
+        return Confirmation(work, sent, received, size)
+
+    def confirmed(self, confirmation: Confirmation) -> None:
+        """Waits for the others' confirmations.
+
+        Raises:
+            ValueError: A rank has decoded something else.
+            LinkError: A rank has failed.
+        """
+        groups.wait(confirmation.work)
+        if torch.equal(confirmation.sent, confirmation.received):
+            return
+        rows = confirmation.received.view(self.world_size, -1).numpy()
+        digests = [{"checksum": wire.unpack_header(row.tobytes())[0].digest} for row in rows]
+        raise ValueError(
+            "ranks decoded different bytes: " + (differences(digests, self.ranks) or "bad headers")
+        )
+
+
+def _json(value: Any) -> str:
+    # What JSON cannot hold (numbers of NumPy, say) is told apart by its repr.
+    return json.dumps(value, sort_keys=True, default=repr)
+
+
+def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
+    """Says in which fields descriptions differ, with the values and who has them."""
+    parts = []
+    for name in sorted({key for description in descriptions for key in description}):
+        by_value: dict[str, list[int]] = {}
+        for rank, description in zip(ranks, descriptions, strict=True):
+            by_value.setdefault(json.dumps(description.get(name)), []).append(rank)
+        if len(by_value) > 1:
+            sides = [
+                f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+                for value, who in by_value.items()
+            ]
+            parts.append(f"{name} is {' and '.join(sides)}")
+    return "; ".join(parts)

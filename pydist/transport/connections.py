@@ -1,0 +1,161 @@
+"""The TCP connections below process groups: to notice that a peer is gone, and to end a wait.
+
+``torch.distributed`` with gloo offers neither. A rank that waits for a message from a peer that
+lives is not woken when a third rank is gone, and nothing ends a wait before its timeout. The
+sockets tell, and shutting them down ends every wait on them, here and at the peers.
+
+Which sockets are a group's is found without guessing: every rank publishes the addresses of the
+connections that came up while the groups were made; one is a connection to a peer if the peer
+published the same pair of addresses the other way around. Where addresses are rewritten in between
+(NAT) nothing is found, and the group's timeout is what remains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+from torch._C._distributed_c10d import Store
+
+Pair = tuple[tuple[str, int], tuple[str, int]]
+"""Address and port here, and of the other end."""
+
+_HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux
+
+
+def _file_descriptors() -> list[int]:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return [int(name) for name in os.listdir(directory) if name.isdigit()]
+    return []
+
+
+def _own_copy(descriptor: int) -> socket.socket | None:
+    """The socket behind a file descriptor, if it is one, with a descriptor of its own."""
+    try:
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return socket.socket(fileno=os.dup(descriptor))
+    except OSError:  # closed in the meantime
+        pass
+    return None
+
+
+def _established() -> Iterator[tuple[Pair, socket.socket]]:
+    """The TCP connections of this process; each socket is the caller's to close."""
+    for descriptor in _file_descriptors():
+        found = _own_copy(descriptor)
+        if found is None:
+            continue
+        try:
+            if found.family not in (socket.AF_INET, socket.AF_INET6):
+                raise OSError
+            local, remote = found.getsockname()[:2], found.getpeername()[:2]
+        except OSError:  # another kind of socket, or one that is not connected
+            found.close()
+            continue
+        yield (local, remote), found
+
+
+def established() -> set[Pair]:
+    """The addresses of this process's TCP connections."""
+    pairs = set()
+    for pair, found in _established():
+        pairs.add(pair)
+        found.close()
+    return pairs
+
+
+class Connections:
+    """The connections of a rank's process groups to its peers.
+
+    Args:
+        store: Where ranks publish addresses.
+        name: Unique, the same on all ranks.
+        rank: This rank's place in the group.
+        size: Ranks of the group.
+        before: What :func:`established` gave before the groups were made.
+        timeout: How long to wait for the others' addresses.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        rank: int,
+        size: int,
+        before: set[Pair],
+        timeout: timedelta,
+    ) -> None:
+        new = {pair: found for pair, found in _established() if pair not in before}
+        store.set(f"{name}/connections/{rank}", json.dumps(list(new)))
+        keys = {peer: f"{name}/connections/{peer}" for peer in range(size) if peer != rank}
+        if keys:
+            store.wait(list(keys.values()), timeout)
+        self._sockets: list[tuple[int, socket.socket]] = []
+        for peer, key in keys.items():
+            for local, remote in json.loads(store.get(key)):
+                found = new.pop((tuple(remote), tuple(local)), None)
+                if found is not None:
+                    self._sockets.append((peer, found))
+        for found in new.values():  # somebody else's
+            found.close()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wake: tuple[socket.socket, socket.socket] | None = None
+
+    def watch(self, lost: Callable[[int], None]) -> None:
+        """Starts a thread that calls ``lost`` with the rank of every peer that hangs up."""
+        if not self._sockets or not _HANG_UP or self._thread is not None:
+            return
+        self._wake = socket.socketpair()
+        poller, ranks = select.poll(), {}
+        for rank, found in self._sockets:
+            poller.register(found, _HANG_UP)
+            ranks[found.fileno()] = rank
+        poller.register(self._wake[0], select.POLLIN)
+        arguments = (poller, ranks, self._wake[0].fileno(), lost)
+        self._thread = threading.Thread(
+            target=_watch, args=arguments, name="pydist-watch", daemon=True
+        )
+        self._thread.start()
+
+    def abort(self) -> None:
+        """Ends everything that waits for a message on them, on both ends."""
+        with self._lock:
+            for _, found in self._sockets:
+                with contextlib.suppress(OSError):
+                    found.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends the thread and lets go of the sockets, which the groups close themselves."""
+        if self._wake is not None:
+            with contextlib.suppress(OSError):
+                self._wake[1].send(b"x")
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join()
+        with self._lock:
+            for found in [*(found for _, found in self._sockets), *(self._wake or ())]:
+                found.close()
+            self._sockets, self._wake = [], None
+
+
+def _watch(
+    poller: select.poll, ranks: dict[int, int], wake: int, lost: Callable[[int], None]
+) -> None:
+    told: set[int] = set()
+    while ranks:
+        for descriptor, _ in poller.poll():
+            if descriptor == wake:
+                return
+            poller.unregister(descriptor)
+            rank = ranks.pop(descriptor)
+            if rank not in told:
+                told.add(rank)
+                lost(rank)
