@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pydist import _C, checks, kernels, wire
+from pydist.arguments import explained
 from pydist.array_backends import (
     Array,
     backend_of,
@@ -407,3 +408,7 @@ def sum_values(
         mean=mean, flags=flags_view(backend, flags),
     )  # fmt: skip
     return out
+
+
+for _name in __all__:
+    globals()[_name] = explained(globals()[_name])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pydist import _C, blocks, wire
+from pydist.arguments import shown
 from pydist.blocks import NORMS, SCHEMES, Blocked, BlockFormat
 from pydist.checks import (
     FLOATS,
@@ -42,7 +43,7 @@ def format_of(codec: BlockCodec) -> BlockFormat:
     if isinstance(form, BlockFormat):
         return form
     raise TypeError(
-        f"codec must be a scaled Sign, a QSGD, a BlockInt or a BlockFloat, got {codec!r}"
+        f"codec must be a scaled Sign, a QSGD, a BlockInt or a BlockFloat, got {shown(codec)}"
     )
 
 

@@ -15,6 +15,7 @@ from pydist.block_kernels import EncodeOptions
 from pydist.blocks import BlockFormat
 from pydist.operators import (
     check_apart,
+    contiguous,
     dense_of,
     on_device_of,
     optional_view,
@@ -78,7 +79,7 @@ def _quantize_out(
     x: Tensor, *, segments: Tensor | None = None, out: Tensor, **options: Any
 ) -> None:
     call = _Call(options)
-    x = x.contiguous()
+    x = contiguous(x)
     view = view_of("x", x)
     out_view, table = call.result(out, segments, view.size, "x", view)
     with on_device_of(x):
@@ -104,7 +105,7 @@ def _quantize_feedback_out(
     call = _Call(options)
     check_apart("out", out, "residual", residual)
     dense = dense_of("residual", residual)
-    x = x.contiguous()
+    x = contiguous(x)
     x_view, kept = view_of("x", x), view_of("residual", dense)
     out_view, table = call.result(out, segments, x_view.size, "x", x_view, kept)
     with on_device_of(x):
@@ -135,7 +136,7 @@ def _reduce_quantized_out(
     **options: Any,
 ) -> None:
     call = _Call(options)
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = view_of("payloads", payloads)
     out_view, table = call.result(out, segments, n, "n", view)
     with on_device_of(payloads):
@@ -169,7 +170,7 @@ def _sum_quantized_out(
 ) -> None:
     checks.check_n(n)
     call = _Call(options)
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = result_view(out)
     checks.check_size(view, n, "n")
     with on_device_of(payloads):

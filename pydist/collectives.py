@@ -24,7 +24,7 @@ from pydist.codecs.raw import Raw
 from pydist.communicator import Call, Communicator, communicator, counter_of
 from pydist.errors import PydistError
 from pydist.hierarchy import Grid, HierarchicalCall, Levels, Plan, counter_of_grid, grid
-from pydist.operators import dense_of, written
+from pydist.operators import check_storage, dense_of, written
 from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road, Route, choose_algorithm
 
 
@@ -76,6 +76,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on cpu or cuda, got {tensor.device}")
+    check_storage(name, tensor)
 
 
 def _check_pair(output: Tensor, data: Tensor, whole: str, ranks: int) -> None:

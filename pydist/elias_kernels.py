@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pydist import _C, blocks, elias
+from pydist.arguments import shown
 from pydist.block_kernels import BlockCodec, check_table, format_of, native_format
 from pydist.blocks import BlockFormat
 from pydist.checks import View, check_device, check_disjoint, check_dtype, check_n
@@ -42,7 +43,7 @@ def levels_of(codec: BlockCodec) -> BlockFormat:
     """The format of a codec of levels; raises TypeError where it is none."""
     form = format_of(codec)
     if form.scheme != "levels":
-        raise TypeError(f"codec must be a QSGD or a BlockInt, got {codec!r}")
+        raise TypeError(f"codec must be a QSGD or a BlockInt, got {shown(codec)}")
     return form
 
 

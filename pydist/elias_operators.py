@@ -8,6 +8,7 @@ from torch import Tensor
 from pydist import blocks, elias, elias_kernels
 from pydist.blocks import BlockFormat
 from pydist.operators import (
+    contiguous,
     on_device_of,
     register,
     result_view,
@@ -28,7 +29,7 @@ def _elias_encode(
 ) -> Tensor:
     form = _form(bits, block)
     table = elias_kernels.table_of(table_of(segments), n, form)
-    payload = payload.contiguous()
+    payload = contiguous(payload)
     room = payload.new_empty(elias.longest_bytes(table, form), dtype=torch.uint8)
     result = payload.new_zeros(1, dtype=torch.int64)
     with on_device_of(payload):
@@ -45,7 +46,7 @@ def _elias_decode(
 ) -> Tensor:
     form = _form(bits, block)
     table = elias_kernels.table_of(table_of(segments), n, form)
-    payload = payload.contiguous()
+    payload = contiguous(payload)
     out = payload.new_empty(blocks.table_bytes(table, form), dtype=torch.uint8)
     result = payload.new_full((1,), elias.NO_FAULT, dtype=torch.int64)
     with on_device_of(payload):

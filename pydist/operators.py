@@ -43,14 +43,36 @@ for _schema in _SCHEMAS.strip().splitlines():
 # --------------------------------------------------------------------------- tensors to views
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """The tensor in contiguous memory; a copy where it is not, or is the negative of its memory."""
+    return x.resolve_neg().contiguous()
+
+
+def check_storage(name: str, x: Tensor) -> None:
+    """Raises ValueError where a tensor's storage is smaller than the tensor."""
+    held, reach = x.untyped_storage().nbytes(), x.numel()
+    if reach and not x.is_contiguous():
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if (x.storage_offset() + reach) * x.element_size() > held:
+        raise ValueError(
+            f"{name} has {x.numel()} elements, but its storage has {held} bytes: it was freed or "
+            "resized"
+        )
+
+
 def view_of(name: str, x: Tensor) -> View:
-    """Describes a contiguous tensor."""
+    """Describes a contiguous tensor.
+
+    Raises:
+        ValueError: Its storage was freed or made smaller behind its back.
+    """
+    check_storage(name, x)
     return View(name, x.data_ptr(), tuple(x.shape), str(x.dtype)[6:], str(x.device))
 
 
 def optional_view(name: str, x: Tensor | None) -> View | None:
     """Describes a tensor that need not be given."""
-    return None if x is None else view_of(name, x.contiguous())
+    return None if x is None else view_of(name, contiguous(x))
 
 
 def target_of(x: Tensor) -> Target:
@@ -99,7 +121,7 @@ def dense_of(name: str, x: Tensor) -> Tensor:
             f"{name} has strides {list(x.stride())}: several elements share one place in memory, "
             "so it cannot be written in place"
         )
-    return normal(x.contiguous())
+    return normal(contiguous(x))
 
 
 def normal(x: Tensor) -> Tensor:
@@ -132,7 +154,11 @@ def written(target: Tensor, dense: Tensor) -> None:
 
     A tensor that backward has saved is then known to have changed, as after any in-place operation.
     """
-    if dense.data_ptr() != target.data_ptr() or dense.stride() != target.stride():
+    if (
+        target.is_neg()
+        or dense.data_ptr() != target.data_ptr()
+        or dense.stride() != target.stride()
+    ):
         with torch.inference_mode(target.is_inference()):
             target.copy_(dense.view_as(target))
     elif not target.is_inference():
@@ -194,7 +220,7 @@ def _pack_signs_out(
     segments: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    x = x.contiguous()
+    x = contiguous(x)
     view = view_of("x", x)
     table, gaps = _checked(segments, view)
     with on_device_of(x):
@@ -221,7 +247,7 @@ def _unpack_votes_out(
     planes: Tensor, n: int, *, ranks: int | None = None, mean: bool = False, out: Tensor
 ) -> None:
     checks.check_n(n)
-    planes = planes.contiguous()
+    planes = contiguous(planes)
     view = result_view(out)
     checks.check_size(view, n, "n")
     with on_device_of(planes):
@@ -239,7 +265,7 @@ def _count_votes(payloads: Tensor) -> Tensor:
 
 
 def _count_votes_out(payloads: Tensor, *, out: Tensor) -> None:
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     with on_device_of(payloads):
         kernels.count_votes(target_of(payloads), view_of("payloads", payloads), result_view(out))
     written(out, out)
@@ -263,7 +289,7 @@ def _majority_vote_out(
     segments: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = view_of("payloads", payloads)
     _, size = checks.check_payloads(view)
     table = table_of(segments)
@@ -302,8 +328,8 @@ def _lion_pack_out(
     name = "momentum" if momentum_out is None else "momentum_out"
     check_apart("out", out, name, target)
     dense = dense_of(name, target)
-    old = dense if target is momentum else momentum.contiguous()
-    grad = grad.contiguous()
+    old = dense if target is momentum else contiguous(momentum)
+    grad = contiguous(grad)
     g, m, new = view_of("grad", grad), view_of("momentum", old), view_of("momentum_out", dense)
     table, gaps = _checked(segments, g)
     with on_device_of(grad):
@@ -327,7 +353,7 @@ def _lion_apply(
     segments: Tensor | None = None,
 ) -> None:
     dense = dense_of("param", param)
-    planes = planes.contiguous()
+    planes = contiguous(planes)
     with on_device_of(param):
         kernels.lion_apply(
             target_of(param), view_of("param", dense), view_of("planes", planes),

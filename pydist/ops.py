@@ -17,6 +17,7 @@ from torch import Tensor
 from pydist import checks
 from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
 from pydist import raw_operators as _raw_operators  # noqa: F401  (registers its own)
+from pydist.arguments import explained
 from pydist.block_ops import (
     dequantize,
     quantize,
@@ -345,3 +346,7 @@ def sum_values(
         raise TypeError(f"out must be {dtype}, got {out.dtype}")
     torch.ops.pydist.sum_values_out(values, mean=mean, flags=flags, out=out)
     return out
+
+
+for _name in __all__:
+    globals()[_name] = explained(globals()[_name])

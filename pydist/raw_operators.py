@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pydist import checks, kernels
 from pydist.operators import (
+    contiguous,
     on_device_of,
     optional_view,
     register,
@@ -35,7 +36,7 @@ def _sum_values(values: Tensor, *, dtype: torch.dtype | None = None, **options: 
 def _sum_values_out(
     values: Tensor, *, mean: bool = False, flags: Tensor | None = None, out: Tensor
 ) -> None:
-    values = values.contiguous()
+    values = contiguous(values)
     with on_device_of(values):
         kernels.sum_values(
             target_of(values), view_of("values", values), result_view(out),

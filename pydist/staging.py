@@ -46,7 +46,7 @@ class Staging:
             if place is None:  # the largest is too small: it makes room for a new one
                 if self._idle:
                     self.idle -= self._idle.pop().numel()
-                buffer = torch.empty(size, dtype=torch.uint8)
+                buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
             else:
                 buffer = self._idle.pop(place)
                 self.idle -= buffer.numel()

@@ -6,6 +6,7 @@ import ctypes
 from typing import Protocol
 
 from pydist import _C, ternary, wire
+from pydist.arguments import shown
 from pydist.block_kernels import EncodeOptions
 from pydist.checks import (
     FLOATS,
@@ -40,7 +41,7 @@ class TernaryCodec(Protocol):
 def clip_of(codec: TernaryCodec) -> float:
     """The codec's clip as kernels take it, 0 for none; raises TypeError where there is none."""
     if not hasattr(codec, "clip"):
-        raise TypeError(f"codec must be a Ternary, got {codec!r}")
+        raise TypeError(f"codec must be a Ternary, got {shown(codec)}")
     ternary.check_clip(codec.clip)
     return codec.clip or 0.0
 

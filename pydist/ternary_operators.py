@@ -11,6 +11,7 @@ from torch import Tensor
 from pydist import checks, ternary, ternary_kernels
 from pydist.block_kernels import EncodeOptions
 from pydist.operators import (
+    contiguous,
     on_device_of,
     optional_view,
     register,
@@ -51,7 +52,7 @@ def _scale_out(
     segments: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    x = x.contiguous()
+    x = contiguous(x)
     view = view_of("x", x)
     table = ternary_kernels.check_table(table_of(segments), view.size, "x")
     scratch = x.new_empty(ternary.scratch_bytes(ternary.rows_of(table)), dtype=torch.uint8)
@@ -81,8 +82,8 @@ def _pack_out(
     out: Tensor,
     **options: Any,
 ) -> None:
-    x, scalers = x.contiguous(), scalers.contiguous()
-    shared = None if shared is None else shared.contiguous()
+    x, scalers = contiguous(x), contiguous(scalers)
+    shared = None if shared is None else contiguous(shared)
     view = view_of("x", x)
     table = ternary_kernels.check_table(table_of(segments), view.size, "x")
     with on_device_of(x):
@@ -115,7 +116,7 @@ def _sum_out(
     out: Tensor,
 ) -> None:
     checks.check_n(n)
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = view_of("payloads", payloads)
     table = ternary_kernels.check_table(table_of(segments), n, "n")
     with on_device_of(payloads):
@@ -156,7 +157,7 @@ def _decode_out(
 ) -> None:
     """What both decoders do with payloads, or sums."""
     checks.check_n(n)
-    data, scalers = data.contiguous(), scalers.contiguous()
+    data, scalers = contiguous(data), contiguous(scalers)
     view = result_view(out)
     checks.check_size(view, n, "n")
     with on_device_of(data):

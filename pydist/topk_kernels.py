@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from pydist import _C, block_kernels, blocks, reference_topk, wire
+from pydist.arguments import shown
 from pydist.checks import (
     FLOATS,
     ITEMSIZE,
@@ -45,7 +46,7 @@ def format_of(codec: TopKCodec) -> TopKFormat:
     form = getattr(codec, "topk_format", None)
     if isinstance(form, TopKFormat):
         return form
-    raise TypeError(f"codec must be a TopK, got {codec!r}")
+    raise TypeError(f"codec must be a TopK, got {shown(codec)}")
 
 
 @functools.lru_cache(maxsize=256)

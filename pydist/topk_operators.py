@@ -13,6 +13,7 @@ from torch import Tensor
 from pydist import block_kernels, blocks, checks, topk_kernels
 from pydist.operators import (
     check_apart,
+    contiguous,
     dense_of,
     on_device_of,
     optional_view,
@@ -75,7 +76,7 @@ def _select(x: Tensor, **options: Any) -> Tensor:
 
 def _select_out(x: Tensor, *, out: Tensor, **options: Any) -> None:
     call = _Call(options)
-    x = x.contiguous()
+    x = contiguous(x)
     view = view_of("x", x)
     out_view = call.result(out, view.size, "x", view)
     with on_device_of(x):
@@ -93,7 +94,7 @@ def _feedback_out(x: Tensor, residual: Tensor, *, out: Tensor, **options: Any) -
     call = _Call(options)
     check_apart("out", out, "residual", residual)
     dense = dense_of("residual", residual)
-    x = x.contiguous()
+    x = contiguous(x)
     x_view, kept = view_of("x", x), view_of("residual", dense)
     out_view = call.result(out, x_view.size, "x", x_view, kept)
     with on_device_of(x):
@@ -116,7 +117,7 @@ def _reduce_out(
 ) -> None:
     call = _Call(options)
     checks.check_n(n)
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = view_of("payloads", payloads)
     out_view = call.result(out, n, "n", view)
     with on_device_of(payloads):
@@ -143,7 +144,7 @@ def _scatter_out(
 ) -> None:
     checks.check_n(n)
     call = _Call(options)
-    payloads = payloads.contiguous()
+    payloads = contiguous(payloads)
     view = result_view(out)
     checks.check_size(view, n, "n")
     with on_device_of(payloads):
@@ -158,7 +159,7 @@ def _clear(x: Tensor, payload: Tensor, **options: Any) -> None:
     call = _Call(options)
     checks.check_one_payload(tuple(payload.shape))
     dense = dense_of("x", x)
-    payloads = payload.contiguous().unsqueeze(0)
+    payloads = contiguous(payload).unsqueeze(0)
     with on_device_of(x):
         topk_kernels.clear(
             target_of(x), view_of("x", dense), view_of("payload", payloads), call.form,

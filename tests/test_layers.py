@@ -16,7 +16,7 @@ PACKAGE = Path(pydist.__file__).parent
 
 # A module imports from layers below its own, or from its own package. A new module needs a line.
 LAYERS = [
-    {"_C", "errors", "wire"},
+    {"_C", "arguments", "errors", "wire"},
     {"blocks", "reference", "ternary"},
     {"reference_blocks", "reference_message", "reference_raw", "elias", "topk"},
     {"reference_elias", "reference_ternary", "reference_topk"},
@@ -59,6 +59,7 @@ TORCH_FREE = {
     "reference_elias",
     "reference_ternary",
     "ternary",
+    "arguments",
     "checks",
     "kernels",
     "block_kernels",
