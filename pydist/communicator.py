@@ -47,8 +47,8 @@ T = TypeVar("T")
 IN_FLIGHT = 4
 """Chunks between the two threads at most; bounds the memory of calls in flight."""
 
-END_SECONDS = 1.0
-"""How long a shutdown waits for calls in flight that nobody waited for."""
+END_SECONDS = 0.5
+"""How long a shutdown waits for the next chunk of calls in flight that nobody waited for."""
 
 GRACE_SECONDS = 0.5
 """How long calls in flight may still end by themselves after a peer has hung up."""
@@ -154,10 +154,12 @@ class Communicator:
         )
         self._breaking = False
         self._broken = ""  # why; empty while nothing is, or while that is found out
+        self._aborted = False
         self._explained = threading.Event()
         self._closed = False
         self._lock = threading.Lock()
         self._under_way = 0  # jobs
+        self._advanced = 0  # chunks and jobs that have ended
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._chunks: queue.Queue[tuple[Job | None, Chunk | None]] = queue.Queue(IN_FLIGHT)
         self._threads: list[threading.Thread] = []
@@ -318,6 +320,7 @@ class Communicator:
                 pending.append(chunk)
             while len(pending) > (1 if chunk is not None else 0):
                 pending.pop(0).complete()
+                self._advanced += 1
             if chunk is None:
                 confirmation = job.confirm()
                 if confirmation is not None:
@@ -349,6 +352,7 @@ class Communicator:
             if job.future.done():
                 return
             self._under_way -= 1
+            self._advanced += 1
         if error is None:
             job.future.set_result(None)
         else:
@@ -377,13 +381,15 @@ class Communicator:
         return PydistError(f"an earlier call on this process group failed: {self._broken}")
 
     def _abort(self) -> None:
+        self._aborted = True
         self._connections.abort()
         if self.device_side:
             groups.abort(self.first)
 
     def _hung_up(self, place: int) -> None:
         """A peer has closed its connections: what still needs it will not end by itself."""
-        self._failures.hung_up.append(place)
+        if not self._aborted:  # else all do, as this rank has ended the connections
+            self._failures.hung_up.append(place)
         deadline = time.monotonic() + GRACE_SECONDS
         while self._under_way and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -399,15 +405,14 @@ class Communicator:
         with self._lock:
             was_open, self._closed = not self._closed, True
         if was_open:
+            self._failures.closing = True
             self._jobs.put(None)
         return was_open
 
-    def _join(self, deadline: float) -> bool:
-        """Waits for the threads; whether they have ended."""
-        mine = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for thread in mine:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in mine)
+    def _ended(self) -> bool:
+        """Whether the threads have ended; the one that asks does not count."""
+        here = threading.current_thread()
+        return not any(thread.is_alive() for thread in self._threads if thread is not here)
 
     def _destroy_groups(self) -> None:
         for group in self._made:
@@ -422,13 +427,25 @@ class Communicator:
 def shut_down(communicators: list[Communicator]) -> None:
     """Ends communicators together: a call of one may be what another waits for."""
     ending = [each for each in communicators if each._close()]
-    for seconds in (END_SECONDS, END_SECONDS):
-        deadline = time.monotonic() + seconds
-        for each in [each for each in ending if not each._join(deadline)]:
-            each._abort()
+    for _ in range(2):
+        _wait_while_they_advance(ending)
+        for each in ending:
+            if not each._ended():
+                each._abort()
     for each in ending:
         each._connections.close()
         each._destroy_groups()
+
+
+def _wait_while_they_advance(communicators: list[Communicator]) -> None:
+    """Waits for their threads to end, as long as a chunk ends every so often."""
+    advanced, since = -1, time.monotonic()
+    while time.monotonic() < since + END_SECONDS:
+        if all(each._ended() for each in communicators):
+            return
+        if (now := sum(each._advanced for each in communicators)) != advanced:
+            advanced, since = now, time.monotonic()
+        time.sleep(0.002)
 
 
 # --------------------------------------------------------------------------- the cache

@@ -56,7 +56,8 @@ class Failures:
     def __init__(self, store: Any, name: str, ranks: list[int], rank: int, timeout: float) -> None:
         self._store, self._name, self._ranks, self._rank = store, name, ranks, rank
         self._timeout = timeout
-        self.hung_up: list[int] = []  # places of peers that closed their connections, in order
+        self.hung_up: list[int] = []  # places of peers that closed their connections first
+        self.closing = False  # this rank ends: it does not wait for what others have to say
 
     def publish(self, report: Report) -> None:
         """Tells the others; quietly, as the store may be gone, too."""
@@ -80,7 +81,7 @@ class Failures:
                 self._read(found)
             except Exception:
                 self._store = None
-            if self._store is None or any(report.cause for report in found.values()):
+            if self.closing or self._store is None or any(r.cause for r in found.values()):
                 break
             time.sleep(_PAUSE)
         causes = [
@@ -92,8 +93,9 @@ class Failures:
 
     def _who_is_lost(self, found: dict[int, Report], mine: Report) -> str:
         lost = [place for place in range(len(self._ranks)) if place not in found]
-        if self._store is None:  # who is silent says nothing now
-            lost = self.hung_up[:1]
+        gone = [place for place in lost if place in self.hung_up]
+        if gone or self._store is None:  # without a store nobody can say anything
+            lost = gone  # the others are busy, and have not noticed yet
         if not lost:
             return f"the connections ended: {mine.link}"
         names = ", ".join(str(self._ranks[place]) for place in lost)
