@@ -89,22 +89,27 @@ def lives(rank: int, ranks: int, store: str, count: int) -> list[tuple[int, int,
         File descriptors, threads and models that are there after each life.
     """
     dist.destroy_process_group()
-    found = []
+    found, meeting = [], dist.FileStore(f"{store}.meeting", ranks)
     for era in range(count):
+        meeting.set(f"{era}/{rank}", "")
+        meeting.wait([f"{era}/{other}" for other in range(ranks)], timedelta(seconds=30))
         dist.init_process_group(
             "gloo", init_method=f"file://{store}.{era}", rank=rank, world_size=ranks,
-            timeout=timedelta(seconds=1),
+            timeout=timedelta(seconds=2),
         )  # fmt: skip
         _one_life(rank)
         dist.destroy_process_group()
-        gc.collect()
-        deadline = time.monotonic() + 5
-        while _pydist_threads() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 10
+        while (_pydist_threads() or _models()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        models = sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects())
-        descriptors = len(os.listdir("/proc/self/fd"))
-        found.append((descriptors, len(os.listdir("/proc/self/task")), models))
+            gc.collect()
+        threads = len(os.listdir("/proc/self/task"))
+        found.append((len(os.listdir("/proc/self/fd")), threads, _models()))
     return found
+
+
+def _models() -> int:
+    return sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects())
 
 
 def _pydist_threads() -> int:
@@ -117,7 +122,7 @@ def _one_life(rank: int) -> None:
     found = []
     for step in range(4):
         if step == 2 and rank == 0:  # DDP itself exchanges something in step 1
-            time.sleep(2.0)
+            time.sleep(3.5)
         found.append(raised_by(lambda: ddp(torch.randn(2, 50)).sum().backward()))
     assert "PydistError" in [kind for kind, _ in found], found
 

@@ -50,8 +50,8 @@ def test_a_rank_that_fails_fails_everywhere(worlds: Worlds, where: str) -> None:
 def test_nothing_stays_of_a_failed_group(tmp_path: Path) -> None:
     world = World(2, destroy=False, fork=True)
     try:
-        for found in world.run(cases.lives, str(tmp_path / "store"), 3):
-            assert found[0] == found[1] == found[2], f"descriptors, threads, models: {found}"
+        for found in world.run(cases.lives, str(tmp_path / "store"), 2):
+            assert found[0] == found[1], f"descriptors, threads, models: {found}"
             assert found[0][2] == 0
     finally:
         world.kill()
