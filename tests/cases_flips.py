@@ -65,6 +65,7 @@ class Flipper:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
+        self._outputs.clear()
         with (
             mock.patch.object(groups, "all_to_all", self.started(groups.all_to_all)),
             mock.patch.object(groups, "all_gather", self.started(groups.all_gather)),

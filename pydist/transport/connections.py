@@ -98,12 +98,12 @@ class Connections:
         keys = {peer: f"{name}/connections/{peer}" for peer in range(size) if peer != rank}
         if keys:
             store.wait(list(keys.values()), timeout)
-        self._sockets: list[tuple[int, socket.socket]] = []
+        self._sockets: dict[int, tuple[int, socket.socket]] = {}  # by descriptor; with the peer
         for peer, key in keys.items():
             for local, remote in json.loads(store.get(key)):
                 found = new.pop((tuple(remote), tuple(local)), None)
                 if found is not None:
-                    self._sockets.append((peer, found))
+                    self._sockets[found.fileno()] = peer, found
         for found in new.values():  # somebody else's
             found.close()
         self._lock = threading.Lock()
@@ -115,23 +115,47 @@ class Connections:
         if not self._sockets or not _HANG_UP or self._thread is not None:
             return
         self._wake = socket.socketpair()
-        poller, ranks = select.poll(), {}
-        for rank, found in self._sockets:
+        poller = select.poll()
+        for _, found in self._sockets.values():
             poller.register(found, _HANG_UP)
-            ranks[found.fileno()] = rank
         poller.register(self._wake[0], select.POLLIN)
-        arguments = (poller, ranks, self._wake[0].fileno(), lost)
         self._thread = threading.Thread(
-            target=_watch, args=arguments, name="pydist-watch", daemon=True
+            target=self._watch, args=(poller, lost), name="pydist-watch", daemon=True
         )
         self._thread.start()
+
+    def _watch(self, poller: select.poll, lost: Callable[[int], None]) -> None:
+        told: set[int] = set()
+        while self._sockets:
+            for descriptor, _ in poller.poll():
+                poller.unregister(descriptor)
+                peer = self._let_go(descriptor)
+                if peer is None:  # woken up to end
+                    return
+                if peer not in told:
+                    told.add(peer)
+                    lost(peer)
+
+    def _let_go(self, descriptor: int) -> int | None:
+        """Closes a socket of which gloo has closed its own copy, or will; the peer behind it.
+
+        As long as one copy is open gloo's thread is told of the hang-up over and over again.
+        """
+        with self._lock:
+            peer, found = self._sockets.pop(descriptor, (None, None))
+            if found is not None:
+                found.close()
+            return peer
 
     def abort(self) -> None:
         """Ends everything that waits for a message on them, on both ends."""
         with self._lock:
-            for _, found in self._sockets:
+            for _, found in self._sockets.values():
                 with contextlib.suppress(OSError):
                     found.shutdown(socket.SHUT_RDWR)
+        if self._thread is None:  # else it sees that they have ended
+            for descriptor in list(self._sockets):
+                self._let_go(descriptor)
 
     def close(self) -> None:
         """Ends the thread and lets go of the sockets, which the groups close themselves."""
@@ -140,22 +164,8 @@ class Connections:
                 self._wake[1].send(b"x")
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join()
-        with self._lock:
-            for found in [*(found for _, found in self._sockets), *(self._wake or ())]:
-                found.close()
-            self._sockets, self._wake = [], None
-
-
-def _watch(
-    poller: select.poll, ranks: dict[int, int], wake: int, lost: Callable[[int], None]
-) -> None:
-    told: set[int] = set()
-    while ranks:
-        for descriptor, _ in poller.poll():
-            if descriptor == wake:
-                return
-            poller.unregister(descriptor)
-            rank = ranks.pop(descriptor)
-            if rank not in told:
-                told.add(rank)
-                lost(rank)
+        for descriptor in list(self._sockets):
+            self._let_go(descriptor)
+        for found in self._wake or ():
+            found.close()
+        self._wake = None
