@@ -64,7 +64,6 @@ void topk_reduce(const Row* rows, int64_t n_rows, const TopKDecode& from, const 
 void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode& args,
                   uint32_t* flags, int threads);
 
-
 // Messages on the wire (wire/message.h): a row each, of `bytes` bytes. The digest of the call
 // stands in the place of the checksum before; row by row it is replaced.
 void seal_messages(unsigned char* rows, int64_t n_rows, int64_t stride, int64_t bytes);
