@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 
 from pydist import _C
-from pydist.bench import goals, show
 from pydist.bench import options as arguments
+from pydist.bench import show
 from pydist.bench.machine import machine
-from pydist.bench.rows import Rows
+from pydist.bench.rows import Goals, Rows, no_goals
 from pydist.environment import describe
 
 Report = dict[str, Any]
@@ -45,6 +45,9 @@ def prepare(options: argparse.Namespace) -> None:
     if options.compile is None:
         options.compile = cuda
     threads = options.threads or ([1, 2] if options.clock == "wall" else [1])
+    if options.isolate is None:
+        options.isolate = cuda
+    options.isolate = options.isolate or bool(options.compare_module)
     options.threads = [0] if cuda else list(dict.fromkeys(threads))
     if options.repeats < 1 or min(threads) < 1:
         raise UsageError("--repeats and --threads must be at least 1")
@@ -62,8 +65,10 @@ def prepare(options: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ModuleNotFoundError:
             raise UsageError("--plot needs matplotlib: pip install 'pydist[bench]'") from None
-    if options.compare and not Path(options.compare).is_file():
-        raise UsageError(f"--compare: there is no file {options.compare}")
+    for name in ("compare", "compare_module"):
+        file = getattr(options, name)
+        if file and not Path(file).is_file():
+            raise UsageError(f"--{name.replace('_', '-')}: there is no file {file}")
 
 
 def _check_cuda() -> None:
@@ -86,6 +91,8 @@ def surroundings(options: argparse.Namespace) -> Report:
             "cuda_device": properties.name,
             "cuda_memory": properties.total_memory,
             "cuda_l2": properties.L2_cache_size,
+            "cuda_multiprocessors": properties.multi_processor_count,
+            "cuda_clock_hz": 1000 * getattr(properties, "clock_rate", 0),
             "torch_cuda": torch.version.cuda,
         }
     return found | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")}
@@ -102,14 +109,22 @@ def report(options: argparse.Namespace, record: Report, console: Console) -> Non
     show.show_goals(record["goals"], console)
     if options.compare:
         old = json.loads(Path(options.compare).read_text())
-        changed = show.compared(record, old)
-        show.show_comparison(changed, options.compare, console)
-        record["compared"] = {
-            "with": options.compare,
-            "rows": [{**entry, "row": goals.title(entry["row"])} for entry in changed],
-        }
+        record["compared"] = _compare(record, old, options.compare, console)
+    if other := record.get("other_module"):
+        old = {"results": other["results"], "options": record["options"]}
+        other["compared"] = _compare(record, old, Path(other["file"]).name, console)
+        for entry in other["skipped"]:
+            console.print(f"[yellow]not measured with the other: {entry['row']}: {entry['why']}")
     planned, missing = record["planned"], record["planned"] - len(rows)
     console.print(f"{missing} of {planned} rows not measured" if missing else f"{planned} rows")
+
+
+def _compare(record: Report, old: Report, name: str, console: Console) -> Report:
+    """Prints how many times faster the rows are than those of ``old``, and returns it."""
+    changed = show.compared(record, old)
+    show.show_comparison(changed, name, console)
+    rows = [{**entry, "row": show.title(entry["row"])} for entry in changed]
+    return {"with": name, "rows": rows}
 
 
 def save(options: argparse.Namespace, record: Report, indent: int | None = None) -> None:
@@ -146,12 +161,13 @@ def _path(name: str) -> Path:
     return path
 
 
-def main(options: argparse.Namespace, command: str) -> int:
+def main(options: argparse.Namespace, command: str, goals: Goals = no_goals) -> int:
     """Measures, prints, writes.
 
     Args:
         options: Those of :func:`pydist.bench.options.add_arguments`.
         command: What was typed, for the record.
+        goals: What the rows are held against; by default nothing.
 
     Returns:
         The exit status: 1 where a row failed or a rival answers otherwise than the kernel, 2 where
@@ -166,7 +182,7 @@ def main(options: argparse.Namespace, command: str) -> int:
             "machine": surroundings(options),
             "options": {k: v for k, v in vars(options).items() if k not in _NOT_RECORDED},
         }
-        rows = Rows(options, record, lambda: save(options, record))
+        rows = Rows(options, record, lambda: save(options, record), goals)
         rows.measure(console)
     except UsageError as error:
         print(f"pydist bench kernels: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pydist.bench.cases import Case
+from pydist.bench.case import Case
 from pydist.bench.timing import (
     Buffers,
     CpuClock,
@@ -43,12 +43,14 @@ def references(numel: int, device: str, cold: int) -> dict[str, Task]:
 
 def failing_rivals(case: Case) -> dict[str, str]:
     """Rivals that fail or answer something else than the kernel, and why they aren't timed."""
+    if not case.rivals:
+        return {}
     buffers = case.make()
     answer = case.run(copy_of(buffers))
     failed = {}
     for rival in case.rivals:
         try:
-            other = rival.run(copy_of(buffers))
+            other = rival.run(rival.make() if rival.make else copy_of(buffers))
             if other is not None and answer is not None and not torch.equal(other, answer):
                 failed[rival.name] = DIFFERS
         except Exception as error:  # of another library: its row says why
@@ -59,6 +61,21 @@ def failing_rivals(case: Case) -> dict[str, str]:
 def brief(error: Exception) -> str:
     """What an exception says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+        rows: A row for each number of threads; none where it was not measured.
+        why: Why it was not.
+        failed: Whether that is a fault, and not time or memory running out.
+    """
+
+    rows: list[Report] = field(default_factory=list)
+    why: str = ""
+    failed: bool = False
 
 
 @dataclass
@@ -119,28 +136,35 @@ class Bench:
         self._references: dict[int, dict[str, Task]] = {}
         self._reference_samples: dict[tuple[int, int, str], Sample] = {}
 
+    def measured(self, case: Case, advance: Callable[[], object]) -> Outcome:
+        """:meth:`run`, which costs no other row where it fails."""
+        try:
+            return Outcome(self.run(case, advance))
+        except torch.OutOfMemoryError as error:
+            return Outcome(why=str(error).split(". ")[0])
+        except Exception as error:  # a kernel, a capture, a clock: the other rows are still wanted
+            return Outcome(why=brief(error), failed=True)
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
     def run(self, case: Case, advance: Callable[[], object]) -> list[Report]:
         """One row for each number of threads; ``advance`` is called after each repeat."""
         failed = failing_rivals(case)
         ring = Ring.filled(case.make(), self.cold)
         kernel = Task(case.run, ring, case.bytes)
+        # What waits for the device can't be captured: a graph of it would break the context.
+        clock = self.clock.called if case.reads_back else self.clock.computed
         plans = {}
         if isinstance(self.clock, CudaClock):
             self.clock.late = 0
         for threads in self.threads:
             self._use(threads)
-            plan = {"kernel": Series(case.bytes, self.clock.computed(kernel), self.repeats)}
+            plan = {"kernel": Series(case.bytes, clock(kernel), self.repeats)}
             if isinstance(self.clock, CudaClock):
-                plan["hot"] = Series(case.bytes, self.clock.computed(kernel.hot()), self.repeats)
+                plan["hot"] = Series(case.bytes, clock(kernel.hot()), self.repeats)
                 plan["called"] = Series(case.bytes, self.clock.called(kernel), RIVAL_REPEATS)
-            for rival in case.rivals:
-                if rival.name in failed or not (rival.threaded or threads == self.threads[0]):
-                    continue
-                try:
-                    sample = self.clock.called(Task(rival.run, ring, case.bytes))
-                    plan[f"{_RIVAL}{rival.name}"] = Series(case.bytes, sample, RIVAL_REPEATS)
-                except Exception as error:
-                    failed[rival.name] = brief(error)
+            plan |= self._rivals(case, ring, threads, failed)
             plans[threads] = {**self._reference_series(case.numel, threads), **plan}
         for repeat in range(self.repeats):
             for threads, plan in plans.items():
@@ -148,6 +172,22 @@ class Bench:
                 failed |= _sample(plan, repeat)
             advance()
         return [self._row(case, kernel, threads, plans[threads], failed) for threads in plans]
+
+    def _rivals(
+        self, case: Case, ring: Ring, threads: int, failed: dict[str, str]
+    ) -> dict[str, Series]:
+        """Those that can be timed; why another can't goes to ``failed``."""
+        found = {}
+        for rival in case.rivals:
+            if rival.name in failed or not (rival.threaded or threads == self.threads[0]):
+                continue
+            try:
+                its_ring = Ring.filled(rival.make(), self.cold) if rival.make else ring
+                sample = self.clock.called(Task(rival.run, its_ring, case.bytes))
+                found[f"{_RIVAL}{rival.name}"] = Series(case.bytes, sample, RIVAL_REPEATS)
+            except Exception as error:
+                failed[rival.name] = brief(error)
+        return found
 
     def _use(self, threads: int) -> None:
         if threads:
@@ -188,6 +228,7 @@ class Bench:
         if isinstance(self.clock, CudaClock):
             row |= {"hot": found.pop("hot"), "called": found.pop("called")}
             row |= {"host_seconds": self.clock.host_seconds(kernel), "late": self.clock.late}
+            row["captured"] = not case.reads_back
         row["rivals"] = {name.removeprefix(_RIVAL): entry for name, entry in found.items()}
         row["rivals_failed"] = failed
         return row

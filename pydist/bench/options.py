@@ -5,33 +5,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 
-KERNELS = (
-    "pack_signs",
-    "unpack_signs",
-    "count_votes",
-    "majority_vote",
-    "lion_pack_",
-    "lion_apply_",
-    "quantize",
-    "dequantize",
-    "elias_encode",
-    "elias_decode",
-    "ternary_scale",
-    "ternary_pack",
-    "ternary_unpack",
-    "ternary_sum",
-    "ternary_unpack_sums",
-    "topk_select",
-    "topk_scatter",
-    "sum_values",
-)
+FAMILIES = {
+    "signs": ("pack_signs", "unpack_signs", "count_votes", "majority_vote"),
+    "lion": ("lion_pack_", "lion_apply_"),
+    "blocks": (
+        "quantize",
+        "dequantize",
+        "quantize_feedback_",
+        "sum_quantized",
+        "reduce_quantized",
+    ),
+    "elias": ("elias_encode", "elias_decode"),
+    "ternary": (
+        "ternary_scale",
+        "ternary_pack",
+        "ternary_unpack",
+        "ternary_sum",
+        "ternary_unpack_sums",
+    ),
+    "topk": ("topk_select", "topk_scatter", "topk_feedback_", "topk_reduce"),
+    "raw": ("sum_values",),
+}
+KERNELS = tuple(kernel for family in FAMILIES.values() for kernel in family)
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {
     "cpu": ("64Ki", "1Mi", "32Mi"),
     "cuda": ("64Ki", "256Ki", "1Mi", "4Mi", "16Mi", "64Mi", "256Mi"),
 }
-# Measured first, should there be a budget: those that have goals, and one of torch.compile.
-GOAL_SIZES = {"cpu": ("32Mi",), "cuda": ("64Mi", "64Ki", "256Mi", "256Ki")}
+# Measured first, should there be a budget: those that decide, and one of torch.compile.
+FIRST_SIZES = {"cpu": ("32Mi",), "cuda": ("64Mi", "64Ki", "256Mi", "256Ki")}
 _UNITS = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
 
 
@@ -47,16 +49,21 @@ def size(text: str) -> int:
     return elements
 
 
+def family_of(kernel: str) -> str:
+    """The family a kernel belongs to."""
+    return next(family for family, kernels in FAMILIES.items() if kernel in kernels)
+
+
 def in_order(sizes: Iterable[int], device: str) -> list[int]:
-    """Sizes in the order in which they are measured: those with goals, then the others, upwards."""
-    first = [size(text) for text in GOAL_SIZES[device]]
+    """Sizes in the order of measuring: those that decide, then the others, upwards."""
+    first = [size(text) for text in FIRST_SIZES[device]]
     return sorted(sizes, key=lambda n: (first.index(n) if n in first else len(first), n))
 
 
 def compiled_size(sizes: Sequence[int], device: str) -> int:
-    """The size at which torch.compile is a rival: that of the goals, or else the largest."""
-    goal = size(GOAL_SIZES[device][0])
-    return goal if goal in sizes else max(sizes)
+    """The size at which torch.compile is a rival: the one that decides, or else the largest."""
+    first = size(FIRST_SIZES[device][0])
+    return first if first in sizes else max(sizes)
 
 
 def shown(elements: int) -> str:
@@ -88,15 +95,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="begin no further row after this long, and say which were left out; sizes with goals "
-        "come first",
+        help="begin no further row after this long, and say which were left out; the sizes that "
+        "decide come first",
     )
     add("--no-rivals", action="store_true", help="the kernels alone")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="put torch.compile beside the kernels at one size, that of the goals or else the "
-        "largest, after all else; default on CUDA only, since it costs some seconds a row",
+        help="put torch.compile beside the kernels at one size, the one that decides or else the "
+        "largest, after all else; default on CUDA only, since it costs some seconds per row",
+    )
+    add(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        help="measure each family of kernels at each size in a process of its own, so that a "
+        "crash, a hang or a broken CUDA context ends that one alone; default on CUDA only",
+    )
+    add(
+        "--row-seconds",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="with --isolate: a row that takes longer hangs; default 60",
     )
     add(
         "--clock",
@@ -108,3 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--table", metavar="FILE", help="write the table here, as text")
     add("--plot", metavar="FILE", help="draw GB/s against bytes here (.png, .svg, .pdf)")
     add("--compare", metavar="FILE", help="JSON of an earlier run: print what changed")
+    add(
+        "--compare-module",
+        metavar="FILE",
+        help="another build of the compiled module: measure each row with both, one right after "
+        "the other, and print the ratios (implies --isolate)",
+    )

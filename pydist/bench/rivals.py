@@ -1,4 +1,4 @@
-"""What people use today, beside the kernels: torch, NumPy, CuPy, bitsandbytes, DeepSpeed.
+"""What people use today, beside the kernels: torch, NumPy, CuPy, Triton, DeepSpeed.
 
 A rival that answers with a tensor must give the kernel's own answer, which is checked before
 anything is timed. One that returns nothing is spared part of the work, or does another; its name
@@ -21,7 +21,6 @@ from pydist.bench.timing import Buffers
 
 LION: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99}
 APPLY: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
-_BLOCK = 2048  # elements that share a scale, in quantizers
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,13 @@ class Rival:
         name: For the table.
         run: Does it once; a tensor that it returns must equal the kernel's.
         threaded: Whether torch's number of threads changes anything.
+        make: Buffers of its own, where it can't use the kernel's; its answer is its own then.
     """
 
     name: str
     run: Callable[[Buffers], Tensor | None]
     threaded: bool = True
+    make: Callable[[], Buffers] | None = None
 
 
 def installed(package: str) -> bool:
@@ -105,9 +106,9 @@ def torch_scaler(x: Tensor) -> None:
     x.abs().amax()
 
 
-def torch_ternary(x: Tensor, scaler: float) -> None:
+def torch_ternary(x: Tensor, scaler: Tensor) -> None:
     """Signs of the elements that a draw keeps; a byte an element."""
-    kept = torch.rand_like(x).mul_(scaler) < x.abs()
+    kept = torch.rand_like(x).mul_(scaler) < x.abs()  # the scaler stays on the device
     (x.sign() * kept).to(torch.int8)
 
 
@@ -171,17 +172,17 @@ def cupy_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- quantizers
 
 
-def bitsandbytes_quantize(x: Tensor) -> None:
-    """Four bits an element and a scale a block."""
-    functional = importlib.import_module("bitsandbytes.functional")
-    functional.quantize_4bit(x, blocksize=_BLOCK, quant_type="nf4")
-
-
-def deepspeed_quantize(x: Tensor) -> None:
-    """Four bits an element and a scale a block; its extension is compiled at the first call."""
+def deepspeed_quantize(x: Tensor, bits: int, block: int) -> None:
+    """Symmetric integers and a scale a block; its extension is compiled at the first call."""
     builders = importlib.import_module("deepspeed.ops.op_builder")
     module = builders.QuantizerBuilder().load()
-    module.quantize(x, max(1, x.numel() // _BLOCK), 4, module.Symmetric)
+    module.quantize(x, max(1, x.numel() // block), bits, module.Symmetric)
+
+
+def triton_pack(x: Tensor) -> Tensor:
+    """A plain Triton kernel; compiled at the first call."""
+    answer: Tensor = importlib.import_module("pydist.bench.triton_pack").pack(x)
+    return answer
 
 
 # ---------------------------------------------------------------- which of them are here
@@ -203,10 +204,8 @@ def packers(device: str, name: str) -> list[Rival]:
         found.append(Rival("numpy.packbits(x >= 0)", lambda s: numpy_pack(s.x), False))
     if library == "cupy":
         found.append(Rival("cupy.packbits(x >= 0)", lambda s: cupy_pack(s.x)))
-    if device == "cuda" and installed("bitsandbytes"):
-        found.append(Rival("bitsandbytes, 4 bits", lambda s: bitsandbytes_quantize(s.x)))
-    if device == "cuda" and name == "float16" and installed("deepspeed"):
-        found.append(Rival("DeepSpeed, 4 bits", lambda s: deepspeed_quantize(s.x)))
+    if device == "cuda" and installed("triton"):
+        found.append(Rival("Triton, a plain kernel", lambda s: triton_pack(s.x)))
     return found
 
 
@@ -221,6 +220,14 @@ def unpackers(device: str, name: str) -> list[Rival]:
     if library == "cupy":
         found.append(Rival("cupy.unpackbits", lambda s: cupy_unpack(s.payload, dtype)))
     return found
+
+
+def quantizers(name: str, bits: int, block: int) -> list[Rival]:
+    """Beside quantize on CUDA, at equal bits and block sizes."""
+    if name != "float16" or bits not in (4, 8) or not installed("deepspeed"):
+        return []
+    run = deepspeed_quantize
+    return [Rival(f"DeepSpeed, {bits} bits, blocks of {block}", lambda s: run(s.x, bits, block))]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

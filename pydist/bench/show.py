@@ -18,6 +18,12 @@ def _name(row: Report) -> str:
     return f"{row['kernel']} ({row['variant']})" if row["variant"] else row["kernel"]
 
 
+def title(row: Report) -> str:
+    """What a row measured, in words."""
+    threads = f", {row['threads']} thread(s)" if row["threads"] else ""
+    return f"{_name(row)} {row['dtype']}, {shown(row['numel'])}{threads}"
+
+
 def _paired(ratio: dict[str, float]) -> str:
     """A percentage: the median of the repeats' ratios, and the ratio of the medians."""
     return f"{100 * ratio['median']:.0f} ({100 * ratio['of_medians']:.0f})"
@@ -63,6 +69,8 @@ def show_rows(rows: Sequence[Report], title: str, device: str, console: Console)
                 f"{rival['gigabytes_per_second']:.2f}", "",
                 f"{rival['seconds']['median'] / mine:.1f}x time",
             )  # fmt: skip
+        if not row.get("captured", True):
+            table.add_row("  [dim]waits for the device: timed as called, not from a graph")
         if row.get("late"):
             table.add_row(
                 f"  [dim]{row['late']} samples of it were late: they hold time of the host"
@@ -98,9 +106,12 @@ def show_goals(found: Sequence[Report], console: Console) -> None:
         console.print("\n[bold]Goals")
     colours = {"yes": "green", "no": "red"}
     for goal in found:
-        met = goal["met"]
+        met, model = goal["met"], ""
+        if "model" in goal:
+            model = f"model {goal['model']:.2f}"
         console.print(
-            f"  {goal['goal']:<78} {goal['measured']:<24} [{colours.get(met, 'yellow')}]{met}"
+            f"  {goal['goal']:<78} {goal['measured']:<24} {model:<12} "
+            f"[{colours.get(met, 'yellow')}]{met}"
         )
 
 

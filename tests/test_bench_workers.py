@@ -1,0 +1,123 @@
+"""Rows in processes of their own: a fault ends its own group, by name, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pydist import _C, cli
+from pydist.bench import options, rows, workers
+
+TESTS = Path(__file__).parent
+SMALL = ["bench", "kernels", "--sizes", "64", "--repeats", "1", "--threads", "1", "--isolate",
+         "--dtype", "float32", "--no-rivals"]  # fmt: skip
+
+
+def before_serving(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """What workers do before they plan."""
+    serve = "from pydist.bench.worker import serve"
+    assert serve in workers.START
+    monkeypatch.setattr(workers, "START", workers.START.replace(serve, f"{code}\n{serve}"))
+
+
+def test_a_fault_ends_its_group_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that reads back in a capture, a crash, an abort twice, a hang."""
+    before_serving(monkeypatch, f"sys.path.insert(0, {str(TESTS)!r})\nimport planted_rows")
+    saved: list[int] = []
+    keep = rows.Rows._keep
+
+    def counting(self: Any) -> None:
+        keep(self)
+        saved.append(len(json.loads(file.read_text())["results"]))
+
+    monkeypatch.setattr(rows.Rows, "_keep", counting)
+    file = tmp_path / "out.json"
+    assert cli.main([*SMALL, "--row-seconds", "10", "--json", str(file)]) == 1
+    record = json.loads(file.read_text())
+    measured = Counter(row["kernel"] for row in record["results"])
+    why = {entry["row"]: (entry["why"], entry["failed"]) for entry in record["skipped"]}
+    # The capture's fault and the crash cost one row each: the group goes on in a new process.
+    assert why.pop("unpack_signs float32 64")[0].startswith("RuntimeError: CUDA error: operation")
+    for momentum in ("float32", "bfloat16"):
+        row = f"lion_pack_ ({momentum} momentum) float32 64"
+        assert why.pop(row) == ("its process ended with SIGSEGV", True)
+    assert measured["pack_signs"] == 1 and measured["count_votes"] == 1
+    assert measured["majority_vote"] == 3 and measured["lion_pack_"] == 0
+    # A second fault, or a hang, ends the group.
+    assert why.pop("ternary_scale float32 64") == ("its process ended with SIGABRT", True)
+    assert why.pop("ternary_pack float32 64") == ("its process ended with SIGABRT", True)
+    [hung] = [row for row, told in why.items() if told[1]]
+    assert hung.startswith("topk_select") and why.pop(hung)[0] == "it hangs: no answer in 10 s"
+    given_up = {row.split()[0]: told for row, told in why.items()}
+    assert set(given_up) >= {"lion_apply_", "ternary_unpack", "ternary_sum", "topk_feedback_"}
+    for told in given_up.values():
+        assert told[0].endswith("was given up after what failed in it") and not told[1]
+    for family in ("blocks", "elias", "raw"):  # these groups are whole
+        assert all(measured[kernel] for kernel in options.FAMILIES[family]), family
+    assert len(record["results"]) + len(record["skipped"]) == record["planned"] == len(saved)
+    assert saved == sorted(saved) and saved[0] == 1, "rows are written as they come"
+    assert "failed: unpack_signs float32 64 and 5 more" in capsys.readouterr().err
+
+
+def test_a_worker_that_cannot_start_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "START", "import sys; sys.exit(7)")
+    assert cli.main([*SMALL, "--kernels", "sum_values"]) == 1
+    assert "its process ended with status 7" in capsys.readouterr().out
+
+
+SLOWER = """
+from importlib import util
+import time
+spec = util.spec_from_file_location("pydist._C", {file!r})
+real = util.module_from_spec(spec)
+spec.loader.exec_module(real)
+globals().update({{name: getattr(real, name) for name in dir(real) if name[:2] != "__"}})
+class cpu:
+    def __getattr__(self, name):
+        def slow(*args):
+            time.sleep(0.02)
+            return getattr(real.cpu, name)(*args)
+        return slow
+cpu = cpu()
+"""
+
+
+QUICK = "from pydist.bench import measure\nmeasure.cold_bytes = lambda device: 1 << 20"
+
+
+def test_two_builds_of_the_module_stand_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before_serving(monkeypatch, QUICK)
+    other, file = tmp_path / "old.py", tmp_path / "out.json"
+    other.write_text(SLOWER.format(file=_C.__file__))
+    command = [*SMALL, "--sizes", "64Ki", "--kernels", "pack_signs", "count_votes"]
+    command.remove("--isolate")  # which another module implies
+    assert cli.main([*command, "--compare-module", str(other), "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    compared = record["other_module"]["compared"]["rows"]
+    assert [row["row"] for row in compared] == [
+        "pack_signs float32, 64Ki, 1 thread(s)", "count_votes (8 payloads) bits, 64Ki, 1 thread(s)",
+    ]  # fmt: skip
+    assert all(row["speedup"] > 2 for row in compared), compared
+    assert "against old.py" in capsys.readouterr().out
+
+
+def test_a_module_that_does_not_load_costs_the_ratio_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, file = tmp_path / "old.so", tmp_path / "out.json"
+    other.write_bytes(b"no module")
+    command = [*SMALL, "--kernels", "sum_values", "--json", str(file)]
+    assert cli.main([*command, "--sizes", "64Ki", "--compare-module", str(other)]) == 0
+    record = json.loads(file.read_text())
+    assert len(record["results"]) == 1 and not record["skipped"]
+    assert "not measured with the other: sum_values" in capsys.readouterr().out
