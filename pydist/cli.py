@@ -45,22 +45,32 @@ def info(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Compares every kernel on every backend with the reference; 1 where a bit differs."""
+    """Compares every kernel on every backend with the reference; 1 where a bit differs.
+
+    Also 1 where CUDA alone is asked for and there is nothing to check it on.
+    """
     facts = environment.describe()
     if facts["isa_error"]:
         print(f"pydist check: {facts['isa_error']}", file=sys.stderr)
         return 1
     failures = 0
-    for run, kernel, cases, difference in selfcheck.check_all():
+    for run, kernel, cases, difference in selfcheck.check_all(args.device):
         print(f"{run.name:<16} {kernel:<14} {cases:>5} cases  {'DIFFERS' if difference else 'ok'}")
         if difference:
             failures += 1
             print(f"  {difference}", file=sys.stderr)
+    unchecked = _why_cuda_is_unchecked(facts) if args.device != "cpu" else ""
+    if unchecked:
+        print(f"{'cuda':<16} not checked: {unchecked}")
+    return 1 if failures or (unchecked and args.device == "cuda") else 0
+
+
+def _why_cuda_is_unchecked(facts: dict[str, Any]) -> str:
     if facts["cuda_build"] is None or not facts["cuda_devices"]:
-        print(f"{'cuda':<16} not checked: {_cuda_line(facts)}")
-    elif not (environment.torch_sees_cuda() or environment.has_cupy()):
-        print(f"{'cuda':<16} not checked: needs torch with CUDA or CuPy")
-    return 1 if failures else 0
+        return _cuda_line(facts)
+    if not (environment.torch_sees_cuda() or environment.has_cupy()):
+        return "needs torch with CUDA or CuPy"
+    return ""
 
 
 def bench_kernels(args: argparse.Namespace, **held_against: Any) -> int:
@@ -92,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
     described.set_defaults(run=info)
     checked = commands.add_parser(
         "check", help="compare every kernel on every backend with the reference, to the bit"
+    )
+    checked.add_argument(
+        "--device", choices=("cpu", "cuda"), help="check the backends on it alone; default both"
     )
     checked.set_defaults(run=check)
     timed = commands.add_parser("bench", help="benchmarks")

@@ -160,11 +160,19 @@ def launch(
         rows: int64 [k, 8], C-contiguous.
         *args: What follows the rows, up to threads or stream.
         unit: Elements that stay together: a payload word, or the block of a codec.
+
+    Raises:
+        RuntimeError: The data is on a CUDA device, and the module was built without CUDA.
     """
     if not len(rows):
         return
     if target.stream is None:
         getattr(target.module.cpu, kernel)(*_cpu_rows(rows), *args, target.threads)
+    elif not hasattr(target.module, "cuda"):
+        raise RuntimeError(
+            f"{kernel}: the data is on a CUDA device, but pydist was built without CUDA; build it "
+            "where nvcc is found (PYDIST_CUDA=1 makes its absence an error)"
+        )
     else:
         # The owner lives on here: another thread must not get its memory yet.
         table, _owner = _cuda_rows(target, rows, unit)

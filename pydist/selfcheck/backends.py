@@ -413,18 +413,22 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         return self.memory.get(out)
 
 
-def runners() -> Iterator[KernelRunner]:
+def runners(device: str | None = None) -> Iterator[KernelRunner]:
     """One runner for each backend of this machine: instruction sets, then CUDA devices.
 
     Leaves the instruction set in use as it was.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``: the backends on it alone.
     """
-    chosen = _C.current_isa()
-    try:
-        for isa in _C.supported_isas():
-            yield KernelRunner(HostMemory(isa))
-    finally:
-        _C.select_isa(chosen)
-    for index in range(len(environment.cuda_devices())):
+    if device != "cuda":
+        chosen = _C.current_isa()
+        try:
+            for isa in _C.supported_isas():
+                yield KernelRunner(HostMemory(isa))
+        finally:
+            _C.select_isa(chosen)
+    for index in range(len(environment.cuda_devices()) if device != "cpu" else 0):
         if environment.torch_sees_cuda():
             yield KernelRunner(TorchMemory(index))
         elif environment.has_cupy():

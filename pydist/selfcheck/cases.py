@@ -247,8 +247,14 @@ def check_kernel(
     return cases, None
 
 
-def check_all() -> Iterator[tuple[KernelRunner, str, int, DifferenceError | None]]:
-    """Checks every kernel of every backend here: backend, kernel, cases, difference."""
-    for run in runners():
+def check_all(
+    device: str | None = None,
+) -> Iterator[tuple[KernelRunner, str, int, DifferenceError | None]]:
+    """Checks every kernel of every backend here: backend, kernel, cases, difference.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``: the backends on it alone.
+    """
+    for run in runners(device):
         for kernel in KERNELS:
             yield run, kernel, *check_kernel(run, kernel)
