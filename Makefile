@@ -86,7 +86,7 @@ emulation: $(ENV_STAMP)
 
 # ----------------------------------------------------------------- run
 
-.PHONY: demo test emulate test-gpu gpu soak neon fuzz test-matrix bench
+.PHONY: demo test emulate test-gpu gpu gpu-module soak neon fuzz test-matrix bench
 demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
@@ -101,8 +101,14 @@ test-gpu: $(BUILD_STAMP) ## the tests that need a CUDA device
 
 # With the Python that is there, and no .venv: a machine with a GPU has its torch and may be offline.
 OUT ?= bench/results
-gpu: ## on a machine with a GPU: build, tests, sanitizer and benchmark, into OUT=bench/results
-	@$(PYTHON) bench/gpu.py --out "$(OUT)" $(ARGS)
+gpu: ## on a machine with a GPU: check, benchmarks, tests, sanitizers, profiles, into OUT=bench/results
+	@$(PYTHON) bench/gpu --out "$(OUT)" $(ARGS)
+
+# Where there is no card, for one that has another Python: `make gpu` there finds it built.
+GPU_PYTHON ?= 3.12
+GPU_ARCHITECTURE ?= 90
+gpu-module: $(ENV_STAMP) ## the compiled module for GPU_PYTHON=3.12 and GPU_ARCHITECTURE=90, for make gpu
+	@$(BIN)/python tools/build_module.py --for $(GPU_PYTHON) --cuda $(GPU_ARCHITECTURE)
 
 soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
