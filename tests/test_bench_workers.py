@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -71,6 +76,43 @@ def test_a_worker_that_cannot_start_is_named(
     monkeypatch.setattr(workers, "START", "import sys; sys.exit(7)")
     assert cli.main([*SMALL, "--kernels", "sum_values"]) == 1
     assert "its process ended with status 7" in capsys.readouterr().out
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that nobody has asked for its status yet does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+HANGING = """
+import argparse, time
+from pydist.bench import workers
+before, _ = workers.START.split("from pydist.bench")
+workers.START = before + "import time; time.sleep(60)"
+worker = workers.Worker(argparse.Namespace(), "")
+print(worker._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_the_command() -> None:
+    """Even one that hangs, where the command is killed."""
+    command = [sys.executable, "-c", HANGING]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    time.sleep(1.0)  # until it has asked to be ended
+    assert alive(worker)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not alive(worker):
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
 
 
 SLOWER = """

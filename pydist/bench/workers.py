@@ -26,7 +26,8 @@ FAILURES = 2  # a group with as many is given up
 # The other build takes the module's place before anything else of the package is imported, so that
 # its functions and the types of their arguments belong together.
 START = """
-import sys
+import ctypes, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: whoever ends the command ends this too
 descriptor, module = int(sys.argv[1]), sys.argv[2]
 if module:
     from importlib import util
