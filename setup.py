@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
-import build_module  # noqa: E402
+import build_module
 
 
 class CMakeBuild(build_ext):

@@ -1,4 +1,4 @@
-"""Builds the compiled module with CMake, without setuptools: `make gpu`, `make gpu-module`, setup.py.
+"""Builds the compiled module with CMake; for `make gpu`, `make gpu-module` and setup.py.
 
     python tools/build_module.py                              # for this Python, into pydist/
     python tools/build_module.py --for 3.12 --cuda 90         # for another, and for sm_90

@@ -42,6 +42,9 @@ def prepare(options: argparse.Namespace) -> None:
     cuda = options.device == "cuda"
     sizes = options.sizes or [arguments.size(text) for text in arguments.SIZES[options.device]]
     options.sizes = sorted(set(sizes))
+    options.kernels = [kernel for kernel in options.kernels if kernel not in options.without]
+    if not options.kernels:
+        raise UsageError("--without leaves no kernel")
     if options.compile is None:
         options.compile = cuda
     threads = options.threads or ([1, 2] if options.clock == "wall" else [1])

@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(SIZES['cpu'])}, on CUDA {' '.join(SIZES['cuda'])}",
     )
     add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    add("--without", nargs="+", choices=KERNELS, default=[], help="kernels to leave out")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--threads", type=int, nargs="+", metavar="N", help="on the CPU; default 1 2")
     add("--isa", help="instruction set of the CPU kernels; default the best")

@@ -21,6 +21,7 @@ from pydist.bench.measure import Outcome
 from pydist.bench.options import family_of, shown
 
 COMPILE_SECONDS = 180.0  # a row beside torch.compile may take as much more
+START_SECONDS = 30.0  # a process imports torch, and loads the device's libraries, in as much more
 FAILURES = 2  # a group with as many is given up
 
 # The other build takes the module's place before anything else of the package is imported, so that
@@ -64,11 +65,16 @@ class Worker:
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         theirs.close()
+        self._extra = START_SECONDS
         wanted = {name: value for name, value in vars(options).items() if not callable(value)}
         self._pipe.send(argparse.Namespace(**wanted))
 
     def measure(self, number: int, seconds: float) -> Outcome:
         """What became of a case.
+
+        Args:
+            number: The case.
+            seconds: How long it may take, beside the start of the process.
 
         Raises:
             WorkerDiedError: It ended instead.
@@ -76,8 +82,9 @@ class Worker:
         """
         try:
             self._pipe.send(number)
-            if self._pipe.poll(seconds):
+            if self._pipe.poll(seconds + self._extra):
                 outcome: Outcome = self._pipe.recv()
+                self._extra = 0.0
                 return outcome
         except (EOFError, ConnectionError):
             raise WorkerDiedError(f"its process ended with {self._status()}") from None

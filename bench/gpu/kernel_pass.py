@@ -1,14 +1,18 @@
 """Every CUDA kernel × dtype at odd lengths, against the reference; exits 1 on a difference.
 
 Short, and with few kernels of anybody else's, because it is made to run under compute-sanitizer.
-``--cpu`` does the same with the CPU's kernels, which shows that this file works.
+``--only topk elias`` runs some families: those two use shared memory and barriers, which racecheck
+and synccheck are for. ``--device cpu`` does the same with the CPU's kernels, which shows that this
+file works.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,10 +30,13 @@ from pydist.selfcheck import (
     elias_cases,
     raw_cases,
     ternary_cases,
+    topk_cases,
 )
+from pydist.topk import TopKFormat
 
 LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
 STORAGES = ("float32", "float16", "bfloat16")
+TOPK_OF_HOOKS = TopKFormat(0.001, 65536, "float32")
 
 
 def runner() -> KernelRunner | None:
@@ -42,7 +49,7 @@ def runner() -> KernelRunner | None:
         cupy.cuda.set_allocator(None)
         return KernelRunner(backends.CuPyMemory(0))
     except Exception as error:  # one that is there may still not fit this CUDA or NumPy
-        print(f"gpu_pass: without CuPy: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"kernel_pass: without CuPy: {type(error).__name__}: {error}", file=sys.stderr)
     if environment.torch_sees_cuda():
         return KernelRunner(backends.TorchMemory(0))
     return None
@@ -156,22 +163,58 @@ def launch_raw(run: KernelRunner) -> int:
     return calls
 
 
-def main() -> int:
+def launch_topk(run: KernelRunner) -> int:
+    """Top-k kernels. Raises DifferenceError likewise; returns how many calls."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    lengths = [(n, topk_cases.FORMATS) for n in LENGTHS]
+    for n, forms in [*lengths, (70_001, [TOPK_OF_HOOKS])]:
+        for i, form in enumerate(forms):
+            order = topk_cases.some_order(rng)
+            table = topk_cases.some_segments(rng, n, form)
+            storage = STORAGES[i % 3]
+            x = topk_cases.some_bits(rng, n, form, storage)
+            topk_cases.check_select(run, x, form, order, table if i % 2 else None)
+            kept = ("float32", "bfloat16")[i % 2]
+            residual = topk_cases.some_bits(rng, n, form, kept, finite=True)
+            topk_cases.check_feedback(run, x, residual, form, order)
+            payloads = topk_cases.some_payloads(rng, 3, n, form)
+            topk_cases.check_scatter(run, payloads, n, form, mean=True, storage=storage)
+            topk_cases.check_reduce(run, payloads, n, form, order)
+            calls += 6 if storage == "float32" else 5
+    return calls
+
+
+FAMILIES: dict[str, Callable[[KernelRunner], int]] = {
+    "votes": launch_votes,
+    "blocks": launch_blocks,
+    "elias": launch_elias,
+    "ternary": launch_ternary,
+    "topk": launch_topk,
+    "raw": launch_raw,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
-    run = KernelRunner(HostMemory(_C.current_isa())) if "--cpu" in sys.argv else runner()
+    parser = argparse.ArgumentParser(description="Every kernel once, against the reference.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    options = parser.parse_args(arguments)
+    on_host = options.device == "cpu"
+    run = KernelRunner(HostMemory(_C.current_isa())) if on_host else runner()
     if run is None:
         lacks = "no CUDA device, or neither CuPy nor torch with CUDA"
-        print(f"gpu_pass: {lacks} ({driver()})", file=sys.stderr)
+        print(f"kernel_pass: {lacks} ({driver()})", file=sys.stderr)
         return 2
     try:
-        calls = launch_votes(run) + launch_blocks(run)
-        calls += launch_elias(run) + launch_ternary(run) + launch_raw(run)
+        calls = sum(FAMILIES[family](run) for family in options.only)
     except selfcheck.DifferenceError as error:
-        print(f"gpu_pass: {error}", file=sys.stderr)
+        print(f"kernel_pass: {error}", file=sys.stderr)
         return 1
     print(f"{run.name}: {calls} calls of kernels, all equal to the reference")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
