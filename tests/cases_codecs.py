@@ -216,12 +216,14 @@ def equals_reference(
 
 
 def equals_simulation(
-    rank: int, ranks: int, codecs: list[Codec], n: int, chunk: int | None
-) -> list[bytes]:
+    rank: int, ranks: int, codecs: list[Codec], n: int, chunk: int | None,
+    dtype: str = "float32", device: str = "cpu", group: Any = None,
+) -> list[bytes]:  # fmt: skip
     """Large tensors, or many small chunks: real ranks against simulated ones in one chunk."""
-    results = []
+    results, like = [], {"dtype": getattr(torch, dtype), "device": device}
     for number, codec in enumerate(codecs):
-        tensors = inputs(ranks, n * ranks, torch.float32, seed=number)
+        tensors = inputs(ranks, n * ranks, like["dtype"], seed=number)
+        mine = tensors[rank].to(device)
         options = {"seed": 3, "step": number}
         whole = road.CHUNK_BYTES
         road.CHUNK_BYTES = 1 << 40
@@ -231,15 +233,15 @@ def equals_simulation(
         road.CHUNK_BYTES = chunk or whole
         try:
             for algorithm in ("two_phase", "all_gather"):
-                x = tensors[rank].clone()
-                pydist.all_reduce(x, codec, algorithm=algorithm, **options)
+                x = mine.clone()
+                pydist.all_reduce(x, codec, algorithm=algorithm, group=group, **options)
                 first_difference(x, wanted, f"{algorithm} {codec}")
                 results.append(bits(x))
-            out = torch.empty(n)
-            pydist.reduce_scatter(out, tensors[rank], codec, **options)
+            out = torch.empty(n, **like)
+            pydist.reduce_scatter(out, mine, codec, group=group, **options)
             first_difference(out, share, f"reduce_scatter {codec}")
-            out = torch.empty(ranks, n)
-            pydist.all_gather(out, tensors[rank][:n], codec, **options)
+            out = torch.empty(ranks, n, **like)
+            pydist.all_gather(out, mine[:n], codec, group=group, **options)
             first_difference(out, gathered, f"all_gather {codec}")
             results.append(bits(out))
             simulated = simulate.all_reduce(tensors, codec, **options)
@@ -249,7 +251,10 @@ def equals_simulation(
     return results
 
 
-def votes(rank: int, ranks: int, sizes: list[int], chunk: int | None) -> None:
+def votes(
+    rank: int, ranks: int, sizes: list[int], chunk: int | None,
+    device: str = "cpu", group: Any = None,
+) -> None:  # fmt: skip
     """Simulated votes, and those of shares and gathered signs."""
     codec, whole = Sign(scale=None), road.CHUNK_BYTES
     road.CHUNK_BYTES = chunk or whole
@@ -257,24 +262,25 @@ def votes(rank: int, ranks: int, sizes: list[int], chunk: int | None) -> None:
         for n in sizes:
             tensors = inputs(ranks, n, torch.float32, seed=n)
             options = {"seed": 7, "step": n}
+            mine = {"group": group, **options}
             for op, ties in (("vote", "hash"), ("vote", "zero"), ("mean", "hash"), ("sum", "hash")):
-                x = tensors[rank].clone()
-                pydist.all_reduce(x, codec, op=op, ties=ties, algorithm="two_phase", **options)
+                x = tensors[rank].clone().to(device)
+                pydist.all_reduce(x, codec, op=op, ties=ties, algorithm="two_phase", **mine)
                 wanted = simulate.all_reduce(tensors, codec, op=op, ties=ties, **options)
                 first_difference(x, wanted, f"{op} {ties} of {n}")
             signs = torch.stack(
                 [torch.where(x == 0, 2.0 * ((r + n) % 2) - 1, x.sign()) for r, x in
                  enumerate(tensors)]
             )  # fmt: skip
-            out = torch.empty(ranks, n)
-            pydist.all_gather(out, tensors[rank], codec, **options)
+            out = torch.empty(ranks, n, device=device)
+            pydist.all_gather(out, tensors[rank].to(device), codec, **mine)
             first_difference(out, signs, f"signs of {n}")
             first_difference(out, simulate.all_gather(tensors, codec, **options), f"{n}")
             for op in ("mean", "sum", "vote"):
                 every = [torch.cat([x.roll(i) for i in range(ranks)]) for x in tensors]
                 shares = simulate.reduce_scatter(every, codec, op=op, **options)
-                out = torch.empty(n)
-                pydist.reduce_scatter(out, every[rank], codec, op=op, **options)
+                out = torch.empty(n, device=device)
+                pydist.reduce_scatter(out, every[rank].to(device), codec, op=op, **mine)
                 first_difference(out, shares[rank], f"share of {op} of {n}")
                 if op != "vote":
                     total = signs.roll(rank, 1).sum(0)
@@ -283,26 +289,29 @@ def votes(rank: int, ranks: int, sizes: list[int], chunk: int | None) -> None:
         road.CHUNK_BYTES = whole
 
 
-def not_finite(rank: int, ranks: int) -> None:
+def not_finite(
+    rank: int, ranks: int, codecs: Any = None, device: str = "cpu", group: Any = None
+) -> None:  # fmt: skip
     """On any rank, in any chunk, of any share: everything is NaN on all ranks."""
     road.CHUNK_BYTES, whole = 512, road.CHUNK_BYTES
     n = 3001
     try:
-        for codec in (*CODECS, Sign(None)):
+        for codec in codecs or (*CODECS, Sign(None)):
             for who, at in ((0, 0), (ranks - 1, n * ranks - 1)):
-                x = torch.ones(n * ranks)
+                x = torch.ones(n * ranks, device=device)
                 if rank == who:
                     x[at] = float("nan") if who else float("-inf")
-                out, everything = torch.ones(n), torch.ones(ranks, n * ranks)
-                pydist.reduce_scatter(out, x, codec)
-                pydist.all_gather(everything, x, codec)
+                out = torch.ones(n, device=device)
+                everything = torch.ones(ranks, n * ranks, device=device)
+                pydist.reduce_scatter(out, x, codec, group=group)
+                pydist.all_gather(everything, x, codec, group=group)
                 assert bool(out.isnan().all()) and bool(everything.isnan().all()), f"{codec} {who}"
                 for algorithm in ("two_phase", "all_gather"):
                     y = x.clone()
-                    pydist.all_reduce(y, codec, algorithm=algorithm)
+                    pydist.all_reduce(y, codec, group=group, algorithm=algorithm)
                     assert bool(y.isnan().all()), f"{codec} on rank {who}, {algorithm}"
-            y = torch.ones(n)
-            pydist.all_reduce(y, codec)
+            y = torch.ones(n, device=device)
+            pydist.all_reduce(y, codec, group=group)
             assert bool(y.isfinite().all()), "the flag of one call reached the next"
     finally:
         road.CHUNK_BYTES = whole
@@ -375,7 +384,7 @@ def shapes(rank: int, ranks: int) -> None:
         road.CHUNK_BYTES = whole
 
 
-def in_flight(rank: int, ranks: int) -> None:
+def in_flight(rank: int, ranks: int, device: str = "cpu", group: Any = None) -> None:
     """Collectives of all kinds at once, with random pauses, waited for in reverse."""
     chance = random.Random(rank)
     cases = [(codec, i) for i, codec in enumerate([*CODECS, Sign(None)])]
@@ -384,19 +393,20 @@ def in_flight(rank: int, ranks: int) -> None:
         n = 300 * i + 33
         tensors = inputs(ranks, n * ranks, torch.float32, seed=i)
         options = {"seed": i, "step": i}
-        x, out = tensors[rank].clone(), torch.empty(n)
-        everything = torch.empty(ranks, n * ranks)
+        mine = tensors[rank].to(device)
+        x, out = mine.clone(), torch.empty(n, device=device)
+        everything = torch.empty(ranks, n * ranks, device=device)
         wanted = [
             simulate.all_reduce(tensors, codec, **options),
             simulate.reduce_scatter(tensors, codec, **options)[rank],
             simulate.all_gather(tensors, codec, **options),
         ]
         results = [x, out, everything]
-        options["async_op"] = True
+        options |= {"async_op": True, "group": group}
         started = [
             pydist.all_reduce(x, codec, algorithm="two_phase", **options),
-            pydist.reduce_scatter(out, tensors[rank], codec, **options),
-            pydist.all_gather(everything, tensors[rank], codec, **options),
+            pydist.reduce_scatter(out, mine, codec, **options),
+            pydist.all_gather(everything, mine, codec, **options),
         ]
         works += list(zip(started, results, wanted, strict=True))
         time.sleep(chance.random() * 0.01)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from cases_collectives import VOTES, check, inputs
+from cases_gpu_collectives import group_of
 from cases_lion import model
 
 import pydist
 from pydist.optim import DistributedLion
 
 
-def lion_equals_cpu(rank: int, ranks: int, device: str) -> None:
-    """One optimizer on the CPU and one on the device take the same steps, to the bit."""
+def lion_equals_cpu(rank: int, ranks: int, device: str, on_device: bool) -> None:
+    """One optimizer on the CPU and one on the device take the same steps, bit by bit."""
+    with group_of(ranks, False) as plain, group_of(ranks, on_device) as group:
+        compare_lion(rank, device, plain, group)
+
+
+def compare_lion(rank: int, device: str, plain: Any, group: Any) -> None:
+    """Over one group on the CPU, over the other on the device."""
     here, there = model(), model().to(device)
-    opt, other = (
-        DistributedLion(net.named_parameters(), lr=0.01, weight_decay=0.1, aggregate="average")
-        for net in (here, there)
-    )
+    options = {"lr": 0.01, "weight_decay": 0.1, "aggregate": "average"}
+    opt = DistributedLion(here.named_parameters(), group=plain, **options)
+    other = DistributedLion(there.named_parameters(), group=group, **options)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(3):
         for p, q in zip(here.parameters(), there.parameters(), strict=True):

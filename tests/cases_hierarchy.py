@@ -56,8 +56,9 @@ def levels(ranks: int, local: int) -> tuple[Any, Any]:
 
 
 def equals_simulation(
-    rank: int, ranks: int, local: int, sizes: list[int], dtypes: list[str], chunk: int | None
-) -> list[bytes]:
+    rank: int, ranks: int, local: int, sizes: list[int], dtypes: list[str], chunk: int | None,
+    device: str = "cpu",
+) -> list[bytes]:  # fmt: skip
     """Every codec, both ways of summing, other codecs inside; any length."""
     group, results = levels(ranks, local), []
     whole, road.CHUNK_BYTES = road.CHUNK_BYTES, chunk or road.CHUNK_BYTES
@@ -73,7 +74,7 @@ def equals_simulation(
                         nodes = ranks // local
                         wanted = simulate.all_reduce(tensors, codec, nodes=nodes, **options)
                         for algorithm in ("auto", "two_phase"):
-                            x = tensors[rank].clone()
+                            x = tensors[rank].clone().to(device)
                             out = pydist.all_reduce(
                                 x, codec, group=group, algorithm=algorithm, **options
                             )

@@ -36,6 +36,21 @@ on_each_device = pytest.mark.parametrize("device", ["cpu", cuda()])
 on_cuda = pytest.mark.parametrize("device", [cuda()])
 
 
+def _messages(device: str, on_device: bool) -> Any:
+    where = "device" if on_device else "host"
+    return pytest.param(
+        device, on_device, id=f"{device}-messages-on-{where}",
+        marks=[] if device == "cpu" else cuda(device).marks,
+    )  # fmt: skip
+
+
+# Messages that stay on the device, and others; on the CPU the usual tests have the latter.
+with_messages = pytest.mark.parametrize(
+    ("device", "on_device"),
+    [_messages("cpu", True), _messages("cuda:0", True), _messages("cuda:0", False)],
+)
+
+
 class OffsetMemory:
     """Tensors that begin ``offset`` elements behind an aligned address, between guard bytes."""
 

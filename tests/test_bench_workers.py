@@ -32,7 +32,7 @@ def before_serving(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 def test_a_fault_ends_its_group_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A kernel that reads back in a capture, a crash, an abort twice, a hang."""
+    """A kernel that reads back in a capture, a crash, an abort, a hang."""
     before_serving(monkeypatch, f"sys.path.insert(0, {str(TESTS)!r})\nimport planted_rows")
     saved: list[int] = []
     keep = rows.Rows._keep
@@ -42,32 +42,32 @@ def test_a_fault_ends_its_group_and_no_other(
         saved.append(len(json.loads(file.read_text())["results"]))
 
     monkeypatch.setattr(rows.Rows, "_keep", counting)
+    monkeypatch.setattr(workers, "START_SECONDS", 10.0)
     file = tmp_path / "out.json"
-    assert cli.main([*SMALL, "--row-seconds", "10", "--json", str(file)]) == 1
+    command = [*SMALL, "--row-seconds", "10", "--json", str(file)]
+    families = ("signs", "ternary", "topk", "raw")
+    kernels = [kernel for family in families for kernel in options.FAMILIES[family]]
+    assert cli.main([*command, "--kernels", *kernels]) == 1
     record = json.loads(file.read_text())
     measured = Counter(row["kernel"] for row in record["results"])
     why = {entry["row"]: (entry["why"], entry["failed"]) for entry in record["skipped"]}
-    # The capture's fault and the crash cost one row each: the group goes on in a new process.
+    # The capture's fault costs one row: the group goes on in a new process.
     assert why.pop("unpack_signs float32 64")[0].startswith("RuntimeError: CUDA error: operation")
-    for momentum in ("float32", "bfloat16"):
-        row = f"lion_pack_ ({momentum} momentum) float32 64"
-        assert why.pop(row) == ("its process ended with SIGSEGV", True)
     assert measured["pack_signs"] == 1 and measured["count_votes"] == 1
-    assert measured["majority_vote"] == 3 and measured["lion_pack_"] == 0
-    # A second fault, or a hang, ends the group.
-    assert why.pop("ternary_scale float32 64") == ("its process ended with SIGABRT", True)
+    assert measured["majority_vote"] == 3
+    # So does a crash's; a second fault, or a hang, ends the group.
+    assert why.pop("ternary_scale float32 64") == ("its process ended with SIGSEGV", True)
     assert why.pop("ternary_pack float32 64") == ("its process ended with SIGABRT", True)
     [hung] = [row for row, told in why.items() if told[1]]
     assert hung.startswith("topk_select") and why.pop(hung)[0] == "it hangs: no answer in 10 s"
     given_up = {row.split()[0]: told for row, told in why.items()}
-    assert set(given_up) >= {"lion_apply_", "ternary_unpack", "ternary_sum", "topk_feedback_"}
+    assert set(given_up) >= {"ternary_unpack", "ternary_sum", "topk_feedback_"}
     for told in given_up.values():
         assert told[0].endswith("was given up after what failed in it") and not told[1]
-    for family in ("blocks", "elias", "raw"):  # these groups are whole
-        assert all(measured[kernel] for kernel in options.FAMILIES[family]), family
+    assert measured["sum_values"] == 1, "the last group is whole"
     assert len(record["results"]) + len(record["skipped"]) == record["planned"] == len(saved)
     assert saved == sorted(saved) and saved[0] == 1, "rows are written as they come"
-    assert "failed: unpack_signs float32 64 and 5 more" in capsys.readouterr().err
+    assert "failed: unpack_signs float32 64 and 3 more" in capsys.readouterr().err
 
 
 def test_a_worker_that_cannot_start_is_named(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from codec_calls import codec_calls, on_host
 from devices import OffsetMemory, cuda, missing_device, on_cuda, on_each_device
 from torch import Tensor
 
@@ -305,16 +306,45 @@ def all_arrays(xp: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("stream", ["default", "other"])
 @on_each_device
 def test_arrays(device: str, stream: str) -> None:
-    expected = all_arrays(np)
+    def all_calls(xp: Any) -> dict[str, Any]:
+        return all_arrays(xp) | dict(codec_calls(arrays, xp.asarray))
+
+    expected = all_calls(np)
     if device == "cpu":
-        found = all_arrays(np)
+        found = all_calls(np)
     else:
         cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
         on = cupy.cuda.Stream(non_blocking=True) if stream == "other" else contextlib.nullcontext()
         with on:
-            found = {name: cupy.asnumpy(x) for name, x in all_arrays(cupy).items()}
+            found = {name: cupy.asnumpy(x) for name, x in all_calls(cupy).items()}
     for name, wanted in expected.items():
         assert found[name].tobytes() == wanted.tobytes(), name
+
+
+def test_every_function_of_arrays_is_called() -> None:
+    called: set[str] = set()
+
+    class Noted:
+        __name__ = "pydist.arrays"
+
+        def __getattr__(self, name: str) -> Any:
+            called.add(name)
+            return getattr(arrays, name)
+
+    dict(codec_calls(Noted(), np.asarray))
+    signs = {"pack_signs", "majority_vote", "count_votes", "lion_pack_", "lion_apply_",
+             "unpack_signs", "unpack_votes"}  # fmt: skip
+    assert called | signs == set(arrays.__all__), "all_arrays has the others"
+
+
+@on_each_device
+def test_every_codec(device: str) -> None:
+    """The other front end, held against NumPy arrays."""
+    expected = dict(codec_calls(arrays, np.asarray))
+    found = codec_calls(ops, lambda x: torch.from_numpy(np.array(x)).to(device))
+    for name, x in found:
+        assert on_host(x).tobytes() == expected.pop(name).tobytes(), name
+    assert not expected
 
 
 def test_what_is_missing_is_said() -> None:

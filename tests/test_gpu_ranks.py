@@ -9,7 +9,7 @@ import cases_collectives
 import cases_gpu
 import cases_lion
 import pytest
-from devices import on_cuda, on_each_device
+from devices import on_cuda, on_each_device, with_messages
 from ranks import Worlds
 
 # The first call of a rank loads torch's CUDA libraries, several ranks at once.
@@ -43,9 +43,11 @@ def test_distributed_lion_equals_the_simulation(
     assert_equal_replicas(run(worlds, 2, cases_lion.equals_oracle, rule, other))
 
 
-@on_each_device
-def test_distributed_lion_equals_that_of_the_cpu(worlds: Worlds, device: str) -> None:
-    run(worlds, 2, cases_gpu.lion_equals_cpu, device)
+@with_messages
+def test_distributed_lion_equals_that_of_the_cpu(
+    worlds: Worlds, device: str, on_device: bool
+) -> None:
+    run(worlds, 2, cases_gpu.lion_equals_cpu, device, on_device)
 
 
 @pytest.mark.parametrize("kind", ["plain", "accumulate"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import QSGD, BlockInt, Ternary, TopK, _C, array_backends, arrays, cli, ops, selfcheck
+from pydist import _C, QSGD, BlockInt, Ternary, TopK, array_backends, arrays, cli, ops, selfcheck
 from pydist.checks import View
 from pydist.kernels import Target
 from pydist.selfcheck import cases
