@@ -25,7 +25,7 @@ def cases(maker: Maker) -> Iterator[Case]:
 def _coded_bytes(maker: Maker, codec: QSGD) -> float:
     """Bytes of the Elias codes of normal numbers, from a sample on the CPU."""
     numel = min(maker.numel, 2**18)
-    fixed = ops.quantize(torch.randn(numel), codec)
+    fixed = ops.quantize(torch.randn(numel, dtype=torch.float32, device="cpu"), codec)
     return ops.elias_encode(fixed, codec, numel).numel() * maker.numel / numel
 
 

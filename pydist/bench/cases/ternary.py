@@ -65,7 +65,7 @@ def unpack_case(maker: Maker, name: str) -> Case:
     dtype, size = getattr(torch, name), ternary.payload_bytes(maker.numel)
 
     def make() -> Buffers:
-        scalers = torch.ones(1, device=maker.device)
+        scalers = torch.ones(1, dtype=torch.float32, device=maker.device)
         return Buffers(payload=_codes(maker, 1)[0], scalers=scalers, out=maker.values(dtype))
 
     return Case(
@@ -95,7 +95,7 @@ def sums_case(maker: Maker, name: str) -> Case:
 
     def make() -> Buffers:
         sums = ops.ternary_sum(_codes(maker, RANKS), maker.numel)
-        scalers = torch.ones(1, device=maker.device)
+        scalers = torch.ones(1, dtype=torch.float32, device=maker.device)
         return Buffers(sums=sums, scalers=scalers, out=maker.values(dtype))
 
     def run(s: Buffers) -> Tensor:
