@@ -15,8 +15,13 @@ from pydist.wire import WIRE_VERSION, segments
 if TYPE_CHECKING:
     from pydist import (
         arrays,
+        codecs,
         collectives,
+        ddp,
+        feedback,
+        fsdp,
         ops,
+        optim,
         reference,
         reference_blocks,
         reference_raw,
@@ -24,8 +29,9 @@ if TYPE_CHECKING:
         reference_topk,
         simulate,
     )
-    from pydist.codecs import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
+    from pydist.codecs import QSGD, BlockFloat, BlockInt, Codec, Raw, Sign, Ternary, TopK
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
+    from pydist.errors import MismatchError, PydistError
 
 try:
     __version__ = version("pydist")
@@ -40,6 +46,7 @@ _MODULES = {
 _HOMES = {
     "BlockFloat": "codecs",
     "BlockInt": "codecs",
+    "Codec": "codecs",
     "QSGD": "codecs",
     "Raw": "codecs",
     "Sign": "codecs",
@@ -57,6 +64,7 @@ __all__ = [
     "WIRE_VERSION",
     "BlockFloat",
     "BlockInt",
+    "Codec",
     "MismatchError",
     "PydistError",
     "Raw",
@@ -84,12 +92,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"pydist.{name}")
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'pydist' has no attribute {name!r}")
+if not TYPE_CHECKING:  # else every name would be there, of any type
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"pydist.{name}")
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'pydist' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -57,7 +57,8 @@ def expected(
 def bits(x: Tensor) -> bytes:
     """The bytes of a tensor; every NaN counts as one."""
     x = x.detach().cpu()
-    x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -20,7 +20,7 @@ from test_collectives import same_on_all_ranks
 import pydist
 from pydist import QSGD, BlockInt, Raw, Sign, TopK
 from pydist.ddp import Schedule
-from pydist.ddp.advice import BucketSize, advise
+from pydist.training.advice import BucketSize, advise
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 

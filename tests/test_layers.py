@@ -40,6 +40,7 @@ LAYERS = [
     {"collectives"},
     {"momentum", "simulate"},
     {"feedback"},
+    {"training"},
     {"ddp", "optim"},
     {"fsdp"},
     {"bench"},

@@ -75,7 +75,7 @@ def test_misuse_of_attach(worlds: Worlds) -> None:
     for results in worlds(2).run(cases.twice):
         wanted = [
             ("RuntimeError", "attach() was called before"),
-            ("RuntimeError", "register_comm_hook"),
+            ("RuntimeError", "another DistributedLion is attached to it: call its detach() first"),
             ("RuntimeError", "register_comm_hook"),
             ("ValueError", "parameters that the optimizer does not have"),
             ("TypeError", "ddp must be a DistributedDataParallel, got Sequential"),

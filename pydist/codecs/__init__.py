@@ -9,4 +9,7 @@ from pydist.codecs.sign import Sign
 from pydist.codecs.ternary import Ternary
 from pydist.codecs.topk import TopK
 
-__all__ = ["QSGD", "BlockFloat", "BlockInt", "Raw", "Sign", "Ternary", "TopK"]
+Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary | TopK
+"""Any codec, for annotations and ``isinstance``."""
+
+__all__ = ["QSGD", "BlockFloat", "BlockInt", "Codec", "Raw", "Sign", "Ternary", "TopK"]

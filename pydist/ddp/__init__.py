@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydist.ddp.advice import Advice
 from pydist.ddp.checkpoint import saved_world_size
 from pydist.ddp.hook import compress, compression_hook
 from pydist.ddp.schedule import Schedule
 from pydist.ddp.state import CompressionState
+from pydist.training.advice import Advice
 
 __all__ = [
     "Advice",

@@ -20,7 +20,6 @@ from pydist.codecs.coders import Codec
 from pydist.collectives import refuse
 from pydist.communicator import Call, Communicator, communicator
 from pydist.ddp import checkpoint, local
-from pydist.ddp.advice import Advice
 from pydist.ddp.buffers import result_of, spoiled, values_of
 from pydist.ddp.layout import Layout, Layouts, Parameters
 from pydist.ddp.options import LOCAL, Exclude, Options
@@ -32,6 +31,7 @@ from pydist.feedback import Residuals
 from pydist.momentum import Momenta
 from pydist.road import Road
 from pydist.series import Series
+from pydist.training.advice import Advice
 
 logger = logging.getLogger("pydist.ddp")
 

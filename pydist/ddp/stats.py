@@ -14,11 +14,11 @@ from pydist import wire
 from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
 from pydist.codecs.bucket_sections import RawSection
 from pydist.communicator import Communicator
-from pydist.ddp.advice import Advice, BucketSize, advise
 from pydist.ddp.options import Choice
 from pydist.feedback import Residuals
 from pydist.momentum import Momenta
 from pydist.road import Road
+from pydist.training.advice import Advice, BucketSize, advise
 
 
 class Stats:

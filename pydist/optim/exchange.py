@@ -7,7 +7,7 @@ road, the messages and the residuals are those of the DDP hook (:mod:`pydist.cod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -21,9 +21,11 @@ from pydist.codecs.coders import Codec
 from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part
 from pydist.communicator import Call, Communicator
-from pydist.feedback import Residuals
-from pydist.optim.layout import any_rank_has, shaped, which_has
+from pydist.feedback import OwnerShare, Residuals
+from pydist.optim.layout import Layout, any_rank_has, shaped, which_has
+from pydist.optim.unsent import Unsent, digest_of, flattened
 from pydist.road import Road, choose_algorithm
+from pydist.training.stats import Counters
 
 
 class _Coder(BucketCoder):
@@ -51,48 +53,121 @@ class Exchange:
     """Averages tensors over the ranks, some raw and some compressed.
 
     Args:
-        comm: The group's communicator.
-        params: All parameters; a parameter's place here is its ordinal.
         codec: What is compressed is compressed with this; ``None`` sends everything raw.
         seed: Seed of stochastic rounding.
         algorithm: As of :func:`pydist.all_reduce`.
         residual_dtype: float32 or bfloat16.
+        rank: This rank.
+        ranks: Number of ranks.
 
     Attributes:
         residuals: What was not sent yet, by ordinal.
-        flat: The buffer of all parameters, float32, each in its memory order.
-        views: Each parameter's part of it, with the parameter's shape and strides.
+        raw_bytes: Bytes of the trained parameters' gradients.
+        flat: The buffer of all trained parameters, float32, each in its memory order; there during
+            a step.
+        views: Each trained parameter's part of it, with the parameter's shape and strides, by
+            ordinal.
     """
 
     def __init__(
         self,
-        comm: Communicator,
-        params: Sequence[Tensor],
         codec: Codec | None,
         seed: int,
         algorithm: str,
         residual_dtype: torch.dtype,
+        rank: int,
+        ranks: int,
     ) -> None:
-        self._comm, self._codec, self._seed, self._algorithm = comm, codec, seed, algorithm
-        self.residuals = Residuals(residual_dtype, comm.world_size, mean=True)
+        self._codec, self._seed, self._algorithm = codec, seed, algorithm
+        self._rank, self._ranks = rank, ranks
+        self.residuals = Residuals(residual_dtype, ranks, mean=True)
+        self._layout: Layout | None = None
         self._parts: list[Part] = []
+        self._dtypes: list[str] = []
+        self.raw_bytes = 0
         self._plans: dict[bytes, tuple[BucketPlan, str]] = {}
-        self.cover(params)
+        self.flat = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.views: dict[int, Tensor] = {}
 
-    def cover(self, params: Sequence[Tensor]) -> None:
-        """Takes further parameters in; ordinals of the old ones stay."""
+    # ----------------------------------------------------------------- parameters
+
+    def cover(self, layout: Layout) -> None:
+        """Takes over the parameters as they are now; residuals go along."""
+        before, self._layout = self._layout, layout
+        if before is not None:
+            self._move_residuals(before, layout)
+        params = [layout.params[i] for i in layout.active]
         ends = np.cumsum([p.numel() for p in params], dtype=np.int64).tolist()
         self._parts = [
             Part(i, end - p.numel(), p.numel())
-            for i, (p, end) in enumerate(zip(params, ends, strict=True))
+            for i, p, end in zip(layout.active, params, ends, strict=True)
         ]
         self._dtypes = [str(p.dtype)[6:] for p in params]
+        self.raw_bytes = sum(p.numel() * p.element_size() for p in params)
         self._plans.clear()
-        self.flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-        self.views = [
-            shaped(self.flat[part.offset : part.offset + part.numel], p)
-            for part, p in zip(self._parts, params, strict=True)
-        ]
+        self.flat, self.views = self.flat[:0], {}
+
+    def _move_residuals(self, before: Layout, layout: Layout) -> None:
+        """Keys residuals by the new ordinals, and takes them to where the parameters are."""
+        held = self.residuals
+        worker: dict[int, Tensor] = {}
+        owner: dict[int, OwnerShare] = {}
+        for i, j in layout.came_from(before).items():
+            if layout.glances[i][4] != before.glances[j][4]:
+                continue  # another parameter in its place
+            if j in held.worker:
+                worker[i] = held.worker[j].to(layout.glances[i][3])
+            if j in held.owner:
+                owner[i] = held.owner[j]
+        held.clear()
+        held.worker.update(worker)
+        held.owner.update(owner)
+
+    def _make_buffer(self) -> None:
+        assert self._layout is not None
+        layout = self._layout
+        numel = sum(part.numel for part in self._parts)
+        self.flat = torch.zeros(numel, dtype=torch.float32, device=layout.device)
+        for part in self._parts:
+            flat = self.flat[part.offset : part.offset + part.numel]
+            shape, order = layout.params[part.ordinal].shape, layout.orders[part.ordinal]
+            self.views[part.ordinal] = shaped(flat, shape, order)
+
+    # ----------------------------------------------------------------- checkpoints
+
+    def unsent(self, p: Tensor, order: tuple[int, ...]) -> Unsent:
+        """A copy of a parameter's residuals."""
+        result = Unsent.nothing(p, order, self.residuals.dtype)
+        place = None if self._layout is None else self._layout.places.get(p)
+        if place is None:
+            return result
+        flat, share = self.residuals.worker.get(place[0]), self.residuals.owner.get(place[0])
+        if flat is not None:
+            result.worker.copy_(shaped(flat, p.shape, order))
+        if share is not None:
+            whole = torch.zeros(p.numel(), dtype=share.values.dtype, device=share.values.device)
+            whole[share.first : share.last] = share.values
+            result.owner.copy_(shaped(whole, p.shape, order))
+            span = [share.first, share.last, int(share.whole), digest_of(order)]
+            result.span.copy_(torch.tensor(span, dtype=torch.int64, device="cpu"))
+        return result
+
+    def take(self, p: Tensor, unsent: Unsent) -> None:
+        """Takes over a parameter's residuals."""
+        assert self._layout is not None
+        ordinal, dtype = self._layout.places[p][0], self.residuals.dtype
+        order = self._layout.orders[ordinal]
+        worker, (first, last, whole, digest) = unsent.worker, unsent.span.tolist()
+        if first < last and digest != digest_of(order):
+            # The elements of an owner's share are other ones in another order.
+            worker, last = unsent.of_worker(self._ranks, self._rank).to(dtype), first
+        if bool(worker.any()):
+            self.residuals.worker[ordinal] = flattened(worker, order)
+        if first < last:
+            values = flattened(unsent.owner, order)[first:last].clone()
+            self.residuals.owner[ordinal] = OwnerShare(first, values, bool(whole))
+
+    # ----------------------------------------------------------------- a step
 
     def _plan(self, compressed: np.ndarray) -> tuple[BucketPlan, str]:
         """How the parameters travel, and the algorithm; the last plan is kept."""
@@ -104,7 +179,7 @@ class Exchange:
             self._codec if yes else Raw("float32" if momentum else dtype)
             for yes, momentum, dtype in zip(squeeze, compressed, self._dtypes, strict=True)
         ]
-        ranks = self._comm.world_size
+        ranks = self._ranks
 
         def plan_for(owners: int) -> BucketPlan:
             keeps = squeeze.tolist()
@@ -120,10 +195,12 @@ class Exchange:
 
     def mean(
         self,
+        comm: Communicator,
         call: Call,
         has_gradient: np.ndarray,
         compressed: np.ndarray,
         fill: Callable[[], None],
+        counters: Counters,
     ) -> np.ndarray | None:
         """Replaces ``flat`` by its mean over the ranks.
 
@@ -132,10 +209,12 @@ class Exchange:
         value is not finite.
 
         Args:
+            comm: The group's communicator.
             call: What the ranks must agree on.
             has_gradient: Which parts this rank has a gradient for.
             compressed: Which parts are compressed; equal on all ranks.
             fill: Writes this rank's values into ``views``.
+            counters: Counts what is sent.
 
         Returns:
             Which parts any rank has a gradient for; ``None`` where a value of any rank is not
@@ -146,14 +225,18 @@ class Exchange:
             PydistError: A rank has a problem, or a collective failed.
         """
         try:
-            if call.problem is None:
-                fill()
-            road, coder = self._set_out(call, has_gradient, compressed)
+            if call.problem is not None:
+                raise RuntimeError(call.problem)
+            if len(self.views) < len(self._parts):
+                self._make_buffer()
+            fill()
+            road, coder = self._set_out(comm, call, has_gradient, compressed)
         except Exception as error:  # out of memory, say
-            self._comm.refuse(replace(call, problem=call.problem or str(error))).result()
+            comm.refuse(replace(call, problem=call.problem or str(error))).result()
             raise
-        self._comm.submit(road)
+        comm.submit(road)
         road.wait()
+        counters.sent(road, self.raw_bytes)
         if bool(coder.not_finite.item()):
             return None
         plan = coder.plan
@@ -164,13 +247,14 @@ class Exchange:
         return coder.used
 
     def _set_out(
-        self, call: Call, has_gradient: np.ndarray, compressed: np.ndarray
+        self, comm: Communicator, call: Call, has_gradient: np.ndarray, compressed: np.ndarray
     ) -> tuple[Road, _Coder]:
-        if call.problem is not None:
-            raise RuntimeError(call.problem)
         plan, algorithm = self._plan(compressed)
-        comm, device = self._comm, self.flat.device
+        device = self.flat.device
         everyone = np.ones(len(plan.parts), dtype=bool)
+        if device.type != "cpu":  # those of a checkpoint may be elsewhere
+            for share in self.residuals.owner.values():
+                share.values = share.values.to(comm.device(device))
         feedback: list[Feedback | None] = [
             self.residuals.section(
                 section, plan.parts, everyone, owner=comm.rank if plan.owners > 1 else 0,
@@ -192,7 +276,7 @@ class Exchange:
 
         Args:
             ordinal: The parameter.
-            where: bool, with the parameter's strides.
+            where: bool, in the parameter's memory order.
         """
         flat = where.as_strided((where.numel(),), (1,))
         held = self.residuals.worker.get(ordinal)

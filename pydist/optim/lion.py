@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from pydist import checks
-from pydist.optim.layout import check_betas
-from pydist.optim.voting import VotingOptimizer
+from pydist.optim.base import Algorithm
+from pydist.optim.layout import check_betas, check_rates
+from pydist.optim.voting import Aggregate, Ties, VotingOptimizer
 
 
 class DistributedLion(VotingOptimizer):
@@ -62,19 +63,19 @@ class DistributedLion(VotingOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        aggregate: str = "majority",
-        ties: str = "hash",
+        aggregate: Aggregate = "majority",
+        ties: Ties = "hash",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         momentum_dtype: torch.dtype = torch.float32,
         binarization_range: float | None = None,
         exact_skip: bool = False,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "weight_decay": weight_decay},
@@ -83,9 +84,9 @@ class DistributedLion(VotingOptimizer):
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
-        check_betas(tuple(group["betas"]))
+        check_rates(group)
+        check_betas(group["betas"])
 
     def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group["betas"]
-        return beta1, beta2
+        return float(beta1), float(beta2)

@@ -20,7 +20,7 @@ from pydist.codecs.base import Worker
 from pydist.codecs.votes import VoteCoder, VoteRule
 from pydist.kernels import LionOptions
 from pydist.operators import on_device_of
-from pydist.optim.layout import any_rank_has, which_has
+from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
 from pydist.wire import IntArray
 
 
@@ -31,8 +31,9 @@ class Entry:
     Attributes:
         ordinal: The parameter's place in the optimizer.
         param: The parameter.
-        grad: Its gradient, with the parameter's strides; ``None`` where this rank has none.
-        momentum: Its momentum, with the parameter's strides; ``None`` votes the gradient's sign.
+        order: Its memory order: the strides of gradient and momentum.
+        grad: Its gradient; ``None`` where this rank has none.
+        momentum: Its momentum; ``None`` votes the gradient's sign.
         momentum_out: Where the new momentum goes; ``momentum`` itself for in place.
         beta1: Weight of the old momentum in the vote.
         beta2: Weight of the old momentum in the new one.
@@ -40,6 +41,7 @@ class Entry:
 
     ordinal: int
     param: Tensor
+    order: tuple[int, ...]
     grad: Tensor | None
     momentum: Tensor | None
     momentum_out: Tensor | None
@@ -104,6 +106,7 @@ class LionCoder(VoteCoder):
         super().__init__(rule, table, worker, device)
         self.scalars = scalars
         self.flags = torch.zeros(1, dtype=torch.int32, device=device)
+        self._memory = [memory_of(entry.param) for entry in self.entries]
         self._with_grad = np.array([entry.grad is not None for entry in self.entries], dtype=bool)
         self.used: np.ndarray = self._with_grad
         self._deferred: list[tuple[int, Tensor]] = []
@@ -196,6 +199,20 @@ class LionCoder(VoteCoder):
 
     # ----------------------------------------------------------------- after the vote
 
+    def check_unmoved(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Raises RuntimeError where a parameter is no longer where and what it was at the vote.
+
+        Args:
+            params: What this rank has of all parameters now, by ordinal.
+            names: Their names.
+        """
+        for entry, memory in zip(self.entries, self._memory, strict=True):
+            now = params[entry.ordinal]
+            if now is not entry.param or memory_of(now) != memory:
+                raise RuntimeError(
+                    f"{names[entry.ordinal]} was moved or replaced between backward and step()"
+                )
+
     def commit_deferred(self, skip: Tensor | None) -> None:
         """Momenta of parameters that only other ranks used take their step.
 
@@ -218,8 +235,11 @@ class LionCoder(VoteCoder):
         if self.planes.is_cuda:  # made on the road's side stream, read on this one
             self.planes.record_stream(torch.cuda.current_stream(self.planes.device))
         groups: dict[tuple[str, float, float], list[int]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
         for i in np.flatnonzero(self.used):
-            param = self.entries[i].param
+            param = in_order(self.entries[i].param, self.entries[i].order)
+            if param is not self.entries[i].param:  # its memory format was changed
+                copies.append((self.entries[i].param, param))
             self.rows[i, wire.X] = param.data_ptr()
             groups.setdefault((dtype_name(param), *scalars[int(i)]), []).append(int(i))
         ranks = self.worker.ranks if self.rule.average else None
@@ -234,6 +254,8 @@ class LionCoder(VoteCoder):
                     self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
                     self.planes.data_ptr(), args, address,
                 )  # fmt: skip
+        for param, copied in copies:
+            param.copy_(copied)
         torch.autograd.graph.increment_version(
             [self.entries[i].param for i in np.flatnonzero(self.used)]
         )

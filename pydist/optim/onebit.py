@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from pydist import checks
 from pydist.codecs.coders import Codec, check_codec
 from pydist.feedback import contracts
-from pydist.optim import checkpoint
-from pydist.optim.base import DistributedOptimizer
+from pydist.optim.base import Algorithm, DistributedOptimizer
 from pydist.optim.exchange import Exchange
-from pydist.optim.layout import check_betas, check_gradient, with_strides_of
+from pydist.optim.layout import (
+    Layout,
+    check_betas,
+    check_count,
+    check_gradient,
+    check_number,
+    check_rates,
+)
+from pydist.optim.state import Kept
+from pydist.optim.unsent import Unsent, mean_unsent
 from pydist.road import ALGORITHMS
+
+RESIDUAL, OWNER, SPAN = _UNSENT = ("residual", "owner_residual", "owner_span")
 
 
 class OneBitOptimizer(DistributedOptimizer):
@@ -35,16 +47,21 @@ class OneBitOptimizer(DistributedOptimizer):
 
     _agreed_options: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay")
 
+    _copied = (
+        *DistributedOptimizer._copied, "_codec", "_bias_correction", "_seed", "_algorithm",
+        "_residual_dtype", "_numbers",
+    )  # fmt: skip
+
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
         codec: Codec | None,
         bias_correction: bool,
         group: dist.ProcessGroup | None,
         seed: int,
-        algorithm: str,
+        algorithm: Algorithm,
         residual_dtype: torch.dtype,
         positive: Mapping[str, int],
     ) -> None:
@@ -52,7 +69,6 @@ class OneBitOptimizer(DistributedOptimizer):
         self._bias_correction = bias_correction
         self._seed, self._algorithm, self._residual_dtype = seed, algorithm, residual_dtype
         self._numbers = dict(positive)
-        self._exchange: Exchange | None = None
 
         def prepare() -> None:
             if codec is not None:
@@ -61,16 +77,34 @@ class OneBitOptimizer(DistributedOptimizer):
                     raise ValueError(
                         f"codec must be one whose error feedback converges, got {codec}"
                     )
+            if not isinstance(bias_correction, bool):
+                raise TypeError(f"bias_correction must be True or False, got {bias_correction!r}")
             checks.check_seed(seed)
             if algorithm not in ALGORITHMS:
                 raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
             if residual_dtype not in (torch.float32, torch.bfloat16):
                 raise TypeError(f"residual_dtype must be float32 or bfloat16, got {residual_dtype}")
             for name, value in positive.items():
-                if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                check_count(name, value, 1)
 
         super().__init__(params, defaults, group, prepare)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._exchange: Exchange | None = None
+
+    @cached_property
+    def kept(self) -> Mapping[str, Kept]:
+        """Steps, momentum, variance, and what was not sent (:mod:`pydist.optim.unsent`)."""
+        dtype = self._residual_dtype
+        return {
+            "step": Kept(int),
+            "exp_avg": Kept(torch.float32),
+            "exp_avg_sq": Kept(torch.float32, least=0.0),
+            RESIDUAL: Kept(dtype, by_rank=True, later=True),
+            OWNER: Kept(dtype, by_rank=True, later=True),
+            SPAN: Kept(torch.int64, by_rank=True, later=True, rows=(4,)),
+        }
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -83,31 +117,28 @@ class OneBitOptimizer(DistributedOptimizer):
         }
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
-        check_betas(tuple(group["betas"]))
-        if not 0 < group["eps"] < math.inf:
+        check_rates(group)
+        check_betas(group["betas"])
+        if not 0 < check_number("eps", group["eps"]) < math.inf:
             raise ValueError(f"eps must be positive, got {group['eps']}")
 
-    def _agree_on_layout(self) -> None:
-        super()._agree_on_layout()
-        params = list(self.parameters())
-        if self._exchange is None:
-            self._exchange = Exchange(
-                self._comm, params, self._codec, self._seed, self._algorithm, self._residual_dtype
-            )
-        else:
-            self._exchange.cover(params)
+    def _adopt(self, layout: Layout) -> None:
+        super()._adopt(layout)
+        self.exchange.cover(layout)
 
     @property
     def exchange(self) -> Exchange:
         """What averages over the ranks; it has the residuals."""
-        assert self._exchange is not None
+        if self._exchange is None:
+            self._exchange = Exchange(
+                self._codec, self._seed, self._algorithm, self._residual_dtype, *self.rank_and_world
+            )
         return self._exchange
 
     # ----------------------------------------------------------------- of a subclass
 
     def _compressed(self) -> np.ndarray:
-        """Which parameters are compressed in this step, bool [parameters]."""
+        """Which of the trained parameters are compressed in this step, bool [parameters]."""
         raise NotImplementedError
 
     def _fill(self, i: int, p: Tensor, group: dict[str, Any], grad: Tensor, squeeze: bool) -> None:
@@ -120,29 +151,23 @@ class OneBitOptimizer(DistributedOptimizer):
 
     # ----------------------------------------------------------------- a step
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """A parameter's state; zeros at first."""
-        state: dict[str, Any] = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        return state
-
     def _gradients(self) -> tuple[list[Tensor | None], str | None]:
-        """All gradients in their parameters' memory order; why they cannot be used."""
+        """Gradients of the trained parameters; why they cannot be used."""
         grads: list[Tensor | None] = []
+        problem = self._problem or self._damaged
         try:
             self._unscale()
-            for i, p in enumerate(self.parameters()):
+            for i, p, _ in self._with_groups() if problem is None else ():
+                self.entry_of(i, p)
                 if p.grad is not None:
-                    check_gradient(self.name_of(i), p.grad)
-                grads.append(None if p.grad is None else with_strides_of(p, p.grad))
+                    check_gradient(self.name_of(i), p.grad, p)
+                grads.append(p.grad)
         except Exception as error:
-            return grads, str(error)
-        return grads, None
+            problem = str(error)
+        return grads, problem
 
     def _advance(self) -> None:
+        self.look()
         grads, problem = self._gradients()
         self._average(grads, problem, np.array([grad is not None for grad in grads], dtype=bool))
 
@@ -150,22 +175,69 @@ class OneBitOptimizer(DistributedOptimizer):
         self, grads: Sequence[Tensor | None], problem: str | None, has: np.ndarray
     ) -> bool:
         """Sends, waits, and updates what any rank has a gradient for; False where none moved."""
-        compressed = self._compressed()
+        compressed = self._compressed() if problem is None else np.zeros(0, dtype=bool)
         call = self._call({"compressed": zlib.crc32(compressed.tobytes())}, problem)
+        trained = list(self._with_groups())
 
         def fill() -> None:
-            for (i, p, group), grad in zip(self._with_groups(), grads, strict=True):
+            for (i, p, group), grad, squeeze in zip(trained, grads, compressed, strict=True):
                 given = torch.zeros_like(p) if grad is None else grad
-                self._fill(i, p, group, given, bool(compressed[i]))
+                self._fill(i, p, group, given, bool(squeeze))
 
-        used = self.exchange.mean(call, has, compressed, fill)
+        used = self.exchange.mean(self.communicator, call, has, compressed, fill, self._counters)
+        self._to_compare.clear()
+        self._skipped.add(used is None)
         if used is None:
-            self._skipped += 1
             return False
-        for i, p, group in self._with_groups():
-            if used[i]:
-                self._update(i, p, group, bool(compressed[i]))
+        for (i, p, group), moves, squeeze in zip(trained, used, compressed, strict=True):
+            if moves:
+                self._update(i, p, group, bool(squeeze))
         return True
+
+    # ----------------------------------------------------------------- state
+
+    def saved_value(self, ordinal: int, p: Tensor, key: str) -> Any:
+        """What a checkpoint holds of an entry of a parameter's state."""
+        if key not in _UNSENT:
+            return super().saved_value(ordinal, p, key)
+        return self.exchange.unsent(p, self.order_of(p))[_UNSENT.index(key)]
+
+    def share_out(self, values: dict[str, list[Any]]) -> dict[str, Any]:
+        """This rank's part of what all ranks of another world kept of a parameter."""
+        everyones = [Unsent(*one) for one in zip(*map(values.pop, _UNSENT), strict=True)]
+        unsent = mean_unsent(everyones)
+        return super().share_out(values) | dict(zip(_UNSENT, unsent, strict=True))
+
+    def check_entry(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Raises ValueError where the parts of a loaded entry do not fit together."""
+        Unsent(*(entry[key] for key in _UNSENT)).check(f"{SPAN} of {name}")
+
+    def _begin_taking(self) -> None:
+        self.exchange.residuals.clear()
+        self.exchange.cover(self._laid_out())
+
+    def _take_entry(
+        self, ordinal: int, p: Tensor, entry: dict[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self.exchange.take(p, Unsent(*(entry[key] for key in _UNSENT)))
+        nowhere = dict.fromkeys(_UNSENT)  # the exchange keeps them
+        super()._take_entry(ordinal, p, entry | nowhere, options)
+
+    def _held(self, ordinal: int, p: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
+        yield from super()._held(ordinal, p)
+        residuals = self.exchange.residuals
+        if ordinal in residuals.worker:
+            yield RESIDUAL, residuals.worker[ordinal], False
+        if ordinal in residuals.owner:
+            share = residuals.owner[ordinal]
+            yield OWNER, share.values, share.whole
+
+    def _kept_memory(self) -> dict[str, float]:
+        residuals = self.exchange.residuals
+        return super()._kept_memory() | {
+            "residual_bytes": residuals.memory_bytes,
+            "residual_norm": residuals.norm(),
+        }
 
     # ----------------------------------------------------------------- arithmetic
 
@@ -181,29 +253,6 @@ class OneBitOptimizer(DistributedOptimizer):
             return 1.0, 1.0
         beta1, beta2 = group["betas"]
         return 1 / (1 - beta1**steps), 1 / math.sqrt(1 - beta2**updates)
-
-    # ----------------------------------------------------------------- checkpoint
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of this rank: residuals differ by rank, so every rank saves its own."""
-        return checkpoint.state_dict(self, super().state_dict())
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Loads what ``state_dict()`` gave.
-
-        In a world of another size every rank takes an equal part of what had not been sent
-        (:mod:`pydist.optim.checkpoint`).
-
-        Args:
-            state_dict: This rank's own, saved by the same rank of as many; or those of all ranks of
-                a world of any size, in rank order.
-
-        Raises:
-            ValueError: The state is of another rank or world size.
-        """
-        saved = checkpoint.choose(self, state_dict)
-        super().load_state_dict({**saved, "state": {}})
-        checkpoint.take(self, saved)
 
 
 def blend(m: Tensor, grad: Tensor, beta: float) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from pydist.codecs.coders import Codec
 from pydist.codecs.sign import Sign
+from pydist.optim.base import Algorithm
 from pydist.optim.onebit import OneBitOptimizer, blend, blend_squares_, move_, root
 
 
@@ -69,8 +70,8 @@ class OneBitAdam(OneBitOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -80,7 +81,7 @@ class OneBitAdam(OneBitOptimizer):
         bias_correction: bool = True,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(
@@ -92,7 +93,7 @@ class OneBitAdam(OneBitOptimizer):
 
     def _compressed(self) -> np.ndarray:
         warmup = self._numbers["warmup_steps"]
-        steps = [self.state[p].get("step", 0) for p in self.parameters()]
+        steps = [self.state[p]["step"] for _, p, _ in self._with_groups()]
         return np.array([step >= warmup for step in steps], dtype=bool)
 
     def _fill(self, i: int, p: Tensor, group: dict[str, Any], grad: Tensor, squeeze: bool) -> None:
@@ -100,13 +101,13 @@ class OneBitAdam(OneBitOptimizer):
         if not squeeze:
             view.copy_(grad)
             return
-        state = self._state_of(p)
+        state = self.state[p]
         mask = state["exp_avg_sq"] != 0
         view.copy_(blend(state["exp_avg"], grad, group["betas"][0]).mul_(mask))
 
     def _moments(self, i: int, p: Tensor, group: dict[str, Any], squeeze: bool) -> dict[str, Any]:
         """Takes the mean into m, and in the warm-up into v; one step more is counted."""
-        state, mean = self._state_of(p), self.exchange.views[i]
+        state, mean = self.state[p], self.exchange.views[i]
         state["step"] += 1
         if squeeze:
             never = state["exp_avg_sq"] == 0

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from pydist.codecs.coders import Codec
 from pydist.codecs.sign import Sign
 from pydist.norms import norm
+from pydist.optim.base import Algorithm
+from pydist.optim.layout import check_number, in_order
 from pydist.optim.onebit import blend_squares_, move_, root
 from pydist.optim.onebit_adam import OneBitAdam
+from pydist.optim.state import Kept
 
 
 class OneBitLamb(OneBitAdam):
@@ -68,10 +73,12 @@ class OneBitLamb(OneBitAdam):
         MismatchError: The ranks' models or settings differ; raised on every rank.
     """
 
+    _copied = (*OneBitAdam._copied, "_limits")
+
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -87,7 +94,7 @@ class OneBitLamb(OneBitAdam):
         bias_correction: bool = True,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._limits = {
@@ -108,31 +115,44 @@ class OneBitLamb(OneBitAdam):
         super()._check_options(group)
         limits = self._limits
         for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
-            if not 0 < limits[low] <= limits[high] < math.inf:
+            least, most = (check_number(name, limits[name]) for name in (low, high))
+            if not 0 < least <= most < math.inf:
                 raise ValueError(
                     f"{low} and {high} must be positive and in order, got {limits[low]} and "
                     f"{limits[high]}"
                 )
         for name in ("coeff_beta", "factor_threshold"):
-            if not 0 <= limits[name] < 1:
+            if not 0 <= check_number(name, limits[name]) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {limits[name]}")
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
-        state = super()._state_of(p)
-        state.setdefault("coeff", 0.0)  # none yet
-        state.setdefault("factor", 1.0)
-        return state
+    @cached_property
+    def kept(self) -> Mapping[str, Kept]:
+        """Also the mean trust ratio (0: none yet), the last factor, the variance that goes on."""
+        return {
+            **super().kept,
+            "coeff": Kept(float, least=0.0),
+            "factor": Kept(float, least=0.0, first=1.0),
+            "exp_avg_sq_fresh": Kept(torch.float32, least=0.0, later=True),
+        }
+
+    def _take_entry(
+        self, ordinal: int, p: Tensor, entry: dict[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        if entry["step"] <= self._numbers["warmup_steps"]:
+            entry["exp_avg_sq_fresh"] = None
+        super()._take_entry(ordinal, p, entry, options)
 
     def _update(self, i: int, p: Tensor, group: dict[str, Any], squeeze: bool) -> None:
-        before = self._state_of(p)["exp_avg"].clone() if squeeze else None
+        before = self.state[p]["exp_avg"].clone() if squeeze else None
         state = self._moments(i, p, group, squeeze)
         c1, c2 = self._factors(state, group)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         divisor = root(state["exp_avg_sq"], c2, group["eps"])
         adam = (state["exp_avg"] / divisor).mul_(c1)
-        update = adam + p.float().mul(weight_decay) if weight_decay else adam
+        order = self.layout.orders[i]
+        update = adam + in_order(p, order).float().mul(weight_decay) if weight_decay else adam
         if before is None:
-            coeff = self._trust_ratio(state, norm(p), norm(update))
+            coeff = self._trust_ratio(state, norm(in_order(p, order)), norm(update))
         else:
             ratio = self._ratio(state, group, before, divisor, c2)
             length = norm(update) if weight_decay else 0.0
@@ -157,7 +177,7 @@ class OneBitLamb(OneBitAdam):
         """How far the variance fell since it was frozen; takes in the reconstructed gradient."""
         beta1, beta2 = group["betas"]
         v = state["exp_avg_sq"]
-        if "exp_avg_sq_fresh" not in state:
+        if state["exp_avg_sq_fresh"] is None:
             state["exp_avg_sq_fresh"] = v.clone()
         fresh = state["exp_avg_sq_fresh"]
         blend_squares_(fresh, state["exp_avg"].sub(before.mul(beta1)).mul_(1 / (1 - beta1)), beta2)

@@ -31,6 +31,17 @@ def local_of(x: Tensor) -> Tensor:
     return cast(Any, x)._local_tensor if is_sharded(x) else x
 
 
+def like(x: Tensor, local: Tensor) -> Tensor:
+    """What has this part on this rank, and is cut as another tensor is."""
+    if not is_sharded(x):
+        return local
+    tensor = cast(Any, x)
+    return cast(Tensor, type(tensor).from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
+        stride=tensor.stride(),
+    ))  # fmt: skip
+
+
 def _dimensions(x: Any) -> list[int]:
     """Mesh dimensions over which a DTensor is cut."""
     # Not is_shard(): that is false of the strided shards of FSDP2 beside tensor parallelism.

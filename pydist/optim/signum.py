@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from pydist import checks
-from pydist.optim.voting import VotingOptimizer
+from pydist.optim.base import Algorithm
+from pydist.optim.layout import check_number, check_rates
+from pydist.optim.voting import Aggregate, Ties, VotingOptimizer
 
 
 class Signum(VotingOptimizer):
@@ -49,18 +51,18 @@ class Signum(VotingOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
-        aggregate: str = "majority",
-        ties: str = "hash",
+        aggregate: Aggregate = "majority",
+        ties: Ties = "hash",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         momentum_dtype: torch.dtype = torch.float32,
         exact_skip: bool = False,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
@@ -69,12 +71,13 @@ class Signum(VotingOptimizer):
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
-        if not 0 <= group["momentum"] < 1:
+        check_rates(group)
+        if not 0 <= check_number("momentum", group["momentum"]) < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
 
     def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
-        return group["momentum"], group["momentum"]
+        momentum = float(group["momentum"])
+        return momentum, momentum
 
 
 class SignSGD(VotingOptimizer):
@@ -104,15 +107,15 @@ class SignSGD(VotingOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
         weight_decay: float = 0.0,
         *,
-        aggregate: str = "majority",
-        ties: str = "hash",
+        aggregate: Aggregate = "majority",
+        ties: Ties = "hash",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
     ) -> None:
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay},
@@ -121,7 +124,7 @@ class SignSGD(VotingOptimizer):
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        checks.check_rates(float(group["lr"]), float(group["weight_decay"]))
+        check_rates(group)
 
     def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
         return 0.0, 0.0

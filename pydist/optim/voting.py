@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import ParamsT
 
 from pydist import checks
 from pydist.codecs.votes import VoteRule
+from pydist.communicator import Call
 from pydist.errors import PydistError
-from pydist.optim.attached import Attachment, vote_hook
-from pydist.optim.base import DistributedOptimizer
-from pydist.optim.layout import check_gradient, sample_of, with_strides_of
+from pydist.optim.attached import Attachment, attach
+from pydist.optim.base import Algorithm, DistributedOptimizer
+from pydist.optim.checkpoint import Loaded
+from pydist.optim.layout import check_gradient, check_number, in_order, sample_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
-from pydist.optim.shards import (
-    agree_over_shards,
-    local_gradient,
-    local_of,
-    shard_groups,
-)
+from pydist.optim.shards import agree_over_shards, local_gradient, local_of, shard_groups
+from pydist.optim.state import Kept
 from pydist.road import ALGORITHMS, Road
 from pydist.series import Series
+from pydist.training.advice import Advice, BucketSize, advise
 
 AGGREGATES = ("majority", "average")
+Aggregate = Literal["majority", "average"]
+Ties = Literal["hash", "zero", "positive"]
+
+
+class _Vote(NamedTuple):
+    """A vote in flight."""
+
+    road: Road
+    coder: LionCoder
+    in_bucket: bool
 
 
 class VotingOptimizer(DistributedOptimizer):
@@ -45,41 +56,58 @@ class VotingOptimizer(DistributedOptimizer):
     # Without momenta the sign of the gradient itself is the vote.
     _has_momentum = True
 
+    _copied = (
+        *DistributedOptimizer._copied, "_momentum_dtype", "_binarization_range", "_algorithm",
+        "_exact_skip", "_rule",
+    )  # fmt: skip
+
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
-        aggregate: str,
-        ties: str,
+        aggregate: Aggregate,
+        ties: Ties,
         group: dist.ProcessGroup | None,
         seed: int,
         momentum_dtype: torch.dtype,
         binarization_range: float | None,
         exact_skip: bool,
-        algorithm: str,
+        algorithm: Algorithm,
     ) -> None:
         self._momentum_dtype = momentum_dtype
         self._binarization_range = binarization_range
         self._algorithm = algorithm
-        self._staged: dict[Tensor, Tensor] | None = {} if exact_skip else None
-        self._attachment: Attachment | None = None
-        # What step() waits for, and the votes it then applies.
-        self._in_flight: list[tuple[Callable[[], None], LionCoder | None]] = []
-        self._series = Series()  # the votes of this step
-        self._equality_checked = False
+        self._exact_skip = bool(exact_skip)
 
         def prepare() -> None:
             if aggregate not in AGGREGATES:
                 raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")
             if momentum_dtype not in (torch.float32, torch.bfloat16):
                 raise TypeError(f"momentum_dtype must be float32 or bfloat16, got {momentum_dtype}")
-            checks.check_range(binarization_range)
+            if binarization_range is not None:
+                checks.check_range(check_number("binarization_range", binarization_range))
             if algorithm not in ALGORITHMS:
                 raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
             self._rule = VoteRule(average=aggregate == "average", ties=ties, seed=seed)
 
         super().__init__(params, defaults, group, prepare)
+
+    def _begin(self) -> None:
+        super()._begin()
+        # Where exact_skip has new momenta written, by parameter.
+        self._staged: dict[Tensor, Tensor] = {}
+        self._attachment: Attachment | None = None
+        # What step() waits for, and the votes it then applies.
+        self._in_flight: list[tuple[Callable[[], None], _Vote | None]] = []
+        self._series = Series()  # the votes of this step
+        self._equality_checked = False
+        self._sizes: list[BucketSize] = []
+
+    @cached_property
+    def kept(self) -> Mapping[str, Kept]:
+        """A momentum; nothing without."""
+        return {"momentum": Kept(self._momentum_dtype, by_rank=True)} if self._has_momentum else {}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -95,13 +123,17 @@ class VotingOptimizer(DistributedOptimizer):
         """Weights of the old momentum in the vote and in the new momentum."""
         raise NotImplementedError
 
-    # ----------------------------------------------------------------- a step
+    # ----------------------------------------------------------------- attached
 
     def attach(self, ddp: DistributedDataParallel) -> None:
         """Votes during the backward of ``ddp``, overlapped, instead of in ``step()``.
 
         ``step()`` then waits for the votes and applies them. ``p.grad`` keeps this rank's own
-        gradient. Gradients cannot be clipped or unscaled on this path; trying to raises.
+        gradient. Gradients cannot be clipped or unscaled on this path; trying to raises. Parameters
+        that DDP does not reduce (thawed or added later, or ignored by it) are voted on in
+        ``step()``. Under ``ddp.join()`` ranks that ran out of data vote with zero gradients.
+
+        Until :meth:`detach` no other optimizer may step on parameters of the model.
 
         Args:
             ddp: The model; its communication hook is taken, so it must not have one.
@@ -109,39 +141,132 @@ class VotingOptimizer(DistributedOptimizer):
         Raises:
             TypeError: ``ddp`` is not a DistributedDataParallel.
             ValueError: ``ddp`` has parameters that the optimizer does not have.
-            RuntimeError: Already attached, or ``ddp`` has a communication hook.
+            RuntimeError: Already attached, or ``ddp`` has a communication hook or another optimizer
+                attached to it.
         """
-        if not isinstance(ddp, DistributedDataParallel):
-            raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}")
-        if self._attachment is not None:
+        if self._attachment is not None and self._attachment.ddp is not None:
             raise RuntimeError("attach() was called before")
-        attachment = Attachment(self, ddp)
-        ddp.register_comm_hook(attachment, vote_hook)
-        self._attachment = attachment
+        self._attachment = attach(self, ddp)
+
+    def detach(self) -> None:
+        """Undoes :meth:`attach`: DDP averages gradients as without a hook, ``step()`` votes.
+
+        Votes of a backward without a ``step()`` are dropped.
+
+        Raises:
+            RuntimeError: Not attached.
+        """
+        if self._attachment is None:
+            raise RuntimeError("detach() without attach()")
+        self._start_afresh()
+        attachment, self._attachment = self._attachment, None
+        attachment.end()
+
+    def vote_bucket(self, attachment: Attachment, bucket: GradBucket, *, joined: bool) -> None:
+        """Votes with a bucket of local gradients; called by the DDP hook.
+
+        Where this rank cannot take part, ``step()`` raises.
+
+        Args:
+            attachment: What ties the optimizer to DDP.
+            bucket: DDP's.
+            joined: This rank has no data, and only keeps up with the others (``ddp.join()``).
+        """
+        if not self._in_flight:
+            self.look()
+        entries: list[Entry] = []
+        problem = None
+        try:
+            if bucket.buffer().is_sparse:  # a bucket of its own, without gradients()
+                name = self.name_of(self._place_of(bucket.parameters()[0])[0])
+                raise TypeError(f"gradient of {name} is sparse ({bucket.buffer().layout})")
+            for p, given in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                ordinal, place = self._place_of(p)
+                if attachment.vote_again(ordinal):
+                    raise TypeError(
+                        f"{self.name_of(ordinal)} was voted on before and step() was not called; "
+                        "accumulate gradients under ddp.no_sync()"
+                    )
+                grad = attachment.gradient(ordinal, p, given, joined=joined)
+                entries.append(self._entry(ordinal, p, self.param_groups[place], grad))
+        except Exception as error:
+            problem = str(error)
+        fields = {"bucket": bucket.index(), "ask_usage": attachment.tracks_usage}
+        self._submit(entries, problem, fields, in_bucket=True)
+
+    def _place_of(self, p: Tensor) -> tuple[int, int]:
+        place = self.layout.places.get(p)
+        if place is None:
+            raise ValueError(
+                f"a parameter of shape {list(p.shape)} votes that is not in param_groups any more"
+            )
+        return place
+
+    def give_up(self) -> None:
+        """Raises at the end of a second backward, as a ``step()`` that would may never come."""
+        _, failure = self._collect_votes()
+        self._start_afresh()
+        if failure is not None:
+            raise failure
+
+    def step_joined(self) -> None:
+        """The step of a rank that ran out of data, under ``ddp.join()``."""
+        with torch.no_grad():
+            try:
+                self._finish(joined=True)
+                self._end_step()
+            except BaseException:
+                self._start_afresh()
+                raise
+
+    # ----------------------------------------------------------------- a step
 
     def _advance(self) -> None:
-        refused: PydistError | None = None
         if self._attachment is None:
-            try:
-                self._vote_all()
-            except PydistError as error:  # of an earlier call; the other shards must hear of it
-                refused = error
-        else:
-            self._attachment.check_scaler()
-            self._attachment.check_gradients()
-            if not self._in_flight:
-                raise RuntimeError("step() without votes: no backward ran outside no_sync()")
+            self._finish(joined=False)
+            return
+        self._attachment.check_scaler()
+        layout = self.layout
+        waits = any(self._attachment.reduces(layout.params[i]) for i in layout.active)
+        if waits and not self._in_flight:
+            raise RuntimeError("step() without votes: no backward ran outside no_sync()")
+        self._finish(joined=False)
+
+    def _finish(self, *, joined: bool) -> None:
+        """Votes on what no bucket voted on, waits for all votes and applies them."""
+        refused: PydistError | None = None
+        try:
+            self._vote_rest(joined=joined)
+        except PydistError as error:  # of an earlier call; the other shards must hear of it
+            refused = error
+        attachment = None if joined else self._attachment
+        changed = None if attachment is None else attachment.changed_gradient()
         votes, failure = self._collect_votes()
-        device = local_of(next(self.parameters())).device
-        flags = [torch.zeros(1, dtype=torch.int32, device=device), *(c.flags for c in votes)]
-        groups = shard_groups(self._sharded)
-        self._apply(
-            votes, agree_over_shards(torch.stack(flags).amax(0), refused or failure, groups)
-        )
+        flags = [torch.zeros(1, dtype=torch.int32, device=self.layout.device)]
+        flags += [vote.coder.flags for vote in votes]
+        together = torch.stack(flags).amax(0)
+        groups = shard_groups(self.layout.sharded)
+        found = agree_over_shards(together, refused or failure, groups)
+        if attachment is not None and changed is not None and not bool(found.any()):
+            attachment.refuse_changed(self.name_of(changed))
+        self._to_compare.clear()
+        self._apply([vote.coder for vote in votes], found)
+        self._count(votes)
         if not self._equality_checked:
             self._warn_if_equal()
 
-    def _collect_votes(self) -> tuple[list[LionCoder], PydistError | None]:
+    def _count(self, votes: Sequence[_Vote]) -> None:
+        sizes = []
+        for vote in votes:
+            params = [entry.param for entry in vote.coder.entries]
+            raw = sum(p.numel() * p.element_size() for p in params)
+            self._counters.sent(vote.road, raw)
+            if vote.in_bucket:
+                payload = vote.coder.message_bytes(vote.coder.units)
+                sizes.append(BucketSize(raw, payload, len(params)))
+        self._sizes = sizes
+
+    def _collect_votes(self) -> tuple[list[_Vote], PydistError | None]:
         """Waits for everything in flight; gives the votes and the first failure."""
         in_flight, self._in_flight = self._in_flight, []
         self._series = Series()
@@ -153,67 +278,47 @@ class VotingOptimizer(DistributedOptimizer):
                 failure = failure or error
         if self._attachment is not None:
             self._attachment.done()
-        return [coder for _, coder in in_flight if coder is not None], failure
+        return [vote for _, vote in in_flight if vote is not None], failure
 
     def _start_afresh(self) -> None:
         self._collect_votes()  # after an error nothing stays in flight
         super()._start_afresh()
 
-    def _vote_all(self) -> None:
-        entries: list[Entry] = []
+    def _vote_rest(self, *, joined: bool) -> None:
+        """Votes on all parameters, or on those that are in no bucket of DDP."""
+        attachment = self._attachment
+        voted: set[int] = set() if attachment is None else attachment.voted
         problem = None
+        if attachment is None:
+            self.look()
+        rest = [one for one in self._with_groups() if one[0] not in voted]
+        if attachment is not None and not rest:
+            return
+        entries: list[Entry] = []
         try:
             self._unscale()
-            for group in self.param_groups:
-                for p in group["params"]:
-                    entries.append(self._entry(len(entries), p, group, p.grad))
+            for ordinal, p, group in rest:
+                entries.append(self._entry(ordinal, p, group, None if joined else p.grad))
         except Exception as error:
             problem = str(error)
-        self._submit(entries, problem, {})
-
-    def vote_bucket(self, attachment: Attachment, bucket: GradBucket) -> None:
-        """Votes with a bucket of local gradients; called by the DDP hook."""
-        entries: list[Entry] = []
-        problem = None
-        try:
-            if bucket.buffer().is_sparse:  # a bucket of its own, without gradients()
-                name = self.name_of(self._places[bucket.parameters()[0]][0])
-                raise TypeError(f"gradient of {name} is sparse ({bucket.buffer().layout})")
-            for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                ordinal, place = self._places[p]
-                if ordinal in attachment.pending:
-                    raise TypeError(
-                        f"{self.name_of(ordinal)} was voted on before and step() was not called; "
-                        "accumulate gradients under ddp.no_sync()"
-                    )
-                attachment.pending.add(ordinal)
-                # The bucket holds a gradient in its parameter's memory order, but gradients()
-                # gives it the strides of a contiguous one: wrong for channels_last.
-                grad = grad.as_strided(p.size(), p.stride())
-                used = grad if attachment.has_gradient(p) else None
-                entries.append(self._entry(ordinal, p, self.param_groups[place], used))
-        except Exception as error:
-            problem = str(error)
-        self._submit(entries, problem, {"bucket": bucket.index()}, pack_now=True)
+        self._submit(entries, problem, {"ask_usage": True})
 
     def _entry(self, ordinal: int, p: Tensor, group: dict[str, Any], grad: Tensor | None) -> Entry:
-        mine = local_of(p)
+        mine, order = local_of(p), self.layout.orders[ordinal]
         if grad is not None:
             grad = local_gradient(p, grad)
-            check_gradient(self.name_of(ordinal), grad)
-            grad = with_strides_of(mine, grad)
+            check_gradient(self.name_of(ordinal), grad, mine)
+            grad = in_order(grad, order)
         if not self._has_momentum:
-            return Entry(ordinal, mine, grad, None, None, 0.0, 0.0)
-        state = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p, dtype=self._momentum_dtype)
-        out = state["momentum"]
-        if self._staged is not None:
-            if p not in self._staged:
-                self._staged[p] = torch.zeros_like(out)
-            out = self._staged[p]
-        momentum = local_of(state["momentum"])
-        return Entry(ordinal, mine, grad, momentum, local_of(out), *self._weights(group))
+            return Entry(ordinal, mine, order, grad, None, None, 0.0, 0.0)
+        kept = self.entry_of(ordinal, p)["momentum"]
+        out = kept
+        if self._exact_skip:
+            out = self._staged.get(p)
+            if out is None or out.shape != kept.shape or out.device != kept.device:
+                out = self._staged[p] = torch.zeros_like(kept)
+        weights = self._weights(group)
+        return Entry(ordinal, mine, order, grad, local_of(kept), local_of(out), *weights)
 
     def _submit(
         self,
@@ -221,58 +326,65 @@ class VotingOptimizer(DistributedOptimizer):
         problem: str | None,
         fields: dict[str, Any],
         *,
-        pack_now: bool = False,
+        in_bucket: bool = False,
     ) -> None:
-        fields["ask_usage"] = self._attachment is None or self._attachment.tracks_usage
         fields["ordinals"] = zlib.crc32(repr([entry.ordinal for entry in entries]).encode())
         call = self._call(fields, problem)
         if call.problem is not None:
-            # step() raises, on every rank. Raising here, inside backward, would leave the other
-            # ranks waiting for this one's next buckets.
-            refused = self._comm.refuse(call, series=self._series)
-            self._in_flight.append((refused.result, None))
+            self._refuse(call)
             return
         scalars = Scalars(
-            self._comm.rank, self._comm.world_size, call.step, self._binarization_range,
-            torch.get_num_threads(), fields["ask_usage"],
+            *self.rank_and_world, call.step, self._binarization_range, torch.get_num_threads(),
+            fields["ask_usage"],
         )  # fmt: skip
         try:
             coder = LionCoder(entries, self._rule, scalars)
-            if pack_now:
+            if in_bucket:  # whose gradients DDP may change as soon as its hook returns
                 coder.pack()
-            road = Road(self._comm, coder, call, self._algorithm, coder.device, self._series)
+            comm = self.communicator
+            road = Road(comm, coder, call, self._algorithm, coder.device, self._series)
         except Exception as error:  # out of memory, say
-            refused = self._comm.refuse(replace(call, problem=str(error)), series=self._series)
-            self._in_flight.append((refused.result, None))
+            self._refuse(replace(call, problem=str(error)))
             return
-        self._comm.submit(road)
-        self._in_flight.append((road.wait, coder))
+        comm.submit(road)
+        self._in_flight.append((road.wait, _Vote(road, coder, in_bucket)))
+
+    def _refuse(self, call: Call) -> None:
+        """Tells the other ranks of a problem; ``step()`` raises, on every rank.
+
+        Raising here, inside backward, would leave the other ranks waiting for this one's next
+        buckets.
+        """
+        refused = self.communicator.refuse(call, series=self._series)
+        self._in_flight.append((refused.result, None))
 
     def _apply(self, coders: list[LionCoder], flags: Tensor) -> None:
         if not coders:
             return
         on_host = flags.device.type == "cpu"
-        if on_host or self._staged is not None:
+        if on_host or self._exact_skip:
             skip = bool(flags.item())
-            self._skipped += int(skip)
+            self._skipped.add(skip)
             if skip:
                 return
         else:
-            self._skipped = self._skipped + (flags[0] != 0).long()
-        rates = [(float(g["lr"]), float(g["weight_decay"])) for _, _, g in self._with_groups()]
+            self._skipped.add((flags[0] != 0).long())
+        params = [local_of(p) for p in self.layout.params]
+        for coder in coders:
+            coder.check_unmoved(params, self.layout.names)  # before any of them is applied
+        rates = {i: (float(g["lr"]), float(g["weight_decay"])) for i, _, g in self._with_groups()}
         for coder in coders:
             coder.commit_deferred(None if on_host else flags)
             scalars = [rates[entry.ordinal] for entry in coder.entries]
             coder.apply(scalars, None if on_host else flags)
             self._commit_staged(coder)
-        torch.autograd.graph.increment_version(self._sharded)
+        torch.autograd.graph.increment_version(self.layout.sharded)
 
     def _commit_staged(self, coder: LionCoder) -> None:
-        if self._staged is None:
+        if not self._exact_skip:
             return
-        params = list(self.parameters())
         for i, entry in enumerate(coder.entries):
-            p = params[entry.ordinal]
+            p = self.layout.params[entry.ordinal]
             if entry.momentum is None or entry.momentum_out is None or not coder.used[i]:
                 continue
             if entry.momentum_out is local_of(self._staged[p]):
@@ -281,12 +393,13 @@ class VotingOptimizer(DistributedOptimizer):
 
     def _warn_if_equal(self) -> None:
         """Warns where all ranks' gradients are equal: then they were averaged before the vote."""
-        if self._attachment is not None or self._comm.world_size == 1:
+        if self._attachment is not None or self.communicator.world_size == 1:
             self._equality_checked = True
             return
-        grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
+        grads = [local_of(p.grad) for _, p, _ in self._with_groups() if p.grad is not None]
         mine = sample_of(grads)
-        everyone = self._comm.run(lambda: self._comm.gather_bytes(mine))
+        comm = self.communicator
+        everyone = comm.run(lambda: comm.gather_bytes(mine))
         if not all(everyone):
             return  # overflowed gradients say nothing: look again after the next step
         self._equality_checked = True
@@ -298,19 +411,13 @@ class VotingOptimizer(DistributedOptimizer):
                 stacklevel=4,
             )
 
-    # ----------------------------------------------------------------- checkpoint
+    # ----------------------------------------------------------------- what is known
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` gave on this rank; each rank has a momentum of its own.
+    def advice(self) -> Advice:
+        """Whether DDP's ``bucket_cap_mb`` suits the messages, where buckets vote (``attach()``)."""
+        return super().advice() if self._attachment is None else advise(self._sizes)
 
-        Args:
-            state_dict: A state of this optimizer, saved by the same rank.
-        """
-        super().load_state_dict(state_dict)
-        # torch casts floating state to the parameter's dtype, which would round a float32 momentum
-        # of a bfloat16 parameter.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, p in zip(saved, self.parameters(), strict=True):
-            if "momentum" in state_dict["state"].get(index, {}):
-                momentum = torch.zeros_like(p, dtype=self._momentum_dtype)
-                self.state[p]["momentum"] = momentum.copy_(state_dict["state"][index]["momentum"])
+    def _take(self, loaded: Loaded) -> None:
+        self._collect_votes()  # those of a backward before, with the momenta of before
+        self._staged.clear()
+        super()._take(loaded)

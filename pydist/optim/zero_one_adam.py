@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from pydist.codecs.coders import Codec
 from pydist.codecs.sign import Sign
+from pydist.optim.base import Algorithm
+from pydist.optim.checkpoint import Loaded
+from pydist.optim.layout import check_count, check_finite
 from pydist.optim.onebit import OneBitOptimizer, blend, blend_squares_, move_, root
+from pydist.optim.state import Kept
 
 
 def updates_variance(step: int, scaler: int) -> bool:
@@ -80,10 +87,12 @@ class ZeroOneAdam(OneBitOptimizer):
 
     _agreed_options = ("lr", "betas", "eps", "weight_decay", "made", "rate_sum", "kept", "local")
 
+    _copied = (*OneBitOptimizer._copied, "_late_problem")
+
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -96,10 +105,9 @@ class ZeroOneAdam(OneBitOptimizer):
         bias_correction: bool = True,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        algorithm: str = "auto",
+        algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._late_problem: str | None = None
         # Of each group: its steps, and since the last sync the sum of rates a, the product of
         # decays d, and local steps.
         counters = {"made": 0, "rate_sum": 0.0, "kept": 1.0, "local": 0}
@@ -114,6 +122,11 @@ class ZeroOneAdam(OneBitOptimizer):
             },
         )  # fmt: skip
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._late_problem: str | None = None
+        self._late_names: set[str] = set()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; only while the variance is not frozen.
 
@@ -126,6 +139,10 @@ class ZeroOneAdam(OneBitOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
+        for name in ("made", "local"):
+            check_count(name, group[name])
+        for name in ("rate_sum", "kept"):
+            check_finite(name, group[name])
         never = group["made"] == 0 and group["lr"] > 0
         if never and group["step"] >= self._numbers["var_freeze_step"]:
             raise ValueError(
@@ -159,15 +176,34 @@ class ZeroOneAdam(OneBitOptimizer):
     # ----------------------------------------------------------------- a step
 
     def _compressed(self) -> np.ndarray:
-        n = sum(1 for _ in self.parameters())
+        n = len(self.layout.active)
         if self._in_variance_step():
             return np.zeros(n, dtype=bool)
-        if self._step >= self._numbers["var_freeze_step"]:
-            return np.ones(n, dtype=bool)
         # What has no variance yet takes its first step as if it were in T_v.
-        return np.array([self.state[p].get("step", 0) > 0 for p in self.parameters()], dtype=bool)
+        known = np.array([self.state[p]["step"] > 0 for _, p, _ in self._with_groups()], dtype=bool)
+        if self._step < self._numbers["var_freeze_step"]:
+            return known
+        self._warn_of_late(known)
+        return np.ones(n, dtype=bool)
+
+    def _warn_of_late(self, known: np.ndarray) -> None:
+        """Names parameters that got their first gradient when the variance was frozen, once."""
+        late = {
+            self.name_of(i)
+            for (i, p, _), yes in zip(self._with_groups(), known, strict=True)
+            if not yes and p.grad is not None
+        }
+        if late - self._late_names:
+            warnings.warn(
+                f"{self._name}: the variance is frozen since step "
+                f"{self._numbers['var_freeze_step']}, and {', '.join(sorted(late)[:5])} had no "
+                "gradient before, so that they never move",
+                stacklevel=6,
+            )
+            self._late_names |= late
 
     def _advance(self) -> None:
+        self.look()
         grads, problem = self._gradients()
         pending = self._pending()
         if not self._in_variance_step() and pending + 1 < self.interval:
@@ -202,8 +238,8 @@ class ZeroOneAdam(OneBitOptimizer):
 
     def _next(self, p: Tensor, group: dict[str, Any], grad: Tensor) -> tuple[Tensor, Tensor]:
         """This worker's new momentum and u."""
-        state = self._state_of(p)
-        m, u = state["exp_avg"], state.get("u")
+        state = self.state[p]
+        m, u = state["exp_avg"], state["u"]
         if group["lr"] > 0:
             m = blend(m, grad, group["betas"][0]).mul_(state["exp_avg_sq"] != 0)
             way = m.mul(self._rate(group))
@@ -220,7 +256,7 @@ class ZeroOneAdam(OneBitOptimizer):
             view.zero_()
 
     def _update(self, i: int, p: Tensor, group: dict[str, Any], squeeze: bool) -> None:
-        state, mean = self._state_of(p), self.exchange.views[i]
+        state, mean = self.state[p], self.exchange.views[i]
         m, v = state["exp_avg"], state["exp_avg_sq"]
         rate_sum, kept = self._sums(group)
         if squeeze:
@@ -235,51 +271,81 @@ class ZeroOneAdam(OneBitOptimizer):
             state["step"] += 1  # counts what the variance has seen
             mean.copy_(m.mul(rate_sum))
         self._place(p, group, mean, kept)
-        state.pop("u", None)
-        state.pop("anchor", None)
+        state.update(moved=0, u=None, anchor=None)
 
     def _place(self, p: Tensor, group: dict[str, Any], u: Tensor, kept: float) -> None:
         """Where x is, by u and where it was at the last sync."""
-        state = self._state_of(p)
+        state = self.state[p]
         _, c2 = self._corrections(group, 1, max(1, state["step"]))
         way = u / root(state["exp_avg_sq"], c2, group["eps"])
-        move_(p, state.get("anchor", p), kept, way)
+        move_(p, p if state["anchor"] is None else state["anchor"], kept, way)
 
     def _advance_locally(self, grads: list[Tensor | None], problem: str | None) -> None:
         # The other ranks take no part in this: all raise at the next sync.
         self._late_problem = self._late_problem or self._call({}, problem).problem
-        if self._late_problem is not None:
-            grads = [None for _ in self.parameters()]
+        trained = list(self._with_groups())
+        if self._late_problem is not None:  # state may not fit the parameters: nothing moves
+            grads, trained = [], []
         finite = [
             grad.isfinite().all()
-            for (_, _, group), grad in zip(self._with_groups(), grads, strict=True)
+            for (_, _, group), grad in zip(trained, grads, strict=True)
             if grad is not None and group["lr"] > 0
         ]
         skip = bool(finite) and not bool(torch.stack(finite).all())
-        self._skipped += int(skip)
-        for (_, p, group), grad in zip(self._with_groups(), grads, strict=True):
-            state = self._state_of(p)
-            if skip or not group["lr"] > 0:
-                continue
-            given = torch.zeros_like(p) if grad is None else grad
-            state["exp_avg"], state["u"] = self._next(p, group, given)
-            state.setdefault("anchor", p.detach().clone())
-            self._place(p, group, state["u"], self._sums(group)[1])
+        self._skipped.add(skip)
+        for (_, p, group), grad in zip(trained, grads, strict=True):
+            if not skip and group["lr"] > 0:
+                self._move_locally(p, group, torch.zeros_like(p) if grad is None else grad)
         for group in self.param_groups:
             group["rate_sum"], group["kept"] = self._sums(group)
             group["made"] += int(group["lr"] > 0)
             group["local"] += 1
+        self._counters.sent_nothing(self.exchange.raw_bytes, self.communicator.world_size)
 
-    # ----------------------------------------------------------------- checkpoint
+    def _move_locally(self, p: Tensor, group: dict[str, Any], grad: Tensor) -> None:
+        state = self.state[p]
+        state["exp_avg"], state["u"] = self._next(p, group, grad)
+        if state["anchor"] is None:
+            state["anchor"] = p.detach().to(torch.float32, copy=True)
+        state["moved"] += 1
+        self._place(p, group, state["u"], self._sums(group)[1])
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Loads what ``state_dict()`` gave; see :meth:`OneBitAdam.load_state_dict`.
+    # ----------------------------------------------------------------- state
 
-        Between two syncs it also puts the parameters where this rank's state says they are.
-        """
-        super().load_state_dict(state_dict)
-        with torch.no_grad():
-            for _, p, group in self._with_groups():
-                state = self.state[p]
-                if "anchor" in state:
-                    self._place(p, group, state["u"], float(group["kept"]))
+    @cached_property
+    def kept(self) -> Mapping[str, Kept]:
+        """Also local steps since the last sync, their sum u, and where x was then."""
+        return {
+            **super().kept,
+            "exp_avg": Kept(torch.float32, by_rank=True),
+            "moved": Kept(int, by_rank=True),
+            "u": Kept(torch.float32, by_rank=True, later=True),
+            "anchor": Kept(torch.float32, later=True),
+        }
+
+    def is_common(self, key: str, options: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether an entry must be equal on all ranks, with these options of all groups."""
+        if key == "exp_avg":
+            return all(group["local"] == 0 for group in options)
+        return super().is_common(key, options)
+
+    def saved_value(self, ordinal: int, p: Tensor, key: str) -> Any:
+        """What a checkpoint holds of an entry of a parameter's state."""
+        if key == "anchor" and self.state[p].get(key) is None:
+            return p.detach().to(torch.float32, copy=True)  # it has not moved since
+        return super().saved_value(ordinal, p, key)
+
+    def _take_entry(
+        self, ordinal: int, p: Tensor, entry: dict[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        if not entry["moved"]:
+            entry["u"] = entry["anchor"] = None
+        super()._take_entry(ordinal, p, entry, options)
+
+    def _take(self, loaded: Loaded) -> None:
+        """Also puts the parameters where this rank's state says they are between two syncs."""
+        super()._take(loaded)
+        for _, p, group in self._with_groups():
+            state = self.state[p]
+            if state["moved"]:
+                self._place(p, group, state["u"], float(group["kept"]))

@@ -31,12 +31,15 @@ class Call:
         fields: Names and values that must be equal on all ranks (JSON types).
         step: Step of the call; must be equal too.
         problem: Why this rank cannot take part; all ranks then raise.
+        details: Gives further names and values for the message where ranks differ: what a checksum
+            among the fields stands for.
     """
 
     name: str
     fields: dict[str, Any]
     step: int = 0
     problem: str | None = None
+    details: Callable[[], dict[str, Any]] | None = None
 
     @property
     def digest(self) -> int:
@@ -133,7 +136,8 @@ class Agreement:
             _, reason = wire.unpack_header(header.numpy().tobytes())
             if reason:  # not only here: whoever sent it sees ours as malformed, others see it too
                 call = replace(call, problem=call.problem or f"header of rank {rank}: {reason}")
-        described = {"call": call.name, **call.fields, "step": call.step}
+        details = {} if call.details is None else call.details()
+        described = {"call": call.name, **call.fields, **details, "step": call.step}
         descriptions = self._descriptions({"fields": described, "problem": call.problem})
         problems = [
             f"rank {self.ranks[place]}: {description['problem']}"
