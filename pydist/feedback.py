@@ -13,8 +13,8 @@ Sources: Seide et al. 2014 (1-bit SGD); Karimireddy et al., "Error Feedback Fixe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from pydist.codecs.raw import Raw
 from pydist.codecs.shares import Part
 from pydist.codecs.ternary import Ternary
 from pydist.codecs.topk import TopK
-from pydist.momentum import Advanced
+from pydist.momentum import Advanced, drop_damaged, is_damaged
 
 
 def contracts(codec: Codec) -> bool:
@@ -109,20 +109,26 @@ class Residuals:
     """
 
     def __init__(self, dtype: torch.dtype, ranks: int, mean: bool) -> None:
-        self.dtype = dtype
-        # The share of one rank's contribution in the result.
-        self.weight = ranks if mean else 1
+        self.dtype, self._mean = dtype, mean
+        self.join(ranks)
         self.worker: dict[int, Tensor] = {}
         self.owner: dict[int, OwnerShare] = {}
         self._staged_worker: dict[int, Tensor] = {}
         self._staged_owner: dict[int, Tensor] = {}
 
+    def join(self, ranks: int) -> None:
+        """Learns how many ranks there are."""
+        # The share of one rank's contribution in the result.
+        self.weight = ranks if self._mean else 1
+
     def worker_of(self, part: Part, device: torch.device) -> Tensor:
-        """A parameter's residual; zeros at first."""
+        """A parameter's residual, on the device where its gradients are; zeros at first."""
         held = self.worker.get(part.ordinal)
         if held is None:
             held = torch.zeros(part.numel, dtype=self.dtype, device=device)
             self.worker[part.ordinal] = held
+        elif held.device != device:
+            held = self.worker[part.ordinal] = held.to(device)
         return held
 
     def owner_of(
@@ -142,6 +148,8 @@ class Residuals:
         first, last = bounds
         held = self.owner.get(part.ordinal)
         if held is not None and (held.first, held.last, held.whole) == (first, last, whole):
+            if held.values.device != device:
+                held.values = held.values.to(device)
             return held.values
         values = torch.zeros(last - first, dtype=self.dtype, device=device)
         self.owner[part.ordinal] = OwnerShare(first, values, whole)
@@ -165,9 +173,11 @@ class Residuals:
         if begin >= end:
             return
         values = held.values[begin - held.first : end - held.first]
-        target = self.worker_of(part, values.device)[begin:end]
-        moved = values.to(target.device, torch.float32) * self.weight
-        target.copy_(target.float() + moved)
+        # Not in place: a step that is taken back needs what was there.
+        whole = self.worker_of(part, values.device).clone()
+        moved = values.to(whole.device, torch.float32) * self.weight
+        whole[begin:end] = whole[begin:end].float() + moved
+        self.worker[part.ordinal] = whole
 
     def release(self, part: Part, device: torch.device, rank: int) -> Tensor | None:
         """All that a parameter has left here, as what this rank did not send; ``None``: nothing.
@@ -181,6 +191,25 @@ class Residuals:
             self.worker_of(part, device)
             self._leave(part, held, (held.first, held.last))
         return self.worker.get(part.ordinal)
+
+    def turn(self, part: Part, change: Callable[[Tensor], Tensor]) -> None:
+        """Brings a parameter's residuals into another order of memory.
+
+        An owner's elements are then other ones, so they leave for its worker residual.
+
+        Args:
+            part: The parameter.
+            change: From the old order to a new tensor in the new one.
+        """
+        share = self.owner.pop(part.ordinal, None)
+        if share is not None and share.whole:
+            self.owner[part.ordinal] = replace(share, values=change(share.values))
+        elif share is not None:
+            self._leave(part, share, (share.first, share.last))
+        if (held := self.worker.get(part.ordinal)) is not None:
+            self.worker[part.ordinal] = change(held)
+        self._staged_worker.pop(part.ordinal, None)
+        self._staged_owner.pop(part.ordinal, None)
 
     def drop(self, ordinal: int) -> None:
         """Forgets a parameter's worker residual: it has been sent."""
@@ -261,16 +290,41 @@ class Residuals:
                     self._staged_owner[ordinal], share.values,
                 )  # fmt: skip
 
+    def replace(self, worker: dict[int, Tensor], owner: dict[int, OwnerShare]) -> None:
+        """Takes others over; what was staged is forgotten."""
+        self.worker, self.owner = worker, owner
+        self.spare()
+
     def clear(self) -> None:
         """Forgets everything."""
-        for held in (self.worker, self.owner, self._staged_worker, self._staged_owner):
-            held.clear()
+        self.replace({}, {})
 
-    def tensors(self) -> Iterable[Tensor]:
+    def spare(self) -> None:
+        """Writes no more into the tensors that the last :meth:`commit` put aside."""
+        self._staged_worker, self._staged_owner = {}, {}
+
+    def snapshot(self) -> tuple[dict[int, Tensor], dict[int, OwnerShare]]:
+        """What :meth:`replace` takes to return to this moment, as long as residuals are staged."""
+        owner = {ordinal: replace(share) for ordinal, share in self.owner.items()}
+        return dict(self.worker), owner
+
+    def drop_damaged(self) -> tuple[list[int], list[int]]:
+        """Sets elements to zero that no step could have left: not finite, or out of all bounds.
+
+        What other ranks hold too (an owner's residual of a whole parameter) stays as it is, as they
+        have to go on with the same.
+
+        Returns:
+            Ordinals of parameters that had some; ordinals of those that other ranks hold too.
+        """
+        apart = {i: share.values for i, share in self.owner.items() if not share.whole}
+        common = {i: share.values for i, share in self.owner.items() if share.whole}
+        dropped = sorted({*drop_damaged(self.worker), *drop_damaged(apart)})
+        return dropped, [i for i, values in common.items() if is_damaged(values)]
+
+    def tensors(self) -> list[Tensor]:
         """All residuals."""
-        yield from self.worker.values()
-        for share in self.owner.values():
-            yield share.values
+        return [*list(self.worker.values()), *(x.values for x in list(self.owner.values()))]
 
     def rescale(self, ratio: float) -> None:
         """Multiplies all residuals, as a loss scale changed by ``ratio``.
@@ -284,13 +338,13 @@ class Residuals:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all residuals, staged ones too."""
-        staged = [*self._staged_worker.values(), *self._staged_owner.values()]
+        staged = [*list(self._staged_worker.values()), *list(self._staged_owner.values())]
         return sum(x.numel() * x.element_size() for x in [*self.tensors(), *staged])
 
     def norm(self) -> float:
         """Euclidean norm of what this rank has not sent as a worker."""
-        squares = [float(x.double().square().sum()) for x in self.worker.values()]
-        return math.sqrt(sum(squares))
+        held = list(self.worker.values())
+        return math.sqrt(sum(float(x.double().square().sum()) for x in held))
 
 
 def _second(staged: dict[int, Tensor], ordinal: int, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Momenta are keyed by parameter as residuals are, so neither buckets nor their si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from pydist.codecs.shares import Part
+
+LARGEST = 1.8e19
+"""Magnitude beyond which a residual or a momentum is damage: its square is no float32 any more."""
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass
@@ -33,10 +37,13 @@ class Advanced:
             parameters with residuals in the type of their momentum, of others not rounded to it.
         kept: By ordinal, what becomes the momentum where all of it is finite: with residuals the
             same tensor, which the codec masks.
+        apart: Of parameters that were sent a part of their step's gradient before, those with
+            residuals: what the codec masks is not what becomes the momentum.
     """
 
     values: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
 
 
 class Momenta:
@@ -59,9 +66,17 @@ class Momenta:
         return gradient if gradient == torch.float64 else self.dtype
 
     def advance(
-        self, flat: Tensor, parts: Sequence[Part], used: np.ndarray, with_residual: Sequence[bool]
+        self,
+        flat: Tensor,
+        parts: Sequence[Part],
+        used: np.ndarray,
+        with_residual: Sequence[bool],
+        again: Collection[int] = (),
     ) -> Advanced:
         """``u = m * u + g`` in float32, two roundings, then what is kept to the storage's type.
+
+        Where a step has several backwards, the later ones add their gradients alone: ``u = u + g``,
+        and g is what is sent.
 
         Nothing that is kept changes before :meth:`take`. A parameter whose new momentum is not
         finite everywhere keeps the old one. On CUDA this waits for the device.
@@ -71,6 +86,7 @@ class Momenta:
             parts: The parameters in it.
             used: Which of them have a gradient that is not all zeros; the others have no part.
             with_residual: Which are encoded with a residual, so in the type of both.
+            again: Ordinals of parameters whose momentum has moved in this step.
         """
         result, stored = Advanced(), {}
         for part, is_used, narrow in zip(parts, used, with_residual, strict=True):
@@ -83,10 +99,18 @@ class Momenta:
             if old is None:
                 new = torch.zeros(part.numel, dtype=wide, device=flat.device)
             else:
-                new = old.to(wide) * self.factor
+                factor = 1.0 if part.ordinal in again else self.factor
+                new = old.to(flat.device, wide) * factor
             # Two operations: one could be contracted, on one machine and not on another.
             stored[part.ordinal] = new.add_(gradient).to(dtype)
             result.values[part.ordinal] = stored[part.ordinal] if narrow else new
+            if part.ordinal in again:
+                result.values[part.ordinal] = gradient.to(dtype if narrow else wide, copy=True)
+                if narrow:
+                    # What the codec masks becomes zero, so nothing else may be.
+                    sent = result.values[part.ordinal]
+                    sent.masked_fill_(sent == 0, _TINY)
+                    result.apart.add(part.ordinal)
         finite = _all_finite(list(stored.values()))
         for (ordinal, value), is_finite in zip(stored.items(), finite, strict=True):
             if is_finite:
@@ -95,21 +119,42 @@ class Momenta:
 
     def take(self, advanced: Advanced) -> None:
         """Takes over the momenta of a step."""
+        for ordinal in advanced.apart & advanced.kept.keys():
+            advanced.kept[ordinal].masked_fill_(advanced.values[ordinal] == 0, 0.0)
         self.held.update(advanced.kept)
+
+    def turn(self, ordinal: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Brings a parameter's momentum into another order of memory; see ``Residuals``."""
+        if (held := self.held.get(ordinal)) is not None:
+            self.held[ordinal] = change(held)
+
+    def drop_damaged(self) -> list[int]:
+        """Sets elements to zero that no step could have left; the ordinals that had some."""
+        return drop_damaged(self.held)
 
     def rescale(self, ratio: float) -> None:
         """Multiplies all momenta, as a loss scale changed by ``ratio``; see ``Residuals``."""
         for values in self.held.values():
             values.mul_(ratio).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.held.clear()
-
     @property
     def memory_bytes(self) -> int:
         """Bytes of all momenta."""
-        return sum(x.numel() * x.element_size() for x in self.held.values())
+        return sum(x.numel() * x.element_size() for x in list(self.held.values()))
+
+
+def is_damaged(values: Tensor) -> bool:
+    """Whether something is not finite, or beyond :data:`LARGEST`."""
+    return not bool((values.abs() <= LARGEST).all())
+
+
+def drop_damaged(tensors: dict[int, Tensor]) -> list[int]:
+    """Sets damaged elements to zero; returns the keys of the tensors that had some."""
+    damaged = [key for key, values in tensors.items() if is_damaged(values)]
+    for key in damaged:
+        values = tensors[key]
+        values.masked_fill_(~(values.abs() <= LARGEST), 0.0)
+    return damaged
 
 
 def _all_finite(tensors: list[Tensor]) -> Iterable[bool]:

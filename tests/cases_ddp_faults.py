@@ -142,7 +142,7 @@ def at_bucket(state: CompressionState, where: str, act: Callable[[], None]) -> E
     as the bucket is prepared.
     """
     name = "reduce_bucket" if where == "backward" else where
-    owner: Any = state if hasattr(state, name) else BucketCoder
+    owner: Any = state._steps if name in ("reduce_bucket", "_start") else BucketCoder
     usual, calls = getattr(owner, name), []
 
     def acting(*args: Any) -> Any:

@@ -115,7 +115,7 @@ def equals_reference(rank: int, ranks: int, codec: Any, feedback: bool) -> list[
     for name, unit in private.units_of(net):
         unit._comm_hook = recorded
         names[id(unit._comm_hook_state)] = (name, unit)
-    ordinals = {name: i for i, name in state.parameters.names.items()}
+    ordinals = {name: i for i, name in enumerate(state.parameters.names)}
     oracle = Oracle(ranks, ordinals, codec, 9, feedback)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for step in range(2):

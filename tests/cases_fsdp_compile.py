@@ -94,12 +94,10 @@ def _trained(
     def compressed() -> Any:
         assert codecs is not None
         made = fsdp.compress(model, *codecs, seed=5, min_numel=SMALL, error_feedback="auto")
-        groups = [group for _, x in private.fsdp_modules(net) for group in private.groups_of(x)]
+        groups = [group for x in private.fsdp_modules(net) for group in private.groups_of(x)]
         names = [private.reduce_scatter_of(group).unit.name for group in groups]  # type: ignore[attr-defined]
         assert names == ["", "blocks.0", "blocks.1"], "errors must name what the user knows"
-        assert list(made.parameters.names.values()) == [
-            n for n, _ in Compilable().named_parameters()
-        ]
+        assert made.parameters.names == [n for n, _ in Compilable().named_parameters()]
         return made
 
     if codecs and not late:

@@ -149,7 +149,7 @@ def test_misuse(worlds: Worlds) -> None:
         ("ValueError", "error_feedback=False: TopK(density=0.001"),
         ("ValueError", "rounds at random to one level for a whole layer"),
         ("ValueError", "parameters=TopK(density=0.5"),
-        ("ValueError", "is compressed already; call pydist.fsdp.restore first"),
+        ("ValueError", "is compressed already with other arguments; call pydist.fsdp.restore"),
     ]
     for results in worlds(2).run(states.misuse):
         for (kind, message), (type_name, text) in zip(results, wanted, strict=True):

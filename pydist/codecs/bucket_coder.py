@@ -310,12 +310,17 @@ class _Timed:
 
 def _packed(bits: Tensor) -> Tensor:
     """Booleans as bits, the first one lowest, padded to 4 bytes."""
-    padded = torch.zeros(wire.payload_bytes(bits.numel()) * 8, dtype=torch.uint8)
+    size = wire.payload_bytes(bits.numel()) * 8
+    padded = torch.zeros(size, dtype=torch.uint8, device=bits.device)
     padded[: bits.numel()] = bits
-    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (padded.view(-1, 8) << _places(bits.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpacked(rows: Tensor) -> Tensor:
     """The inverse, row by row."""
-    bits = (rows.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (rows.unsqueeze(2) >> _places(rows.device)) & 1
     return bits.view(len(rows), -1)
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -414,7 +414,7 @@ class DoubleSection(RawSection):
         flags: Tensor,
     ) -> None:
         """Sums in rank order, divides for a mean."""
-        total = torch.zeros(0)
+        total = torch.zeros(0, dtype=torch.float32, device=messages.device)
         for rank, message in enumerate(messages):  # copied: a message's bytes start on 4, not on 8
             values = message.clone().view(self.dtype)
             total = total.add_(values) if rank else values

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pydist import checks, ternary, wire
 from pydist.blocks import BlockFormat, check_choice
+from pydist.codecs import Codec as Codec
 from pydist.codecs.base import Coder, Worker
 from pydist.codecs.block import BlockFloat, BlockInt
 from pydist.codecs.block_coder import (
@@ -37,8 +38,6 @@ from pydist.codecs.votes import (
     TensorVoteCoder,
     VoteRule,
 )
-
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary | TopK
 
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydist.ddp.checkpoint import saved_world_size
-from pydist.ddp.hook import compress, compression_hook
+from pydist.ddp.hook import compression_hook
+from pydist.ddp.install import compress, restore
 from pydist.ddp.schedule import Schedule
+from pydist.ddp.sharded import saved_world_size
 from pydist.ddp.state import CompressionState
 from pydist.training.advice import Advice
 
@@ -14,5 +15,6 @@ __all__ = [
     "Schedule",
     "compress",
     "compression_hook",
+    "restore",
     "saved_world_size",
 ]

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def real(param: Tensor) -> Tensor:
+    """A parameter as its gradients lie in a bucket: complex numbers as two real ones."""
+    return torch.view_as_real(param.detach()) if param.is_complex() else param
+
+
 def values_of(buffer: Tensor) -> Tensor:
     """A bucket's values, dense, real and flat; its own memory unless it is sparse."""
     flat = buffer.to_dense().view(-1) if buffer.is_sparse else buffer

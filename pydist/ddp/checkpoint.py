@@ -1,335 +1,319 @@
-"""Residuals in checkpoints: a file a rank, or torch.distributed.checkpoint; other world sizes.
+"""Residuals and momenta in checkpoints: a dict a rank, and other world sizes.
 
 Residuals differ by rank. In a world of the same size every rank takes its own again and training
 continues to the bit. In a world of another size an owner's residual first goes to its owner's
 worker residual, weighted as it would have counted in the next result; then every new rank takes the
 sum over the old ranks divided by their number, so that nothing unsent is lost.
+
+Loading is all or nothing: :func:`read` checks everything and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydist.communicator import differences
+from pydist.ddp.kept import Kept, Memory, Place
+from pydist.ddp.orders import Order, Strided, contiguous
 from pydist.feedback import OwnerShare
-
-if TYPE_CHECKING:
-    from pydist.ddp.state import CompressionState
+from pydist.momentum import LARGEST, is_damaged
 
 VERSION = 2
-_RESIDUAL, _OWNER, _SPAN, _MOMENTUM = "residual/", "owner/", "owner_span/", "momentum/"
-_SCALES = "loss_scales"
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "version": (int,), "world_size": (int,), "rank": (int,), "step": (int,),
+    "weight": (int,), "scale": (float, int, type(None)), "rescaled": (float, int),
+}  # fmt: skip
+_ENTRY = ("residual", "momentum", "owner", "owner_span", "stride")
+CPU = torch.device("cpu")
+
+Saved = Mapping[str, Any]
 
 
-def shaped(flat: Tensor, param: Tensor) -> Tensor:
-    """A view of what is flat in a parameter's memory order, in the parameter's shape."""
-    if torch.ops.aten.is_non_overlapping_and_dense(param):
-        return flat.as_strided(param.size(), param.stride())
-    return flat.view(param.size())
+# --------------------------------------------------------------------------- out
 
 
-def _real(param: Tensor) -> Tensor:
-    """A parameter as its gradients lie in a bucket: complex numbers as two real ones."""
-    return torch.view_as_real(param.detach()) if param.is_complex() else param
-
-
-# --------------------------------------------------------------------------- a file a rank
-
-
-def state_dict(state: CompressionState) -> dict[str, Any]:
-    """See :meth:`pydist.ddp.CompressionState.state_dict`."""
-    residuals = state.residuals
+def state_dict(kept: Kept) -> dict[str, Any]:
+    """All that is kept, by parameter name, in tensors of their own."""
+    memory = kept.memory()
     parameters: dict[str, dict[str, Any]] = {}
-    momenta = state.momenta.held
-    for ordinal in sorted({*residuals.worker, *momenta}):
-        param = state.parameters.tensors[ordinal]
+    for ordinal in sorted({*memory.worker, *memory.momenta, *memory.owner}):
+        order = memory.orders[ordinal]
         entry: dict[str, Any] = {}
-        if ordinal in residuals.worker:
-            entry["residual"] = shaped(residuals.worker[ordinal], param).clone()
-        if ordinal in momenta:
-            entry["momentum"] = shaped(momenta[ordinal], _real(param)).clone()
-        share = residuals.owner.get(ordinal)
+        if ordinal in memory.worker:
+            entry["residual"] = order.shaped(memory.worker[ordinal]).clone()
+        if ordinal in memory.momenta:
+            entry["momentum"] = order.shaped(memory.momenta[ordinal]).clone()
+        share = memory.owner.get(ordinal)
         if share is not None:
             entry["owner"] = share.values.clone()
             entry["owner_span"] = [share.first, share.last, int(share.whole)]
-        parameters[state.parameters.names[ordinal]] = entry
-    return {**_scalars(state), "rank": state.communicator.rank, "parameters": parameters}
-
-
-def _scalars(state: CompressionState) -> dict[str, Any]:
+        if isinstance(order, Strided):
+            entry["stride"] = list(order.stride)
+        parameters[kept.parameters.name_of(ordinal)] = entry
     return {
         "version": VERSION,
-        "world_size": state.communicator.world_size,
-        "weight": state.residuals.weight,
-        "step": state.step,
-        "scale": state.scale,
-        "rescaled": state.rescaled,
+        "world_size": kept.ranks,
+        "rank": kept.rank,
+        "weight": kept.residuals.weight,
+        "step": memory.step,
+        "scale": memory.scale,
+        "rescaled": memory.rescaled,
+        "parameters": parameters,
     }
 
 
-def load_state_dict(
-    state: CompressionState, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]
-) -> None:
-    """See :meth:`pydist.ddp.CompressionState.load_state_dict`."""
-    rank, ranks = state.communicator.rank, state.communicator.world_size
-    states = [saved] if isinstance(saved, Mapping) else list(saved)
-    if not states:
-        raise ValueError("state: an empty sequence")
-    for i, one in enumerate(states):
-        if one["version"] != VERSION:
-            raise ValueError(f"state: version {one['version']}, this pydist reads {VERSION}")
-        if not isinstance(saved, Mapping) and (one["rank"], one["world_size"]) != (i, len(states)):
-            raise ValueError(
-                f"state: entry {i} of {len(states)} was saved by rank {one['rank']} of "
-                f"{one['world_size']}"
-            )
-        if one["step"] != states[0]["step"]:  # loss scales differ by rank in local steps
-            found = [{"step": each["step"]} for each in states]
-            text = differences(found, list(range(len(states))))
-            raise ValueError(f"state: ranks saved at different moments: {text}")
-        unknown = [name for name in one["parameters"] if state.parameters.ordinal_of(name) is None]
-        if unknown:
-            raise ValueError(f"state: parameters that the model does not have: {unknown[:5]}")
-    if isinstance(saved, Mapping):
-        if (saved["rank"], saved["world_size"]) != (rank, ranks):
-            raise ValueError(
-                f"state: saved by rank {saved['rank']} of {saved['world_size']}, loaded by rank "
-                f"{rank} of {ranks}: give the states of all {saved['world_size']} ranks"
-            )
-        _take(state, saved)
-    elif len(states) == ranks:
-        _take(state, states[rank])
-    else:
-        _take_shares(state, states)
+# --------------------------------------------------------------------------- in
 
 
-def _restore_scalars(state: CompressionState, saved: Mapping[str, Any]) -> None:
-    state.residuals.clear()
-    state.momenta.clear()
-    state.restore(int(saved["step"]), saved["scale"], saved["rescaled"])
-
-
-def _take(state: CompressionState, saved: Mapping[str, Any]) -> None:
-    """Takes over a rank's own state as it was."""
-    _restore_scalars(state, saved)
-    for name, entry in saved["parameters"].items():
-        ordinal, param = _find(state, name)
-        if "residual" in entry:
-            _put(state, ordinal, param, entry["residual"])
-        if "momentum" in entry:
-            _put_momentum(state, ordinal, param, entry["momentum"])
-        if "owner" in entry:
-            first, last, whole = (int(x) for x in entry["owner_span"])
-            values = entry["owner"].to(state.communicator.device(param.device))
-            if values.numel() != last - first or last > param.numel():
-                raise ValueError(
-                    f"state: {name!r} has {values.numel()} elements as owner of {first} … {last}"
-                )
-            share = OwnerShare(first, values.to(state.residuals.dtype).clone(), bool(whole))
-            state.residuals.owner[ordinal] = share
-
-
-def _find(state: CompressionState, name: str) -> tuple[int, Tensor]:
-    ordinal = state.parameters.ordinal_of(name)
-    assert ordinal is not None
-    return ordinal, state.parameters.tensors[ordinal]
-
-
-def _put(state: CompressionState, ordinal: int, param: Tensor, values: Tensor) -> None:
-    if values.shape != param.shape:
-        raise ValueError(
-            f"state: residual of {state.parameters.names[ordinal]!r} has shape "
-            f"{list(values.shape)}, the parameter {list(param.shape)}"
-        )
-    flat = torch.zeros(param.numel(), dtype=state.residuals.dtype, device=param.device)
-    shaped(flat, param).copy_(values)
-    state.residuals.worker[ordinal] = flat
-
-
-def _put_momentum(state: CompressionState, ordinal: int, param: Tensor, values: Tensor) -> None:
-    name, like = state.parameters.names[ordinal], _real(param)
-    if not state.momenta.factor:
-        raise ValueError(f"state: it holds the momentum of {name!r}, and momentum is 0.0 here")
-    if values.shape != like.shape:
-        raise ValueError(
-            f"state: momentum of {name!r} has shape {list(values.shape)}, expected "
-            f"{list(like.shape)}"
-        )
-    dtype = state.momenta.dtype_for(like.dtype)
-    flat = torch.zeros(like.numel(), dtype=dtype, device=param.device)
-    shaped(flat, like).copy_(values)
-    state.momenta.held[ordinal] = flat
-
-
-def _unit(saved: Mapping[str, Any]) -> float:
-    """What a rank's residuals and momenta are multiplied by, against those of an unscaled loss."""
-    scale = saved["scale"]
-    return float(1.0 if scale is None else scale) * float(saved["rescaled"])
-
-
-def _take_shares(state: CompressionState, states: Sequence[Mapping[str, Any]]) -> None:
-    """Takes an equal part of what all old ranks had not sent, in the unit of rank 0's."""
-    _restore_scalars(state, states[0])
-    ratios = [_unit(states[0]) / _unit(one) for one in states]
-    for name in dict.fromkeys(name for one in states for name in one["parameters"]):
-        ordinal, param = _find(state, name)
-        momenta = [one["parameters"].get(name, {}).get("momentum") for one in states]
-        wide = [
-            x.to(torch.promote_types(x.dtype, torch.float32)).cpu() * ratio
-            for x, ratio in zip(momenta, ratios, strict=True)
-            if x is not None
-        ]
-        if wide:
-            _put_momentum(state, ordinal, param, torch.stack(wide).sum(0) / len(states))
-        total = torch.zeros(param.numel())
-        left = False
-        for rank, one in enumerate(states):
-            entry = one["parameters"].get(name, {})
-            if "residual" not in entry:
-                continue
-            left, mine = True, torch.zeros(param.numel())
-            shaped(mine, param).copy_(entry["residual"])
-            if "owner" in entry:
-                first, last, whole = (int(x) for x in entry["owner_span"])
-                if not whole or rank == 0:  # a whole one is the same on all ranks
-                    mine[first:last] += entry["owner"].float().cpu() * one["weight"]
-            total += mine * ratios[rank]
-        if left:
-            _put(state, ordinal, param, shaped(total / len(states), param))
-
-
-# --------------------------------------------------------------------------- distributed
-
-
-class Sharded:
-    """A state in the form that torch.distributed.checkpoint takes: DTensors [world, *shape].
-
-    Sharded on dimension 0, so that every rank's residuals are kept (plain tensors under one key
-    would lose all ranks but one). It is a ``Stateful``: put it into the dict that is saved or
-    loaded.
+def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> Memory:
+    """Checks what was saved, and makes of it what a state takes over; changes nothing.
 
     Args:
-        state: The state; its parameters must have names.
-        saved_world_size: Ranks that saved what is to be loaded, where they were not as many as now
-            (:func:`saved_world_size` finds it); the result can then be loaded, not saved.
-    """
-
-    def __init__(self, state: CompressionState, saved_world_size: int | None = None) -> None:
-        self._state = state
-        self._ranks = state.communicator.world_size
-        self._saved = saved_world_size or self._ranks
-
-    def _parameters(self) -> Iterator[tuple[str, int, Tensor]]:
-        for ordinal, name in self._state.parameters.with_residuals(self._state.options):
-            yield name, ordinal, self._state.parameters.tensors[ordinal]
-
-    def state_dict(self) -> dict[str, Any]:
-        """All residuals, as DTensors; to be loaded from another world, as plain tensors."""
-        result: dict[str, Any] = _scalars(self._state)
-        scale = self._state.scale  # zero is no scale; scalars are kept of one rank only
-        scales = torch.tensor([scale or 0.0, self._state.rescaled], dtype=torch.float64)
-        result[_SCALES] = self._distributed(scales)
-        for name, ordinal, param in self._parameters():
-            for key, value in self._entries(name, ordinal, param):
-                result[key] = self._distributed(value)
-        for name, value in self._momenta():
-            result[_MOMENTUM + name] = self._distributed(value)
-        return result
-
-    def _entries(self, name: str, ordinal: int, param: Tensor) -> Iterator[tuple[str, Tensor]]:
-        residuals = self._state.residuals
-        flat = residuals.worker.get(ordinal)
-        zeros = torch.zeros(param.shape, dtype=residuals.dtype)
-        yield _RESIDUAL + name, zeros if flat is None else shaped(flat, param).cpu().clone()
-        share = residuals.owner.get(ordinal)
-        whole = torch.zeros(param.numel(), dtype=residuals.dtype)
-        span = [0, 0, 0]
-        if share is not None:
-            whole[share.first : share.last] = share.values.cpu()
-            span = [share.first, share.last, int(share.whole)]
-        yield _OWNER + name, whole
-        yield _SPAN + name, torch.tensor(span)
-
-    def _momenta(self) -> Iterator[tuple[str, Tensor]]:
-        momenta = self._state.momenta
-        if not momenta.factor:
-            return
-        for ordinal, name, param in self._state.parameters.trained():
-            like, flat = _real(param), momenta.held.get(ordinal)
-            zeros = torch.zeros(like.shape, dtype=momenta.dtype_for(like.dtype))
-            yield name, zeros if flat is None else shaped(flat, like).cpu().clone()
-
-    def _distributed(self, value: Tensor) -> Tensor:
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor import DTensor, Shard
-
-        if self._saved != self._ranks:
-            return value.new_zeros((self._saved, *value.shape))
-        mesh = DeviceMesh("cpu", self._state.communicator.ranks, _init_backend=False)
-        return DTensor.from_local(value.unsqueeze(0), mesh, [Shard(0)], run_check=False)
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes what was loaded: this rank's own residuals, or its part of another world's."""
-        other = self._saved != self._ranks
-        tensors = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
-        rows: dict[str, Any] = {
-            key: value if other else cast(Any, value).to_local() for key, value in tensors.items()
-        }
-        scalars = {key: value for key, value in saved.items() if key not in rows}
-        if scalars["world_size"] != self._saved:
-            raise ValueError(
-                f"state: saved by {scalars['world_size']} ranks, loaded as of {self._saved}: use "
-                f"state.sharded(saved_world_size={scalars['world_size']})"
-            )
-        states = []
-        for row in range(self._saved if other else 1):
-            parameters: dict[str, dict[str, Any]] = {}
-            for name, _, _ in self._parameters():
-                span = rows[_SPAN + name][row].tolist()
-                entry: dict[str, Any] = {"residual": rows[_RESIDUAL + name][row]}
-                if span[1] > span[0]:
-                    entry["owner"] = rows[_OWNER + name][row][span[0] : span[1]]
-                    entry["owner_span"] = span
-                parameters[name] = entry
-            for name, _ in self._momenta():
-                parameters.setdefault(name, {})["momentum"] = rows[_MOMENTUM + name][row]
-            rank = row if other else self._state.communicator.rank
-            scale, rescaled = rows[_SCALES][row].tolist()
-            own = {"scale": scale or None, "rescaled": rescaled, "rank": rank}
-            states.append({**scalars, **own, "parameters": parameters})
-        self._state.load_state_dict(states if other else states[0])
-
-
-def saved_world_size(checkpoint_id: str) -> int:
-    """How many ranks saved the state in a checkpoint of torch.distributed.checkpoint.
-
-    Args:
-        checkpoint_id: Its directory.
+        kept: Of the state that is going to take it.
+        saved: A rank's own state, or those of all ranks of a world of any size, in rank order.
+        rank: Who takes it.
+        ranks: Of how many.
 
     Raises:
-        ValueError: It holds no state of pydist.
+        TypeError: Something has another type.
+        ValueError: Something is missing, damaged, or belongs to another world or model.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    if isinstance(saved, Mapping):
+        one = _Rank(kept, saved, "state")
+        if (one.rank, one.world_size) != (rank, ranks):
+            raise ValueError(
+                f"state: saved by rank {one.rank} of {one.world_size}, loaded by rank "
+                f"{rank} of {ranks}: give the states of all {one.world_size} ranks"
+            )
+        return one.memory()
+    if not isinstance(saved, Sequence) or isinstance(saved, str | bytes):
+        raise TypeError(f"state must be a dict, or one for each rank, got {type(saved).__name__}")
+    if not saved:
+        raise ValueError("state: an empty sequence")
+    every = [_Rank(kept, each, f"state of rank {i}") for i, each in enumerate(saved)]
+    for i, one in enumerate(every):
+        if (one.rank, one.world_size) != (i, len(every)):
+            raise ValueError(
+                f"state: entry {i} of {len(every)} was saved by rank {one.rank} of {one.world_size}"
+            )
+    if len({one.step for one in every}) > 1:  # loss scales differ by rank in local steps
+        text = differences([{"step": one.step} for one in every], list(range(len(every))))
+        raise ValueError(f"state: ranks saved at different moments: {text}")
+    return every[rank].memory() if len(every) == ranks else _shared(kept, every)
 
-    entries = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-    for key, entry in entries.items():
-        if isinstance(entry, TensorStorageMetadata) and _saved_by_rank(key, entries):
-            return int(entry.size[0])
-    raise ValueError(
-        f"checkpoint_id: {checkpoint_id!r} holds no state of pydist (residuals, momenta or "
-        "loss scales)"
-    )
+
+class _Rank:
+    """One rank's saved state, checked.
+
+    Args:
+        kept: Of the state that is going to take it.
+        saved: What was saved.
+        where: What messages call it.
+    """
+
+    def __init__(self, kept: Kept, saved: object, where: str) -> None:
+        self._kept, self._where = kept, where
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{where} must be a dict, got {type(saved).__name__}")
+        missing = [key for key in (*_SCALARS, "parameters") if key not in saved]
+        if missing:
+            raise ValueError(f"{where}: it is none of pydist's, or not whole: no {missing}")
+        for key, kinds in _SCALARS.items():
+            if not isinstance(saved[key], kinds) or isinstance(saved[key], bool):
+                raise TypeError(f"{where}: {key} must be a number, got {saved[key]!r}")
+        if saved["version"] != VERSION:
+            raise ValueError(f"{where}: version {saved['version']}, this pydist reads {VERSION}")
+        self.rank, self.world_size, self.step = saved["rank"], saved["world_size"], saved["step"]
+        self.scale, self.rescaled = saved["scale"], float(saved["rescaled"])
+        self.weight = saved["weight"]
+        self._check_numbers()
+        entries = saved["parameters"]
+        if not isinstance(entries, Mapping):
+            raise TypeError(f"{where}: parameters must be a dict, got {type(entries).__name__}")
+        unknown = [name for name in entries if kept.parameters.ordinal_of(str(name)) is None]
+        if unknown:
+            raise ValueError(f"{where}: parameters that the model does not have: {unknown[:5]}")
+        self.entries = {
+            self._kept.parameters.ordinal_of(name): _Entry(kept, name, entry, where)
+            for name, entry in entries.items()
+        }
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"{self._where}: rank {self.rank} of {self.world_size}")
+        if not 0 <= self.step < 2**63:
+            raise ValueError(f"{self._where}: step must be in [0, 2**63), got {self.step}")
+        if self.weight not in (1, self.world_size):
+            raise ValueError(f"{self._where}: weight {self.weight} of {self.world_size} ranks")
+        for name, value in (("scale", self.scale), ("rescaled", self.rescaled)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{self._where}: {name} must be positive, got {value}")
+
+    @property
+    def unit(self) -> float:
+        """What its residuals and momenta are multiplied by, against those of an unscaled loss."""
+        return float(1.0 if self.scale is None else self.scale) * self.rescaled
+
+    def memory(self) -> Memory:
+        """All of it, as it was."""
+        memory = Memory(self.step, self.scale, self.rescaled)
+        dtype = self._kept.residuals.dtype
+        for ordinal, entry in self.entries.items():
+            assert ordinal is not None
+            order, device = entry.order, entry.place.device
+            memory.orders[ordinal] = order
+            if entry.residual is not None:
+                memory.worker[ordinal] = order.flat(entry.residual, dtype, device)
+            if entry.momentum is not None:
+                kind = self._kept.momenta.dtype_for(entry.place.dtype)
+                memory.momenta[ordinal] = order.flat(entry.momentum, kind, device)
+            if entry.owner is not None:
+                values = entry.owner.to(device, dtype, copy=True)
+                memory.owner[ordinal] = OwnerShare(entry.first, values, entry.whole)
+        return memory
 
 
-def _saved_by_rank(key: str, entries: Mapping[str, Any]) -> bool:
-    """Whether the first dimension of an entry is the ranks of a state of pydist."""
-    if _SPAN in key:
-        return True
-    # A state without residuals, whose name could be another's: pydist saves these scalars beside.
-    prefix = key.removesuffix(_SCALES)
-    return prefix != key and {prefix + "rescaled", prefix + "weight"} <= entries.keys()
+class _Entry:
+    """What one rank kept of one parameter, checked.
+
+    Attributes:
+        place: Where it belongs.
+        order: In which it was kept, and is.
+        residual: What the rank had not sent, in the parameter's shape.
+        momentum: Its momentum, in the parameter's shape.
+        owner: What it had not handed out as an owner, flat in ``order``, from element ``first`` on.
+    """
+
+    def __init__(self, kept: Kept, name: str, entry: object, where: str) -> None:
+        self._what = f"{where}: {name!r}"
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"{self._what} must be a dict, got {type(entry).__name__}")
+        odd = [key for key in entry if key not in _ENTRY]
+        if odd:
+            raise ValueError(f"{self._what} has entries that are none of pydist's: {odd[:5]}")
+        ordinal = kept.parameters.ordinal_of(name)
+        assert ordinal is not None
+        self.place = self._placed(kept, ordinal, entry)
+        self.order = self._ordered(entry)
+        self.residual = self._tensor(entry, "residual", self.order.size)
+        self.momentum = self._tensor(entry, "momentum", self.order.size)
+        if self.momentum is not None and not kept.momenta.factor:
+            raise ValueError(f"{self._what}: it has a momentum, and momentum is 0.0 here")
+        self.owner: Tensor | None = None
+        self.first, self.whole = 0, False
+        if "owner" in entry or "owner_span" in entry:
+            self._take_owner(entry)
+
+    def _placed(self, kept: Kept, ordinal: int, entry: Mapping[str, Any]) -> Place:
+        place = kept.parameters.place(ordinal)
+        if place is not None:
+            return place
+        # A parameter that the first backward will number: its own shape counts, and is compared
+        # with the parameter's as soon as that is known.
+        values = entry.get("residual", entry.get("momentum"))
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{self._what} has neither a residual nor a momentum")
+        size = tuple(values.shape)
+        return Place(Strided.in_steps(size, contiguous(size)), CPU, values.dtype)
+
+    def _ordered(self, entry: Mapping[str, Any]) -> Order:
+        """The order in which it was kept: of a state that does not say so the parameter's own."""
+        order, stride = self.place.order, entry.get("stride")
+        if stride is None:
+            return order
+        if not isinstance(order, Strided):
+            raise ValueError(f"{self._what} has a stride, which a sharded parameter does not have")
+        whole = isinstance(stride, list | tuple) and all(type(x) is int for x in stride)
+        if not whole or len(stride) != len(order.size):
+            raise ValueError(f"{self._what}: stride {stride!r} does not fit {list(order.size)}")
+        found = Strided.in_steps(order.size, stride)
+        if not found.is_dense:
+            raise ValueError(f"{self._what}: stride {stride} leaves gaps in {list(order.size)}")
+        return found
+
+    def _tensor(
+        self, entry: Mapping[str, Any], key: str, size: tuple[int, ...] | None
+    ) -> Tensor | None:
+        if key not in entry:
+            return None
+        values = entry[key]
+        if not isinstance(values, Tensor) or values.layout != torch.strided:
+            raise TypeError(f"{self._what}: {key} must be a tensor, got {type(values).__name__}")
+        if not values.is_floating_point():
+            raise TypeError(f"{self._what}: {key} must be of floats, got {values.dtype}")
+        if size is not None and tuple(values.shape) != tuple(size):
+            raise ValueError(
+                f"{self._what}: {key} has shape {list(values.shape)}, expected {list(size)}"
+            )
+        if is_damaged(values.detach()):
+            raise ValueError(
+                f"{self._what}: {key} holds values that are not finite, or beyond {LARGEST:g}"
+            )
+        return values.detach()
+
+    def _take_owner(self, entry: Mapping[str, Any]) -> None:
+        span, numel = entry.get("owner_span"), math.prod(self.order.size)
+        if not isinstance(span, list | tuple) or len(span) != 3 or any(
+            type(x) is not int for x in span
+        ):  # fmt: skip
+            raise TypeError(f"{self._what}: owner_span must be three integers, got {span!r}")
+        first, last, whole = span
+        if not 0 <= first <= last <= numel or whole not in (0, 1):
+            raise ValueError(f"{self._what}: owner_span {list(span)} of {numel} elements")
+        if self.residual is None:
+            raise ValueError(f"{self._what} has an owner's residual alone")
+        self.owner = self._tensor(entry, "owner", (last - first,))
+        if self.owner is None:
+            raise ValueError(f"{self._what} has an owner_span, and no owner")
+        self.first, self.whole = first, bool(whole)
+
+    def unsent(self, weight: int, *, first_rank: bool) -> Tensor:
+        """All that the rank had not sent, as its own contribution weighs, in the shape."""
+        assert self.residual is not None
+        flat = self.order.flat(self.residual, torch.float32, CPU)
+        if self.owner is not None and (first_rank or not self.whole):
+            last = self.first + self.owner.numel()
+            flat[self.first : last] += self.owner.to(CPU, torch.float32) * weight
+        return self.order.shaped(flat)
+
+
+def _shared(kept: Kept, every: Sequence[_Rank]) -> Memory:
+    """An equal part of what all old ranks had not sent, in the unit of rank 0's."""
+    memory = Memory(every[0].step, every[0].scale, every[0].rescaled)
+    ratios = [every[0].unit / one.unit for one in every]
+    for ordinal in dict.fromkeys(ordinal for one in every for ordinal in one.entries):
+        assert ordinal is not None
+        held = [
+            (rank, one.weight, ratios[rank], one.entries[ordinal])
+            for rank, one in enumerate(every)
+            if ordinal in one.entries
+        ]
+        # Any order will do, as the parts are put together by index.
+        place = held[0][3].place
+        order = memory.orders[ordinal] = place.order
+        momenta = [
+            entry.momentum.to(CPU, torch.promote_types(entry.momentum.dtype, torch.float32)) * ratio
+            for _, _, ratio, entry in held
+            if entry.momentum is not None
+        ]
+        if momenta:
+            dtype = kept.momenta.dtype_for(place.dtype)
+            mean = torch.stack(momenta).sum(0) / len(every)
+            memory.momenta[ordinal] = order.flat(mean, dtype, place.device)
+        unsent = [
+            entry.unsent(weight, first_rank=rank == 0) * ratio
+            for rank, weight, ratio, entry in held
+            if entry.residual is not None
+        ]
+        if unsent:
+            total = sum(unsent[1:], unsent[0]) / len(every)
+            if is_damaged(total):
+                name = kept.parameters.name_of(ordinal)
+                raise ValueError(f"state: {name!r}: the ranks' residuals have a sum out of bounds")
+            memory.worker[ordinal] = order.flat(total, kept.residuals.dtype, place.device)
+    return memory

@@ -1,16 +1,11 @@
-"""The hook itself, in PyTorch's convention, and the one-line way to it.
+"""The hook itself, in PyTorch's convention.
 
 This module has no postponed annotations: DDP checks the hook's annotations as objects.
 """
 
-from typing import Any
-
 import torch
 from torch._C._distributed_c10d import GradBucket
-from torch.nn.parallel import DistributedDataParallel
 
-from pydist.codecs.coders import Codec
-from pydist.ddp.schedule import Schedule
 from pydist.ddp.state import CompressionState
 
 
@@ -36,38 +31,3 @@ def compression_hook(
     """
     with torch.profiler.record_function("pydist.compression_hook"):
         return state.reduce_bucket(bucket)
-
-
-def compress(
-    model: DistributedDataParallel,
-    codec: Codec | dict[str, Codec | None] | Schedule,
-    **options: Any,
-) -> CompressionState:
-    """Compresses the gradients of a DDP model: makes a state and registers the hook.
-
-    Collective: every rank calls it. Names, shapes and dtypes of all parameters are compared over
-    the ranks at once.
-
-    Args:
-        model: The model; it must not have a communication hook yet.
-        codec: As of :class:`CompressionState`.
-        **options: Further arguments of :class:`CompressionState`, but for ``group`` and
-            ``named_parameters``, which are the model's.
-
-    Returns:
-        The state: ``stats()``, ``state_dict()``.
-
-    Raises:
-        TypeError: ``model`` is not a DistributedDataParallel, or an option is of another type.
-        ValueError: An option is out of range.
-        MismatchError: Ranks disagree; raised on every rank.
-        RuntimeError: The model has a hook.
-    """
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
-    state = CompressionState(
-        codec, group=model.process_group, named_parameters=model.module.named_parameters(),
-        **options,
-    )  # fmt: skip
-    model.register_comm_hook(state, compression_hook)
-    return state

@@ -40,7 +40,7 @@ def mean_in(
     subgroup: dist.ProcessGroup | None,
     flat: Tensor,
     buffer: Tensor,
-    watch: Callable[[Tensor], None] | None = None,
+    arrived: Callable[[Tensor], None],
 ) -> torch.futures.Future[Tensor]:
     """The mean of a bucket over a subgroup, uncompressed; without one the bucket as it is.
 
@@ -50,12 +50,11 @@ def mean_in(
         subgroup: The ranks to average over.
         flat: The bucket's values; overwritten.
         buffer: The bucket's buffer.
-        watch: Called with ``flat`` once it holds the mean.
+        arrived: Called with ``flat`` once it holds the mean.
     """
 
     def done() -> Tensor:
-        if watch is not None:
-            watch(flat)
+        arrived(flat)
         return result_of(buffer, flat)
 
     if (ranks := size(subgroup)) > 1:

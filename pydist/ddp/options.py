@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,21 +20,12 @@ from pydist.feedback import contracts, forbids
 from pydist.road import ALGORITHMS
 
 Exclude = Callable[[str, Tensor], bool] | Iterable[str]
+ErrorFeedback = bool | Literal["auto", "worker"]
+Op = Literal["mean", "sum"]
+Algorithm = Literal["auto", "two_phase", "all_gather"]
 FEEDBACK = ("auto", True, False, "worker")
 WARM_UP, LOCAL = -1, -2  # stages in which nothing is compressed
 OPS = ("mean", "sum")
-
-# What torch.nn puts into names without changing what a parameter is.
-_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP, torch.compile and checkpoint wrappers."""
-    if name.startswith("module."):
-        name = name.removeprefix("module.")
-    for wrapper in _WRAPPERS[1:]:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,13 @@ class Choice:
         codec: Its codec; ``None``: raw.
         feedback: Keep residuals.
         reason: Why it travels raw; empty where it does not.
+        too_small: It has too few elements for its codec.
     """
 
     codec: Codec | None
     feedback: bool = False
     reason: str = ""
+    too_small: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,7 @@ class Options:
     error_every: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise TypeError(f"exclude must be patterns or a predicate, got {self.exclude!r}")
-        if self.exclude is not None and not callable(self.exclude):
-            object.__setattr__(self, "exclude", tuple(self.exclude))
+        self._check_types()
         checks.check_seed(self.seed)
         for name in ("warmup_steps", "min_numel", "error_every"):
             if wire.as_int(name, getattr(self, name)) < 0:
@@ -92,9 +83,13 @@ class Options:
             ("residual_dtype", self.residual_dtype, (torch.float32, torch.bfloat16)),
         ]
         for name, value, values in known:
-            if value not in values:
+            # By type too: 1 and True are equal.
+            if not any(type(value) is type(one) and value == one for one in values):
                 raise ValueError(f"{name} must be one of {list(values)}, got {value!r}")
         self._check_local()
+        for pattern in self._patterns():
+            if not isinstance(pattern, str):
+                raise TypeError(f"codec must map patterns (str) to codecs, got {pattern!r}")
         for codec in self.codecs():
             if codec is None:
                 continue
@@ -104,6 +99,24 @@ class Options:
             reason = forbids(codec)
             if self.error_feedback in (True, "worker") and reason:
                 raise ValueError(f"error_feedback={self.error_feedback}: {reason}")
+
+    def _check_types(self) -> None:
+        """Checks types, and makes a tuple of patterns."""
+        for name in ("momentum", "clip_norm"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number and not (value is None and name == "clip_norm"):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.exact_skip, bool):
+            raise TypeError(f"exact_skip must be True or False, got {self.exact_skip!r}")
+        if self.exclude is None or callable(self.exclude):
+            return
+        if isinstance(self.exclude, str) or not isinstance(self.exclude, Iterable):
+            raise TypeError(f"exclude must be patterns or a predicate, got {self.exclude!r}")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for pattern in self.exclude:
+            if not isinstance(pattern, str):
+                raise TypeError(f"exclude must hold patterns (str), got {pattern!r}")
 
     def _check_local(self) -> None:
         """Checks what happens on a rank alone."""
@@ -134,6 +147,10 @@ class Options:
             return [codec for _, codec in self.codec.stages]
         return [self.codec]
 
+    def _patterns(self) -> list[str]:
+        """The patterns of names that choose codecs."""
+        return [x for codec in self._stages() if isinstance(codec, Mapping) for x in codec]
+
     def stage(self, step: int) -> int:
         """What a step compresses with: the place in a schedule, ``WARM_UP`` or ``LOCAL``."""
         if self.local_after is not None and step >= self.local_after:
@@ -141,6 +158,11 @@ class Options:
         if step < self.warmup_steps:
             return WARM_UP
         return self.codec.stage(step) if isinstance(self.codec, Schedule) else 0
+
+    @property
+    def last_stage(self) -> int:
+        """The place in a schedule where it ends."""
+        return len(self._stages()) - 1
 
     @property
     def owner_feedback(self) -> bool:
@@ -152,6 +174,22 @@ class Options:
         """Whether parameters are chosen by name."""
         by_pattern = any(isinstance(codec, Mapping) for codec in self._stages())
         return by_pattern or self.exclude is not None
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it matters which backwards belong to one step."""
+        return bool(self.momentum) or self.clip_norm is not None or self.exact_skip
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns that no parameter's name matches."""
+        patterns = self._patterns()
+        patterns += () if self.exclude is None or callable(self.exclude) else self.exclude
+        known = list(names)
+        return [
+            pattern
+            for pattern in dict.fromkeys(patterns)
+            if not any(fnmatchcase(name, pattern) for name in known)
+        ]
 
     def described(self) -> dict[str, Any]:
         """What all ranks must have given alike (a predicate is seen by what it excludes)."""
@@ -192,11 +230,6 @@ class Options:
                 return codec
         return None
 
-    def ever_keeps(self, name: str, param: Tensor) -> bool:
-        """Whether a parameter keeps residuals in any stage."""
-        stages = range(len(self._stages()))
-        return any(self.choose(name, param, param.dtype, stage).feedback for stage in stages)
-
     def choose(self, name: str, param: Tensor, dtype: torch.dtype, stage: int = 0) -> Choice:
         """How a parameter travels whose gradient is of ``dtype``, in a stage of :meth:`stage`."""
         if stage < 0:
@@ -210,9 +243,43 @@ class Options:
         if codec is None:
             return Choice(None, reason="no codec for its name")
         if numel < self.min_numel:
-            return Choice(None, reason=f"fewer than {self.min_numel} elements")
+            return Choice(None, reason=f"fewer than {self.min_numel} elements", too_small=True)
         # A short last block is filled up, so a block should be small against its parameter.
         if (size := bytes_in_bucket(codec, numel)) and size >= numel * dtype.itemsize:
-            return Choice(None, reason="would not be smaller")
+            return Choice(None, reason="would not be smaller", too_small=True)
         keeps = contracts(codec) if self.error_feedback == "auto" else bool(self.error_feedback)
         return Choice(codec, feedback=keeps and not isinstance(codec, Raw))
+
+    def uncompressed(self, parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+        """What to change where most of what codecs were given for is too small for them.
+
+        Args:
+            parameters: Those that get gradients, with their names.
+
+        Returns:
+            The warning; ``None`` where codecs take at least half.
+        """
+        smallest, stage = replace(self, min_numel=0), self.last_stage
+        counts = {"coded": 0, "small": 0}
+        would: list[int] = []
+        number = 0
+        for name, param in parameters:
+            choice = self.choose(name, param, param.dtype, stage)
+            if choice.codec is not None:
+                counts["coded"] += 0 if isinstance(choice.codec, Raw) else param.numel()
+            elif choice.too_small:
+                freed = smallest.choose(name, param, param.dtype, stage).codec
+                if not isinstance(freed, Raw):
+                    counts["small"] += param.numel()
+                    number += 1
+                    would += [param.numel()] if freed is not None else []
+        if counts["small"] <= counts["coded"]:
+            return None
+        change = "take a codec with a smaller block"
+        if would:
+            change = f"with min_numel={min(would)} {sum(would):,} of these elements are compressed"
+        return (
+            f"{counts['small']:,} elements in {number} parameters travel uncompressed, "
+            f"{counts['coded']:,} compressed: they are smaller than min_numel={self.min_numel}, or "
+            f"than a block of their codec; {change}"
+        )

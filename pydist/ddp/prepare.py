@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pydist.codecs.shares import Part
+from pydist.ddp.accumulation import Accumulation
 from pydist.ddp.layout import Layout
 from pydist.feedback import Residuals, any_nonzero
 from pydist.momentum import Advanced, Momenta
@@ -28,10 +29,12 @@ class Prepared:
 
     :meth:`take` and :meth:`forget` change it.
 
-    1. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
-    2. Momenta advance. Parameters with residuals are encoded from them; in those without they
+    1. What has been reduced before, in an earlier backward of the step, is taken out of the bucket;
+       :meth:`put_back` adds it to the result.
+    2. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
+    3. Momenta advance. Parameters with residuals are encoded from them; in those without they
        replace the gradient in the bucket, rounded to its type.
-    3. A parameter that has a residual and does not keep one in this step (its codec changed) has
+    4. A parameter that has a residual and does not keep one in this step (its codec changed) has
        it added in the bucket. It is forgotten after the first step that is finite everywhere: of
        any other nothing arrives, or the optimizer leaves it out.
 
@@ -45,6 +48,7 @@ class Prepared:
         limit: The longest that a parameter's gradient may be.
         rank: This rank.
         measured: Find out how long what is encoded is (:meth:`lost`).
+        earlier: What of the gradients has been reduced before; ``None``: nothing is known to be.
 
     Attributes:
         used: Which parts have a gradient that is not all zeros; all of them where nobody asks.
@@ -61,9 +65,14 @@ class Prepared:
         limit: float | None,
         rank: int,
         measured: bool,
+        earlier: Accumulation | None = None,
     ) -> None:
         parts, plan = layout.plan.parts, layout.plan
         self._residuals, self._momenta = residuals, momenta
+        self._moved: set[int] = set() if earlier is None else earlier.moved
+        self._bases: list[tuple[Tensor, Tensor]] = []
+        if earlier is not None and earlier.continues:
+            self._take_out(layout, flat, earlier)
         self._sent: list[int] = []
         self._entered: list[tuple[int, Tensor]] = []  # ordinal, square of the norm of what enters
         self.advanced: Advanced | None = None
@@ -81,7 +90,7 @@ class Prepared:
             _clip(flat, [part for part, used in zip(parts, self.used, strict=True) if used], limit)
         if momenta.factor:
             with_residual = [choice.feedback for choice in layout.choices]
-            self.advanced = momenta.advance(flat, parts, self.used, with_residual)
+            self.advanced = momenta.advance(flat, parts, self.used, with_residual, self._moved)
             for part, choice in zip(parts, layout.choices, strict=True):
                 if not choice.feedback and part.ordinal in self.advanced.values:
                     _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
@@ -94,6 +103,23 @@ class Prepared:
                 self._sent.append(part.ordinal)
         if measured:
             self.measure(layout, flat)
+
+    def _take_out(self, layout: Layout, flat: Tensor, earlier: Accumulation) -> None:
+        """Leaves in the bucket what has not been reduced yet."""
+        bases = [
+            (part, order, base)
+            for part, order in zip(layout.plan.parts, layout.orders, strict=True)
+            if (base := earlier.base(part.ordinal)) is not None
+        ]
+        for part, order, base in bases:
+            view = order.shaped(_gradient(flat, part))
+            view.sub_(base)
+            self._bases.append((view, base))
+
+    def put_back(self) -> None:
+        """Adds to the result what had been reduced before."""
+        for view, base in self._bases:
+            view.add_(base)
 
     def measure(self, layout: Layout, flat: Tensor) -> None:
         """Notes how long what is going to be encoded with residuals is."""
@@ -114,6 +140,7 @@ class Prepared:
         """Takes over the new momenta, once."""
         if self.advanced is not None:
             self._momenta.take(self.advanced)
+            self._moved.update(self.advanced.kept)
             self.advanced = None
 
     @property

@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from pydist import wire
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
+from pydist.codecs.bucket_coder import BucketCoder
 from pydist.codecs.bucket_sections import RawSection
-from pydist.communicator import Communicator
-from pydist.ddp.options import Choice
-from pydist.feedback import Residuals
-from pydist.momentum import Momenta
+from pydist.ddp.damage import Damage
+from pydist.ddp.kept import Kept
+from pydist.ddp.layout import Layout
 from pydist.road import Road
 from pydist.training.advice import Advice, BucketSize, advise
 
 
 class Stats:
-    """Counters of one state; cheap enough to be always on."""
+    """Counters of one state; cheap enough to be always on.
+
+    Backward counts, and any thread may read meanwhile: what is read is replaced, never changed.
+
+    Attributes:
+        layouts: Those of the last step's buckets.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
@@ -30,23 +35,24 @@ class Stats:
         self.raw_bytes = 0.0
         self.steps = 0
         self.seconds: Counter[str] = Counter()
+        self.layouts: list[Layout] = []
+        self._sent: list[Layout] = []  # in this step
         self._non_finite: int | Tensor = 0
-        # Elements and names of what travels raw, by reason; as of the last step.
-        self._raw: dict[int, tuple[str, int]] = {}
+        self.damage = Damage()
         self._sizes: list[BucketSize] = []
         self._lost: list[tuple[Tensor, Tensor]] = []
         self._measured_step = -1
 
-    def sent(self, choices: Sequence[Choice], plan: BucketPlan, flat: Tensor) -> None:
-        """Counts a bucket at its start."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layouts": [], "_sent": []}
+
+    def sent(self, layout: Layout, flat: Tensor, *, first: bool) -> None:
+        """Counts a bucket at its start; ``first``: of a step."""
         self.calls += 1
+        plan = layout.plan
         ring = 2 * (plan.ranks - 1) / plan.ranks
         self.raw_bytes += ring * flat.numel() * flat.element_size()
-        for choice, part in zip(choices, plan.parts, strict=True):
-            if choice.codec is None:
-                self._raw[part.ordinal] = (choice.reason, part.numel)
-            else:
-                self._raw.pop(part.ordinal, None)
+        self._sent = [layout] if first else [*self._sent, layout]
 
     def step_over(self, sent: Sequence[tuple[Road, BucketCoder]]) -> bool | Tensor:
         """Counts a step that is complete.
@@ -55,9 +61,11 @@ class Stats:
             Whether any rank's gradients were not finite; on CUDA a tensor that says so.
         """
         self.steps += 1
+        self.layouts, seconds = self._sent, self.seconds.copy()
         for road, coder in sent:
             self.wire_bytes += road.bytes_sent + (road.comm.world_size - 1) * wire.HEADER_BYTES
-            self.seconds.update(coder.seconds)
+            seconds.update(coder.seconds)
+        self.seconds = seconds
         if not sent:
             return False
         coders = [coder for _, coder in sent]
@@ -93,18 +101,19 @@ class Stats:
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """Reason to number of parameters and of elements that travelled raw in the last step."""
         result: dict[str, dict[str, int]] = {}
-        for reason, numel in self._raw.values():
-            entry = result.setdefault(reason, {"parameters": 0, "elements": 0})
-            entry["parameters"] += 1
-            entry["elements"] += numel
+        for layout in self.layouts:
+            for choice, part in zip(layout.choices, layout.plan.parts, strict=True):
+                if choice.codec is None:
+                    entry = result.setdefault(choice.reason, {"parameters": 0, "elements": 0})
+                    entry["parameters"] += 1
+                    entry["elements"] += part.numel
         return result
 
-    def summary(
-        self, comm: Communicator, residuals: Residuals, momenta: Momenta, step: int
-    ) -> dict[str, Any]:
+    def summary(self, kept: Kept) -> dict[str, Any]:
         """Everything, as plain numbers."""
+        residuals = kept.residuals
         return {
-            "step": step,
+            "step": kept.step,
             "steps": self.steps,
             "non_finite_steps": self.non_finite_steps,
             "buckets": self.calls,
@@ -113,23 +122,27 @@ class Stats:
             "ratio": self.raw_bytes / self.wire_bytes if self.wire_bytes else float("nan"),
             "residual_bytes": residuals.memory_bytes,
             "residual_norm": residuals.norm(),
-            "momentum_bytes": momenta.memory_bytes,
+            "momentum_bytes": kept.momenta.memory_bytes,
             "compression_error": self.compression_error,
             "compression_error_step": self._measured_step,
             "seconds": dict(self.seconds),
             "fallbacks": self.fallbacks(),
-            "world_size": comm.world_size,
+            "damage_dropped": self.damage.counts(),
+            "world_size": kept.ranks,
         }
 
     @staticmethod
     def scalars(summary: dict[str, Any]) -> dict[str, float]:
         """The numbers of a summary, flat."""
-        names = (
-            "non_finite_steps", "wire_bytes", "raw_bytes", "ratio", "residual_bytes",
-            "residual_norm", "momentum_bytes", "compression_error",
-        )  # fmt: skip
-        flat = {name: float(summary[name]) for name in names}
-        return flat | {f"seconds/{name}": value for name, value in summary["seconds"].items()}
+        flat = {key: float(value) for key, value in summary.items() if not isinstance(value, dict)}
+        raw = summary["fallbacks"].values()
+        return flat | {
+            **{f"seconds/{name}": float(value) for name, value in summary["seconds"].items()},
+            "seconds": float(sum(summary["seconds"].values())),
+            "fallback_parameters": float(sum(entry["parameters"] for entry in raw)),
+            "fallback_elements": float(sum(entry["elements"] for entry in raw)),
+            "damage_dropped": float(sum(summary["damage_dropped"].values())),
+        }
 
     @staticmethod
     def line(summary: dict[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pydist.codecs.base import Coder, Worker
 from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
@@ -19,12 +18,13 @@ from pydist.codecs.shard_layout import Layout, Shards
 from pydist.codecs.shares import Part
 from pydist.collectives import check_tensor
 from pydist.communicator import Call, Communicator, communicator
-from pydist.ddp.options import Choice, Exclude, Options, plain_name
+from pydist.ddp.options import Choice, Options
+from pydist.ddp.together import compare, of_all_ranks, tell
 from pydist.fsdp import private_flat as private
-from pydist.fsdp.state import Parameter, ShardedState, choose, submit
+from pydist.fsdp.parameters import Parameter, choose
+from pydist.fsdp.request import Request, check_feedback
+from pydist.fsdp.state import ShardedState, submit
 from pydist.road import REDUCE_SCATTER
-
-logger = logging.getLogger("pydist.fsdp")
 
 
 class FlatUnit:
@@ -98,7 +98,7 @@ class FlatUnit:
         """Averages a gradient over all ranks, in place or into this rank's share."""
         state, codec = self.state, self.state.options.codec
         assert isinstance(codec, Codec)
-        step, state.step = state.step, state.step + 1
+        step = state.next_step()
         seed, mean, ranks = state.options.seed, True, self.comm.world_size
         kind = "all-reduce" if output is None else "reduce-scatter"
         fields = {
@@ -123,18 +123,19 @@ class FlatUnit:
 
         size = grad.numel() // ranks if output is None else output.numel()
         state.gradients.planned(grad.view(-1)[:size], ranks * (2 if output is None else 1))
-        road = submit(
-            self.comm, call, "two_phase" if output is None else REDUCE_SCATTER, grad.device, make
-        )
-        # Whoever called uses the result at once, in this thread or on this stream.
-        road.wait()
-        state.gradients.arrived(road)
+        route = "two_phase" if output is None else REDUCE_SCATTER
+        with state.lock:
+            road = submit(self.comm, call, route, grad.device, make)
+            # Whoever called uses the result at once, in this thread or on this stream.
+            road.wait()
+            state.arrived(road)
 
 
 class CompressionState(ShardedState):
     """What :func:`compression_hook` keeps of an FSDP1 model.
 
-    Construction is collective: all ranks of ``group`` make a state, with equal arguments.
+    Construction is collective: all ranks of ``group`` make a state, with equal arguments. Before
+    there is a process group it is not: arguments are then compared at the first gradient.
 
     PyTorch gives this one state to all units and does not say which of them calls. So the blocks
     lie over a unit's flat gradient, everything in it is encoded, and there can be no residuals;
@@ -147,37 +148,58 @@ class CompressionState(ShardedState):
         error_feedback: Must be false here.
 
     Raises:
-        TypeError: ``codec`` is no codec.
+        TypeError: ``codec`` is no codec, or there is no argument of a name.
         ValueError: ``error_feedback`` is true, ``codec`` is a ``TopK``, which needs it, or ``seed``
             is out of range.
         MismatchError: Ranks gave different arguments; raised on every rank.
+        PydistError: Another rank has a problem.
     """
 
+    @of_all_ranks("pydist.fsdp.CompressionState")
     def __init__(
         self,
         codec: Codec,
         *,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        error_feedback: bool = False,
+        error_feedback: Literal[False] = False,
     ) -> None:
-        check_codec(codec)
-        if error_feedback:
-            raise ValueError(
-                "error_feedback=True: PyTorch does not tell the hook which unit calls; use "
-                "pydist.fsdp.compress(model, codec, error_feedback=True)"
-            )
-        options = Options(
-            codec, False, 0, 0, None, seed, "mean", "auto", torch.float32, False
-        )  # fmt: skip
-        super().__init__(communicator(group), options, [])
-        self.unit = FlatUnit(self, self.communicator, "unit", None)
-        call = Call("pydist.fsdp.CompressionState", options.described())
-        self.communicator.run(partial(self.communicator.agree, call))
+        try:
+            check_codec(codec)
+            if error_feedback:
+                raise ValueError(
+                    f"error_feedback={error_feedback}: PyTorch does not tell the hook which unit "
+                    "calls; use pydist.fsdp.compress(model, codec, error_feedback=True)"
+                )
+            options = Options(
+                codec, False, 0, 0, None, seed, "mean", "auto", torch.float32, False
+            )  # fmt: skip
+            check_feedback(options)
+        except Exception as error:
+            tell("pydist.fsdp.CompressionState", group, error)
+            raise
+        super().__init__(options, [])
+        self.group = group
+        self._unit: FlatUnit | None = None
+        if dist.is_available() and dist.is_initialized():
+            self._bind(torch.device("cpu"))
+
+    def _bind(self, device: torch.device) -> FlatUnit:
+        """Takes its group, for data on a device; the first time it is collective."""
+        if self._comm is None:
+            compare("pydist.fsdp.CompressionState", self.group, self.options.described())
+        self._unit = FlatUnit(self, self.bind(self.group, device), "unit", None)
+        return self._unit
 
     def reduce(self, grad: Tensor, output: Tensor | None) -> None:
         """Averages a gradient over all ranks; :func:`compression_hook` calls it."""
-        self.unit.reduce(grad, output)
+        unit = self._unit
+        if unit is None or unit.comm is not communicator(self.group, grad.device):
+            unit = self._bind(grad.device)
+        unit.reduce(grad, output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_unit": None}
 
 
 def compression_hook(state: Any, grad: Tensor, output: Tensor | None = None) -> None:
@@ -197,66 +219,75 @@ def compression_hook(state: Any, grad: Tensor, output: Tensor | None = None) -> 
 # --------------------------------------------------------------------------- whole models
 
 
-def compress(
-    module: private.FullyShardedDataParallel,
-    codec: Codec,
-    *,
-    error_feedback: bool | str,
-    min_numel: int,
-    exclude: Exclude | None,
-    seed: int,
-    residual_dtype: torch.dtype,
-) -> ShardedState:
-    """See :func:`pydist.fsdp.compress`."""
-    check_codec(codec)
-    options = Options(
-        codec, error_feedback, 0, min_numel, exclude, seed, "mean", "auto", residual_dtype, False
-    )
+def find(module: nn.Module, request: Request) -> list[private.Unit]:
+    """All units of a tree, checked; none where it holds no FullyShardedDataParallel.
+
+    Raises:
+        ValueError: FSDP1 does not do what is asked for, or PyTorch takes no hook in a unit.
+    """
     units = list(private.units_of(module))
-    for name, unit in units:
-        if private.is_hybrid(unit):
+    if units and (request.gradients is None or request.parameters or request.across):
+        raise ValueError(
+            "gradients must be a codec, parameters and across None: FSDP1 takes a hook for "
+            "gradients alone; for the others use FSDP2 (fully_shard)"
+        )
+    for unit in units:
+        if private.is_hybrid(unit.module):
             raise ValueError(
-                f"module {name!r} has {unit.sharding_strategy}: PyTorch takes no hook there; use "
-                "FSDP2 (fully_shard)"
+                f"module {unit.name!r} has {unit.module.sharding_strategy}: PyTorch takes no hook "
+                "there; use FSDP2 (fully_shard)"
             )
-        if private.is_replicated(unit) and error_feedback is not False:
+        if private.is_replicated(unit.module) and request.options.error_feedback is not False:
             raise ValueError(
-                f"module {name!r} is not sharded (NO_SHARD): for error_feedback use "
+                f"module {unit.name!r} is not sharded (NO_SHARD): for error_feedback use "
                 "DistributedDataParallel and pydist.ddp.compress"
             )
-        if private.hook_of(unit) is not None:
-            raise ValueError(f"module {name!r} has a communication hook already")
-    held: list[list[tuple[Parameter, int]]] = []
-    count = 0
-    for name, unit in units:
-        prefix = plain_name(f"{name}." if name else "").replace("_fsdp_wrapped_module.", "")
-        held.append([])
-        for one in private.parameters_of(unit):
-            parameter = Parameter(
-                prefix + plain_name(one.name), count, one.shape, private.dtype_of(unit),
-                private.device_of(unit), 0, private.requires_grad(unit),
-            )  # fmt: skip
-            held[-1].append((parameter, one.offset))
-            count += 1
-    state = ShardedState(
-        communicator(private.group_of(module)), options,
-        [parameter for unit in held for parameter, _ in unit],
-    )  # fmt: skip
-    state.agree("pydist.fsdp.compress", [state.communicator])
-    module.register_comm_hook(state, compression_hook)
-    for (name, unit), parameters in zip(units, held, strict=True):
-        comm = communicator(private.group_of(unit))
-        private.set_hook_state(unit, FlatUnit(state, comm, name, parameters))
+        if private.hook_of(unit.module) is not None:
+            raise ValueError(f"module {unit.name!r} has a communication hook already")
+    return units
+
+
+def ranks_of(module: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that reduce the gradients of a tree's first unit."""
+    return next((private.group_of(unit) for _, unit in private.units_of(module)), None)
+
+
+def compress(module: nn.Module, units: Sequence[private.Unit], request: Request) -> ShardedState:
+    """See :func:`pydist.fsdp.compress`."""
+    held = _held(units)
+    parameters = [parameter for each in held for parameter, _ in each]
+    state = ShardedState(request.options, parameters)
+    groups = {id(group): group for _, u in units if (group := private.group_of(u))}
+    state.agree("pydist.fsdp.compress", list(groups.values()))
+    state.bind(private.group_of(units[0].module), private.device_of(units[0].module))
+    comms = [communicator(private.group_of(u), private.device_of(u)) for _, u in units]
+    for root in private.roots_of(module):
+        root.register_comm_hook(state, compression_hook)
+    for (name, unit), comm, its in zip(units, comms, held, strict=True):
+        private.set_hook_state(unit, FlatUnit(state, comm, name, its))
     state.announce()
     return state
 
 
-def restore(module: private.FullyShardedDataParallel) -> None:
-    """See :func:`pydist.fsdp.restore`."""
-    found = 0
-    for _, unit in private.units_of(module):
-        if private.hook_of(unit) is compression_hook:
-            private.remove_hook(unit)
-            found += 1
-    if not found:
-        raise ValueError("module: pydist.fsdp.compress was not called on it")
+def _held(units: Sequence[private.Unit]) -> list[list[tuple[Parameter, int]]]:
+    """By unit its parameters, and where each begins."""
+    ordinals = itertools.count()
+    return [
+        [
+            (
+                Parameter(
+                    f"{name}.{one.name}" if name else one.name, next(ordinals), one.shape,
+                    private.dtype_of(unit), private.device_of(unit), 0,
+                    private.group_of(unit).size(), private.requires_grad(unit),
+                ),
+                one.offset,
+            )
+            for one in private.parameters_of(unit)
+        ]
+        for name, unit in units
+    ]  # fmt: skip
+
+
+def restore(module: nn.Module) -> bool:
+    """See :func:`pydist.fsdp.restore`; whether there was anything to undo."""
+    return private.remove_hook(module, compression_hook)

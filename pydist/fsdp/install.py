@@ -1,175 +1,150 @@
-"""Puts pydist's communication into an FSDP2 model, and takes it out again."""
+"""Compresses what a sharded model sends, whatever wraps it, and undoes it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from pydist.codecs.coders import Codec, check_codec
-from pydist.codecs.topk import TopK
-from pydist.communicator import communicator
-from pydist.ddp.options import Exclude, Options, plain_name
-from pydist.fsdp import private
-from pydist.fsdp.sharded import (
-    CompressedAllGather,
-    CompressedAllReduce,
-    CompressedReduceScatter,
-    Unit,
-)
-from pydist.fsdp.state import Parameter, ShardedState
+from pydist.codecs.coders import Codec
+from pydist.ddp.options import ErrorFeedback, Exclude, Options
+from pydist.ddp.private import in_backward
+from pydist.ddp.together import alone, of_all_ranks, tell
+from pydist.fsdp import flat
+from pydist.fsdp.parameters import unsharded
+from pydist.fsdp.request import Compressed, Request
+from pydist.fsdp.state import ShardedState
+
+_compressed = Compressed()
 
 
+@of_all_ranks("pydist.fsdp.compress")
 def compress(
     module: nn.Module,
-    gradients: Codec | None,
-    parameters: Codec | None,
+    gradients: Codec | None = None,
+    parameters: Codec | None = None,
     *,
-    across: Codec | None,
-    across_group: dist.ProcessGroup | None,
-    error_feedback: bool | str,
-    min_numel: int,
-    exclude: Exclude | None,
-    seed: int,
-    residual_dtype: torch.dtype,
+    across: Codec | None = None,
+    across_group: dist.ProcessGroup | None = None,
+    error_feedback: ErrorFeedback = False,
+    min_numel: int = 1024,
+    exclude: Exclude | None = None,
+    seed: int = 0,
+    residual_dtype: torch.dtype = torch.float32,
 ) -> ShardedState:
-    """See :func:`pydist.fsdp.compress`."""
-    if gradients is None and parameters is None and across is None:
-        raise ValueError("gradients, parameters, across: at least one must be a codec")
-    if (across is None) != (across_group is None):
-        raise ValueError("across and across_group go together: a codec, and the ranks it is for")
-    for codec in (gradients, parameters, across):
-        if codec is not None:
-            check_codec(codec)
-    for name, codec in (("parameters", parameters), ("across", across)):
-        if isinstance(codec, TopK):
-            raise ValueError(
-                f"{name}={codec}: it sends a few entries of each block alone, and nothing keeps "
-                "the others there"
-            )
-    if gradients is None and error_feedback is True:
-        raise ValueError("error_feedback=True needs a codec for gradients")
-    found = _groups(module, across=across is not None)
+    """Compresses what a sharded model sends: gradients, weights, or both.
 
-    def options(codec: Codec | None, feedback: bool | str) -> Options:
-        chosen: Any = codec
-        return Options(
-            chosen, feedback, 0, min_numel, exclude, seed, "mean", "auto", residual_dtype, False
-        )
+    Collective: every rank calls it, after ``fully_shard`` and before the first forward. Every
+    FSDPModule in the tree gets communication objects of pydist's; :func:`restore` takes them out
+    again. A ``FullyShardedDataParallel`` (FSDP1) gets a hook for its gradients, with a state for
+    every unit. Called again with equal arguments it returns the state that there is.
 
-    of_gradients = options(gradients, error_feedback)
-    first = private.shard_group(found[0][2])
-    known = _parameters(module, found)
-    state = ShardedState(communicator(first), of_gradients, known)
-    ordinals = _ordinals(module)
-    units = [
-        Unit(
-            name, group, state,
-            [state.parameters[_ordinal(ordinals, x)] for x in private.parameters_of(group)],
-        )
-        for name, _, group in found
-    ]  # fmt: skip
-    comms = {id(unit.comm): unit.comm for unit in units}
-    if across_group is not None:
-        comms[0] = communicator(across_group)
-    codecs = {"weights": repr(parameters), "across": repr(across)}
-    state.agree("pydist.fsdp.compress", list(comms.values()), **codecs)
-    for unit, (_, child, group) in zip(units, found, strict=True):
-        private.watch_backward(group, unit.look)
-        child.set_custom_reduce_scatter(
-            CompressedReduceScatter(unit, private.reduce_scatter_of(group), gradients)
-        )
-        if parameters is not None:
-            child.set_custom_all_gather(
-                CompressedAllGather(
-                    unit, private.all_gather_of(group), parameters, options(parameters, False)
-                )
-            )
-        if across is not None and across_group is not None:
-            child.set_all_reduce_hook(
-                CompressedAllReduce(unit, across_group, across, options(across, False))
-            )
-    state.announce()
+    1. Gradients: every rank encodes what each rank owns of them and sends it there; the owner
+       decodes, sums in float32 in rank order, and divides. Nothing is encoded again.
+    2. Weights: every rank encodes its shard, and all ranks, the owner too, compute with what was
+       decoded, so all hold the same bits. The shards that the optimizer updates stay exact.
+
+    Blocks and random draws belong to parameters and shards, not to FSDP's buffers.
+
+    Args:
+        module: The model, a part of it, or what wraps it (``torch.compile``, Lightning Fabric). In
+            a single process any module: the state then has nothing to do and says so.
+        gradients: Their codec, such as ``pydist.QSGD(bits=4)``; ``None``: as before.
+        parameters: The weights' codec, such as ``pydist.BlockInt(bits=8)``; ``None``: as before.
+        across: For replicas of a sharded model (HSDP): the codec of the all-reduce that averages
+            each rank's shards over ``across_group``, after the reduce-scatter. Give ``fully_shard``
+            the dimension of the mesh that shards, alone.
+        across_group: The ranks that hold the same shards, of different replicas.
+        error_feedback: What a gradient's codec loses is added to the next gradient. Each rank then
+            keeps an element of ``residual_dtype`` for every element of the *unsharded* model; the
+            result's ``residual_bytes`` says how much that is. ``"auto"``: where it helps. ``TopK``
+            cannot do without. Under Adam it was measured to do harm with signs and ``TopK``
+            (``docs/ddp.md``).
+        min_numel: Parameters with fewer elements travel raw.
+        exclude: Patterns of names, or a predicate ``(name, parameter) -> bool``, of parameters that
+            travel raw.
+        seed: Seed of stochastic rounding, 0 … 2**32 - 1.
+        residual_dtype: float32, or bfloat16 for half the memory.
+
+    Returns:
+        The state: ``stats()``, ``state_dict()``, ``residual_bytes``.
+
+    Raises:
+        TypeError: A codec is none, ``module`` is no module, or an argument has no such name.
+        ValueError: No codec was given, an option is out of range, ``TopK`` was given for gradients
+            without error feedback, or for anything else, the module has no FSDPModule and there
+            are several processes, it is compressed already with other arguments, or PyTorch takes
+            no custom communication in it.
+        MismatchError: Ranks disagree; raised on every rank.
+        ImportError: This torch has no custom communication for FSDP2.
+    """
+    try:
+        options = Options(
+            gradients, error_feedback, 0, min_numel, exclude, seed, "mean", "auto", residual_dtype,
+            False,
+        )  # fmt: skip
+        request = Request(options, parameters, across, across_group)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        state = _compressed.same(module, request)
+        make = None if state is not None else _find(module, request)
+    except Exception as error:
+        tell("pydist.fsdp.compress", _ranks_of(module), error)
+        raise
+    if state is not None:
+        if state.group is not None:
+            state.agree("pydist.fsdp.compress, again", [state.group], **request.described())
+        return state
+    assert make is not None
+    state = make()
+    _compressed.add(module, request, state)
     return state
 
 
-def restore(module: nn.Module) -> None:
-    """See :func:`pydist.fsdp.restore`."""
-    found = 0
-    for _, child in private.fsdp_modules(module):
-        for group in private.groups_of(child):
-            reduce, gather = private.reduce_scatter_of(group), private.all_gather_of(group)
-            if isinstance(reduce, CompressedReduceScatter):
-                child.set_custom_reduce_scatter(reduce.before)
-                private.unwatch_backward(group)
-                found += 1
-            if isinstance(private.all_reduce_hook_of(group), CompressedAllReduce):
-                private.remove_all_reduce_hook(group)
-            if isinstance(gather, CompressedAllGather):
-                child.set_custom_all_gather(gather.before)
-    if not found:
-        raise ValueError("module: pydist.fsdp.compress was not called on it")
-
-
-def _groups(module: nn.Module, *, across: bool) -> list[tuple[str, private.FSDPModule, Any]]:
-    """All groups of parameters, with the names of their modules, checked."""
-    found: dict[int, tuple[str, private.FSDPModule, Any]] = {}
-    for wrapped, child in private.fsdp_modules(module):
-        name = plain_name(f"{wrapped}.").removesuffix(".")  # equal whether compiled or not
-        groups = private.groups_of(child)
-        if len(groups) > 1:
-            raise ValueError(
-                f"module {name!r} has {len(groups)} parameter groups (a shard_placement_fn over "
-                "several meshes): PyTorch takes no custom communication there; call fully_shard "
-                "on its parts"
-            )
-        for group in groups:
-            if private.shard_group(group) is None:
-                raise ValueError(f"module {name!r} is replicated, not sharded")
-            if across and (private.is_hybrid(group) or private.all_reduce_hook_of(group)):
-                raise ValueError(
-                    f"module {name!r} averages over replicas already (a mesh of two dimensions, or "
-                    "an all-reduce hook): across needs fully_shard on the one that shards alone"
-                )
-            if isinstance(private.reduce_scatter_of(group), CompressedReduceScatter):
-                raise ValueError(
-                    f"module {name!r} is compressed already; call pydist.fsdp.restore first"
-                )
-            found.setdefault(id(group), (name, child, group))
-    if not found:
+def _find(module: nn.Module, request: Request) -> Callable[[], ShardedState]:
+    """What compresses a model, after all that can be wrong with it on this rank was looked for."""
+    if units := flat.find(module, request):
+        return lambda: flat.compress(module, units, request)
+    if found := _modules().find(module, request):
+        return lambda: _modules().compress(found, request)
+    if not alone():
         raise ValueError(
             "module: no part of it was given to torch.distributed.fsdp.fully_shard, got a "
             f"{type(module).__name__}"
         )
-    return list(found.values())
+    return lambda: ShardedState(request.options, unsharded(module))
 
 
-def _ordinals(module: nn.Module) -> dict[int, tuple[int, str]]:
-    """By identity, every parameter's place and name."""
-    return {
-        id(parameter): (ordinal, plain_name(name))
-        for ordinal, (name, parameter) in enumerate(module.named_parameters())
-    }
+def _ranks_of(module: object) -> dist.ProcessGroup | None:
+    """The ranks over which a model is sharded, where that can be told; ``None``: the world."""
+    if not isinstance(module, nn.Module):
+        return None
+    return next((x for find in (flat, _modules()) if (x := find.ranks_of(module))), None)
 
 
-def _ordinal(ordinals: dict[int, tuple[int, str]], member: Any) -> int:
-    return next(ordinals[id(x)][0] for x in private.tensors_of(member) if id(x) in ordinals)
+def restore(module: nn.Module) -> None:
+    """Undoes :func:`compress`: the model communicates as it did before.
+
+    Args:
+        module: What was given to :func:`compress`.
+
+    Raises:
+        ValueError: It was not.
+        RuntimeError: Called in the middle of backward.
+    """
+    if in_backward():
+        raise RuntimeError("restore: not in the middle of backward")
+    known = _compressed.forget(module)
+    undone = flat.restore(module) or _modules().restore(module)
+    if not known and not undone:
+        raise ValueError("module: pydist.fsdp.compress was not called on it")
 
 
-def _parameters(
-    module: nn.Module, found: list[tuple[str, private.FSDPModule, Any]]
-) -> list[Parameter]:
-    ordinals, result = _ordinals(module), []
-    for _, _, group in found:
-        for member in private.parameters_of(group):
-            ordinal = _ordinal(ordinals, member)
-            name = next(name for place, name in ordinals.values() if place == ordinal)
-            result.append(
-                Parameter(
-                    name, ordinal, private.whole_shape(member), member.sharded_param.dtype,
-                    group.device, private.shard_dim(member), member.sharded_param.requires_grad,
-                )
-            )  # fmt: skip
-    return sorted(result, key=lambda parameter: parameter.ordinal)
+def _modules() -> Any:
+    """FSDP2's part, a module; raises ImportError where torch has moved what it needs."""
+    from pydist.fsdp import modules
+
+    return modules

@@ -35,16 +35,9 @@ except (ImportError, AttributeError) as error:
 __all__ = ["AllGather", "FSDPModule", "ReduceScatter"]
 
 
-def in_backward() -> bool:
-    """Whether autograd runs a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def fsdp_modules(module: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
-    """Every FSDPModule of a tree, with its name."""
-    for name, child in module.named_modules():
-        if isinstance(child, FSDPModule):
-            yield name, child
+def fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:
+    """Every FSDPModule of a tree."""
+    return (child for child in module.modules() if isinstance(child, FSDPModule))
 
 
 def groups_of(module: FSDPModule) -> list[Any]:

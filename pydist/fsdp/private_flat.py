@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from pydist.ddp.names import module_names
 
 __all__ = ["FullyShardedDataParallel"]
 
@@ -26,11 +29,33 @@ class FlatParameter(NamedTuple):
     offset: int
 
 
-def units_of(module: FullyShardedDataParallel) -> Iterator[tuple[str, FullyShardedDataParallel]]:
-    """Every unit with parameters of its own, with its name in ``module``."""
-    for name, child in module.named_modules():
+class Unit(NamedTuple):
+    """A FullyShardedDataParallel with parameters of its own.
+
+    Attributes:
+        name: Its name in the model, wrappers left out.
+        module: It.
+    """
+
+    name: str
+    module: FullyShardedDataParallel
+
+
+def units_of(module: nn.Module) -> Iterator[Unit]:
+    """Every unit of a tree."""
+    for child, name in module_names(module).items():
         if isinstance(child, FullyShardedDataParallel) and child._handle is not None:
-            yield name, child
+            yield Unit(name, child)
+
+
+def roots_of(module: nn.Module) -> Iterator[FullyShardedDataParallel]:
+    """Those of a tree that are in no other."""
+    inside: set[nn.Module] = set()
+    for child in module.modules():
+        if isinstance(child, FullyShardedDataParallel):
+            if child not in inside:
+                yield child
+            inside.update(child.modules())
 
 
 def is_hybrid(unit: FullyShardedDataParallel) -> bool:
@@ -88,6 +113,13 @@ def hook_of(unit: FullyShardedDataParallel) -> Any:
     return unit._comm_hook
 
 
-def remove_hook(unit: FullyShardedDataParallel) -> None:
-    """Takes a unit's communication hook away."""
-    unit._comm_hook = unit._comm_hook_state = None
+def remove_hook(module: nn.Module, hook: object) -> bool:
+    """Takes a communication hook away from all of a tree; whether it was there."""
+    found = [
+        child
+        for child in module.modules()
+        if isinstance(child, FullyShardedDataParallel) and child._comm_hook is hook
+    ]
+    for child in found:
+        child._comm_hook = child._comm_hook_state = None
+    return bool(found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from pydist.codecs.shard_coder import gather_coder, scatter_coder
 from pydist.codecs.shard_layout import Layout, Shards
 from pydist.codecs.shard_reduce import reduce_coder
 from pydist.communicator import Call, communicator
-from pydist.ddp.options import Options
+from pydist.ddp.options import Choice, Options
+from pydist.ddp.private import in_backward
 from pydist.fsdp import private
-from pydist.fsdp.state import Parameter, ShardedState, choose, submit
+from pydist.fsdp.parameters import Parameter, choose
+from pydist.fsdp.state import ShardedState, submit
 from pydist.fsdp.stats import Direction
 from pydist.operators import normal
 from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LAYOUTS = 8
+"""Layouts that a unit remembers: which parameters have a gradient may change with every step."""
 
 
 class Unit:
@@ -47,12 +52,13 @@ class Unit:
         self.parameters = list(parameters)
         shard_group = private.shard_group(group)
         assert shard_group is not None
-        self.comm = communicator(shard_group)
+        self.comm = communicator(shard_group, group.device)
         self.members = private.parameters_of(group)
         self.present: tuple[bool, ...] | None = None
         self.reduced: tuple[int, tuple[bool, ...] | None] = 0, None
         self.weight_step = 0
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: OrderedDict[tuple[Any, ...], Layout] = OrderedDict()
+        self._chosen: dict[tuple[torch.dtype, int], dict[int, Choice]] = {}
 
     def shards(self, present: Sequence[bool]) -> list[Shards]:
         """Where the shards of some of the parameters lie, one behind the other."""
@@ -78,23 +84,39 @@ class Unit:
     def layout(
         self, present: tuple[bool, ...], dtype: torch.dtype, options: Options, counts: Direction
     ) -> Layout:
-        """A buffer of some of the parameters; made once."""
+        """A buffer of some of the parameters; remembered for a while."""
         key = (present, dtype, id(options))
-        if key not in self._layouts:
-            shards = self.shards(present)
-            coded: list[Shards] = []
-            raw: list[Shards] = []
-            tensors = [member.sharded_param for member in itertools.compress(self.members, present)]
-            for one, given in zip(shards, tensors, strict=True):
-                parameter = self.state.parameters[one.ordinal]
-                choice = choose(options, parameter, given, one, dtype)
-                (raw if choice.codec is None else coded).append(one)
-                if choice.codec is None:
-                    counts.raw[parameter.name] = choice.reason
-            self._layouts[key] = Layout(
-                self.row(present), self.comm.world_size, tuple(coded), tuple(raw)
-            )  # fmt: skip
-        return self._layouts[key]
+        layout = self._layouts.pop(key, None) or self._lay_out(present, dtype, options, counts)
+        self._layouts[key] = layout
+        if len(self._layouts) > _LAYOUTS:
+            self._layouts.popitem(last=False)
+        return layout
+
+    def _lay_out(
+        self, present: tuple[bool, ...], dtype: torch.dtype, options: Options, counts: Direction
+    ) -> Layout:
+        coded: list[Shards] = []
+        raw: list[Shards] = []
+        chosen = self._choices(dtype, options)
+        for one in self.shards(present):
+            choice = chosen[one.ordinal]
+            (raw if choice.codec is None else coded).append(one)
+            if choice.codec is None:
+                counts.raw[self.state.parameters.name_of(one.ordinal)] = choice.reason
+        return Layout(self.row(present), self.comm.world_size, tuple(coded), tuple(raw))
+
+    def _choices(self, dtype: torch.dtype, options: Options) -> dict[int, Choice]:
+        """How each parameter travels, by ordinal, whichever others do; found once."""
+        key = dtype, id(options)
+        if key not in self._chosen:
+            everything = self.shards((True,) * len(self.members))
+            self._chosen[key] = {
+                one.ordinal: choose(options, parameter, member.sharded_param, one, dtype)
+                for one, parameter, member in zip(
+                    everything, self.parameters, self.members, strict=True
+                )
+            }
+        return self._chosen[key]
 
     def look(self) -> None:
         """Notes which parameters have a gradient; called just before they are reduced."""
@@ -110,9 +132,9 @@ def _fields(layout: Layout, codec: Codec, **more: object) -> dict[str, Any]:
 class _Work(dist.Work):
     """A collective under way; FSDP2 waits only for objects of this type."""
 
-    def __init__(self, road: Road, counts: Direction) -> None:
+    def __init__(self, road: Road, arrived: Callable[[Road], object]) -> None:
         super().__init__()
-        self._road, self._counts = road, counts
+        self._road, self._arrived = road, arrived
         self._counted = False
 
     def is_completed(self) -> bool:
@@ -123,7 +145,7 @@ class _Work(dist.Work):
         self._road.wait(seconds or None)
         if not self._counted:
             self._counted = True
-            self._counts.arrived(self._road)
+            self._arrived(self._road)
         return True
 
 
@@ -167,7 +189,7 @@ class CompressedReduceScatter(_Before, private.ReduceScatter):
     ) -> dist.Work | None:
         """Reduces ``input_tensor`` over ``group``; this rank's row goes to ``output_tensor``."""
         unit, state = self.unit, self.unit.state
-        step, state.step = state.step, state.step + 1
+        step = state.next_step()
         present, unit.present = unit.present, None
         unit.reduced = step, present
         size = state.gradients.planned(output_tensor, group.size())
@@ -193,9 +215,10 @@ class CompressedReduceScatter(_Before, private.ReduceScatter):
             dtype=str(input_tensor.dtype), numel=input_tensor.numel(),
         )  # fmt: skip
         call = Call(f"reduce-scatter of {unit.name!r}", fields, step)
-        road = submit(unit.comm, call, REDUCE_SCATTER, output_tensor.device, make)
-        # Whoever called uses the output at once, in this thread or on this stream.
-        _Work(road, state.gradients).wait()
+        with state.lock:
+            road = submit(unit.comm, call, REDUCE_SCATTER, output_tensor.device, make)
+            # Whoever called uses the output at once, in this thread or on this stream.
+            _Work(road, state.arrived).wait()
         if factor != 1:
             output_tensor.mul_(factor)
         return None
@@ -248,7 +271,7 @@ class CompressedAllReduce:
         self, unit: Unit, group: dist.ProcessGroup, codec: Codec, options: Options
     ) -> None:
         self.unit, self.codec, self.options, self.group = unit, codec, options, group
-        self.comm = communicator(group)
+        self.comm = communicator(group, unit.group.device)
 
     def __call__(self, reduced: Tensor) -> None:
         """Averages this rank's row, in place."""
@@ -269,7 +292,7 @@ class CompressedAllReduce:
 
         fields = _fields(layout, codec, seed=seed, dtype=str(reduced.dtype), row=unit.comm.rank)
         call = Call(f"all-reduce of {unit.name!r}", fields, step)
-        _Work(submit(self.comm, call, "auto", reduced.device, make), state.across).wait()
+        _Work(submit(self.comm, call, "auto", reduced.device, make), state.across.arrived).wait()
 
 
 # --------------------------------------------------------------------------- weights
@@ -303,7 +326,7 @@ class CompressedAllGather(_Before, private.AllGather):
         output_tensor, input_tensor = normal(output_tensor), normal(input_tensor)
         unit, state, codec = self.unit, self.unit.state, self.codec
         # Backward must compute with the weights that forward had, so their draws stay.
-        if not private.in_backward():
+        if not in_backward():
             unit.weight_step = state.step
         size = state.weights.planned(input_tensor, group.size())
         reason = self._reason(input_tensor, group)
@@ -320,7 +343,8 @@ class CompressedAllGather(_Before, private.AllGather):
             layout, codec, seed=seed, dtype=str(input_tensor.dtype), numel=input_tensor.numel()
         )
         call = Call(f"all-gather of {unit.name!r}", fields, unit.weight_step)
-        work = _Work(submit(unit.comm, call, ALL_GATHER, output_tensor.device, make), state.weights)
+        road = submit(unit.comm, call, ALL_GATHER, output_tensor.device, make)
+        work = _Work(road, state.weights.arrived)
         if async_op:
             return work
         work.wait()

@@ -1,130 +1,38 @@
-"""What sharded training keeps: parameters by name, residuals, counters, checkpoints."""
+"""What sharded training keeps: residuals, counters, checkpoints."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pydist.codecs.base import Coder, Worker
-from pydist.codecs.bucket_coder import bytes_in_bucket
 from pydist.codecs.coders import Codec
 from pydist.codecs.shard_layout import Residuals as Places
 from pydist.codecs.shard_layout import Shards
 from pydist.codecs.shares import Part
 from pydist.codecs.topk import TopK
 from pydist.collectives import refuse
-from pydist.communicator import Call, Communicator
+from pydist.communicator import Call, Communicator, communicator
 from pydist.ddp import checkpoint
-from pydist.ddp.options import Choice, Options
+from pydist.ddp.kept import Kept
+from pydist.ddp.options import Options
+from pydist.ddp.sharded import Sharded
+from pydist.ddp.steps import LOOK_EVERY
+from pydist.ddp.together import compare
 from pydist.feedback import Residuals, contracts
+from pydist.fsdp.parameters import Parameter, Parameters
 from pydist.fsdp.stats import Direction
-from pydist.momentum import Momenta
 from pydist.road import Road, Route
 
 logger = logging.getLogger("pydist.fsdp")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a sharded model.
-
-    Attributes:
-        name: Its name, without wrappers.
-        ordinal: Its place in ``named_parameters()``.
-        shape: Its shape before it was sharded.
-        dtype: Of its shards.
-        device: Where it computes.
-        dim: The dimension along which it is sharded.
-        requires_grad: Whether it is trained.
-    """
-
-    name: str
-    ordinal: int
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    dim: int
-    requires_grad: bool
-
-    @property
-    def numel(self) -> int:
-        """Elements before it was sharded."""
-        return self.shape.numel()
-
-    def like(self) -> Tensor:
-        """A tensor of its shape, without memory of its own."""
-        return torch.empty(1, dtype=self.dtype, device=self.device).expand(self.shape)
-
-
-class Parameters:
-    """The parameters of a sharded model by place and by name.
-
-    Args:
-        parameters: All of them, in the order of ``named_parameters()``.
-
-    Attributes:
-        names: By place, their names.
-        tensors: By place, tensors of their whole shapes, without memory of their own.
-    """
-
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self._all = {parameter.ordinal: parameter for parameter in parameters}
-        self._ordinals = {parameter.name: parameter.ordinal for parameter in parameters}
-        self.names = {i: parameter.name for i, parameter in self._all.items()}
-        self.tensors = {i: parameter.like() for i, parameter in self._all.items()}
-
-    def __getitem__(self, ordinal: int) -> Parameter:
-        return self._all[ordinal]
-
-    def ordinal_of(self, name: str) -> int | None:
-        """The place of a name; ``None`` where there is none such."""
-        return self._ordinals.get(name)
-
-    def described(self) -> dict[str, Any]:
-        """Name, dtype, shape and sharded dimension of all: equal on all ranks."""
-        return {
-            f"parameter {i}": [one.name, str(one.dtype), list(one.shape), one.dim]
-            for i, one in self._all.items()
-        }
-
-    def with_residuals(self, options: Options) -> Iterable[tuple[int, str]]:
-        """Place and name of every parameter that keeps residuals."""
-        for ordinal, one in self._all.items():
-            if one.requires_grad and options.choose(one.name, one.like(), torch.float32).feedback:
-                yield ordinal, one.name
-
-
-def check_feedback(options: Options) -> None:
-    """Raises ValueError where most of a gradient would be lost: top-k without residuals."""
-    if isinstance(options.codec, TopK) and not options.error_feedback:
-        raise ValueError(
-            f"error_feedback={options.error_feedback}: {options.codec} sends a few entries of each "
-            'block alone, and the others must be kept; use error_feedback="auto" or True'
-        )
-
-
-def choose(
-    options: Options, parameter: Parameter, given: Tensor, shards: Shards, dtype: torch.dtype
-) -> Choice:
-    """How a sharded parameter travels as values of ``dtype``; a predicate sees ``given``."""
-    choice = options.choose(parameter.name, parameter.like(), dtype)
-    if choice.codec is not None and callable(options.exclude):
-        choice = options.choose(parameter.name, given, dtype)
-    if choice.codec is None:
-        return choice
-    # Every shard has blocks of its own, and the last of them is filled up.
-    most = max(shards.numel)
-    if (size := bytes_in_bucket(choice.codec, most)) and size >= most * dtype.itemsize:
-        return Choice(None, reason="would not be smaller")
-    return choice
 
 
 def submit(
@@ -160,49 +68,90 @@ def submit(
 class ShardedState:
     """What :func:`pydist.fsdp.compress` returns: counters, residuals, checkpoints.
 
+    Everything that only tells something can be called at any time, from any thread. A copy
+    (``copy.deepcopy``, ``pickle``) has options, residuals and counters, and no group; its
+    ``state_dict()`` goes into the state of a model.
+
     Args:
-        comm: The communicator of the ranks over which the model is sharded.
         options: How gradients travel.
         parameters: All parameters of the model, in the order of ``named_parameters()``.
 
     Attributes:
-        step: Reductions so far; part of all random draws.
         feedback: Whether gradients that are encoded keep residuals.
+        group: The ranks over which the model is sharded; ``None`` in a copy, or in a single
+            process, where nothing is sent.
+        lock: Held while residuals change.
     """
 
-    def __init__(
-        self, comm: Communicator, options: Options, parameters: Sequence[Parameter]
-    ) -> None:
-        check_feedback(options)
-        self.communicator = comm
+    def __init__(self, options: Options, parameters: Sequence[Parameter]) -> None:
         self.options = options
         self.parameters = Parameters(parameters)
-        self.residuals = Residuals(options.residual_dtype, comm.world_size, mean=True)
-        self.momenta = Momenta(0.0, options.residual_dtype)  # none: optimizers see shards
+        self.kept = Kept(options, self.parameters)
         self.gradients, self.weights, self.across = Direction(), Direction(), Direction()
-        self.step = 0
         codec, asked = options.codec, options.error_feedback
         self.feedback = bool(
             isinstance(codec, Codec)
             and (codec.block_format is not None or isinstance(codec, TopK))
             and (contracts(codec) if asked == "auto" else asked)
         )
-        self.scale: float | None = None
+        self.group: dist.ProcessGroup | None = None
+        self._comm: Communicator | None = None
+        self._looked = 0
+        self.lock = threading.RLock()
 
-    def agree(self, name: str, comms: Sequence[Communicator], **more: object) -> None:
-        """Compares options and parameters over all ranks of some groups."""
+    def bind(self, group: dist.ProcessGroup | None, device: torch.device) -> Communicator:
+        """Takes the ranks over which the model is sharded, and the device where its data is."""
+        self.group = group
+        self._comm = communicator(group, device)
+        self.kept.join(self._comm.rank, self._comm.world_size)
+        return self._comm
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator of the ranks over which the model is sharded.
+
+        Raises:
+            RuntimeError: It has none: a copy, or a single process.
+        """
+        if self._comm is None:
+            raise RuntimeError("the state has no process group: a copy, or a single process")
+        return self._comm
+
+    @property
+    def residuals(self) -> Residuals:
+        """The rank's residuals."""
+        return self.kept.residuals
+
+    @property
+    def step(self) -> int:
+        """Reductions so far; part of all random draws."""
+        return self.kept.step
+
+    def next_step(self) -> int:
+        """The number of a reduction that begins."""
+        self.kept.step += 1
+        return self.kept.step - 1
+
+    def agree(self, name: str, groups: Sequence[dist.ProcessGroup], **more: object) -> None:
+        """Compares options and parameters over all ranks of some groups; collective."""
         fields = {**more, **self.options.described(), **self.parameters.described()}
-        for comm in comms:
-            call = Call(name, {**fields, "world_size": comm.world_size})
-            comm.run(partial(comm.agree, call))
+        for group in groups:
+            compare(name, group, {**fields, "world_size": group.size()})
 
     def announce(self) -> None:
-        """Says what residuals will cost."""
+        """Says what residuals will cost, and what will not be compressed against expectation."""
         if self.feedback:
             logger.warning(
                 "error feedback will take %.3g MB on every rank: a residual for every element of "
                 "the unsharded model", self.residual_bytes / 1e6,
             )  # fmt: skip
+        named = list(self.parameters.named())
+        small = self.options.uncompressed(named) if self.options.codec is not None else None
+        if small is not None:
+            warnings.warn(small, stacklevel=3)
+        unmatched = self.options.unmatched(self.parameters.names)
+        if unmatched:
+            warnings.warn(f"patterns that match no parameter: {unmatched}", stacklevel=3)
 
     # ----------------------------------------------------------------- residuals
 
@@ -212,7 +161,18 @@ class ShardedState:
 
     def _residual(self, parameter: Parameter) -> Tensor:
         part = Part(parameter.ordinal, 0, parameter.numel)
+        if parameter.ordinal not in self.kept.orders:
+            self.kept.orders[parameter.ordinal] = self.parameters.place(parameter.ordinal).order
         return self.residuals.worker_of(part, parameter.device)
+
+    def arrived(self, road: Road) -> None:
+        """Counts a reduction that is over; residuals that spoil all of them are dropped."""
+        bad = self.gradients.arrived(road)
+        if isinstance(bad, Tensor):  # to look waits for the device
+            seen = self.gradients.non_finite if self.step % LOOK_EVERY == 0 else self._looked
+            bad, self._looked = seen > self._looked, seen
+        if bad and self.feedback:
+            self.gradients.damage.add(self.kept.drop_damaged()[0])
 
     @property
     def residual_bytes(self) -> int:
@@ -229,7 +189,8 @@ class ShardedState:
         """
         if not 0 < ratio < math.inf:
             raise ValueError(f"ratio must be positive and finite, got {ratio}")
-        self.residuals.rescale(ratio)
+        with self.lock:
+            self.kept.multiply(ratio)
 
     # ----------------------------------------------------------------- what is known
 
@@ -239,82 +200,72 @@ class ShardedState:
             "gradients": self.gradients.summary(),
             "parameters": self.weights.summary(),
             "across": self.across.summary(),
+            "step": self.step,
             "residual_bytes": self.residuals.memory_bytes,
             "residual_norm": self.residuals.norm(),
-            "world_size": self.communicator.world_size,
+            "world_size": self.kept.ranks,
         }
 
-    # ----------------------------------------------------------------- checkpoint
-
-    @property
-    def _saved(self) -> Any:
-        """This state as :mod:`pydist.ddp.checkpoint` takes states: by its attributes."""
-        return self
-
-    rescaled = 1.0  # nothing depends on it here
-
-    def restore(self, step: int, scale: float | None, rescaled: float) -> None:
-        """Takes over step and loss scale of a checkpoint."""
-        self.step, self.scale = step, scale
-
-    @contextmanager
-    def in_natural_order(self) -> Iterator[None]:
-        """Residuals of parameters sharded along a later dimension, turned for a checkpoint."""
-        self._turn(natural=True)
-        try:
-            yield
-        finally:
-            self._turn(natural=False)
-
-    def _turn(self, *, natural: bool) -> None:
-        ranks = self.communicator.world_size
-        for ordinal, flat in self.residuals.worker.items():
-            shape, dim = self.parameters[ordinal].shape, self.parameters[ordinal].dim
-            if dim == 0:
-                continue
-            if natural:
-                size = torch.Size([*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :]])
-                whole = torch.cat([shard.view(size) for shard in flat.chunk(ranks)], dim)
-                flat.copy_(whole.reshape(-1))
+    def scalars(self) -> dict[str, float]:
+        """:meth:`stats` as flat numbers, for loggers."""
+        flat: dict[str, float] = {}
+        for key, value in self.stats().items():
+            if isinstance(value, dict):
+                flat |= {f"{key}/{name}": x for name, x in Direction.scalars(value).items()}
             else:
-                shards = flat.clone().view(shape).chunk(ranks, dim)
-                flat.copy_(torch.cat([shard.reshape(-1) for shard in shards]))
+                flat[key] = float(value)
+        return flat
+
+    def log(self, writer: Any, step: int | None = None, prefix: str = "pydist") -> None:
+        """Writes scalars to a TensorBoard ``SummaryWriter``, or to what has its ``add_scalar``."""
+        for name, value in self.scalars().items():
+            writer.add_scalar(f"{prefix}/{name}", value, self.step if step is None else step)
+
+    # ----------------------------------------------------------------- checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals by parameter name, for ``torch.save``; ranks differ.
 
         Save one file a rank (``weights_only=True`` reads it), or see :meth:`sharded`.
         """
-        with self.in_natural_order():
-            return checkpoint.state_dict(self._saved)
+        with self.lock:
+            return checkpoint.state_dict(self.kept)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Restores what :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` gave; all of it, or nothing where it raises.
 
         Args:
             state: This rank's own state, saved by the same rank of as many; or the states of all
                 ranks of a world of any size, in rank order.
 
         Raises:
-            ValueError: The state is of another world size or rank, or of other parameters.
+            TypeError: It is no such state.
+            ValueError: The state is of another world size or rank, of other parameters, or damaged
+                (values that are not finite, or beyond 1.8e19).
         """
-        checkpoint.load_state_dict(self._saved, state)
-        self._turn(natural=False)
+        with self.lock:
+            memory = checkpoint.read(self.kept, state, self.kept.rank, self.kept.ranks)
+            self.kept.load(memory)
 
-    def sharded(self, saved_world_size: int | None = None) -> checkpoint.Sharded:
+    def sharded(self, saved_world_size: int | None = None) -> Sharded:
         """The state as torch.distributed.checkpoint takes it.
 
         Args:
             saved_world_size: Ranks that saved what is to be loaded, where it was another number
                 (:func:`pydist.ddp.saved_world_size`).
         """
-        return _Sharded(self._saved, saved_world_size)
+        return Sharded(self, self._place_in_world, saved_world_size)
 
+    def _place_in_world(self) -> tuple[int, int]:
+        """This rank as the world counts it, and over how many the model is sharded."""
+        if self._comm is None:
+            return (dist.get_rank() if dist.is_initialized() else self.kept.rank), self.kept.ranks
+        return self._comm.ranks[self._comm.rank], self._comm.world_size
 
-class _Sharded(checkpoint.Sharded):
-    """The same, with residuals in the order of the parameters' elements."""
+    def __getstate__(self) -> dict[str, Any]:
+        with self.lock:
+            return {**self.__dict__, "group": None, "_comm": None, "lock": None}
 
-    def state_dict(self) -> dict[str, Any]:
-        state: Any = self._state
-        with state.in_natural_order():
-            return super().state_dict()
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        self.__dict__.update(held)
+        self.lock = threading.RLock()
