@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pydist.codecs import QSGD, BlockFloat, BlockInt, Codec, Raw, Sign, Ternary, TopK
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
     from pydist.errors import MismatchError, PydistError
+    from pydist.training.replicas import check_replicas
 
 try:
     __version__ = version("pydist")
@@ -54,6 +55,7 @@ _HOMES = {
     "TopK": "codecs",
     "all_gather": "collectives",
     "all_reduce": "collectives",
+    "check_replicas": "training.replicas",
     "reduce_scatter": "collectives",
     "PydistError": "errors",
     "MismatchError": "errors",
@@ -74,6 +76,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "arrays",
+    "check_replicas",
     "codecs",
     "collectives",
     "ddp",

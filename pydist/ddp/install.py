@@ -43,6 +43,7 @@ def compress(
     local_after: int | None = None,
     subgroup: dist.ProcessGroup | None = None,
     error_every: int = 100,
+    replica_check_every: int = 0,
 ) -> CompressionState:
     """Compresses the gradients of a DDP model: makes a state and registers the hook.
 
@@ -70,6 +71,7 @@ def compress(
         local_after: Post-local SGD from this step on.
         subgroup: Ranks whose mean gradients are in local steps.
         error_every: Steps between measurements of the compression error.
+        replica_check_every: Steps between comparisons of the parameters over the ranks.
 
     Returns:
         The state: ``stats()``, ``state_dict()``.
@@ -88,6 +90,7 @@ def compress(
         "algorithm": algorithm, "residual_dtype": residual_dtype, "momentum": momentum,
         "clip_norm": clip_norm, "local_after": local_after, "subgroup": subgroup,
         "error_every": error_every,
+        "replica_check_every": replica_check_every,
     }  # fmt: skip
     try:
         ddp = find_ddp(model)

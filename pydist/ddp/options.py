@@ -69,11 +69,12 @@ class Options:
     local_after: int | None = None
     in_subgroup: bool = False
     error_every: int = 0
+    replica_check_every: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
         checks.check_seed(self.seed)
-        for name in ("warmup_steps", "min_numel", "error_every"):
+        for name in ("warmup_steps", "min_numel", "error_every", "replica_check_every"):
             if wire.as_int(name, getattr(self, name)) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         known: list[tuple[str, Any, Sequence[Any]]] = [
@@ -209,6 +210,7 @@ class Options:
             "clip_norm": self.clip_norm,
             "local_after": self.local_after,
             "subgroup": self.in_subgroup,
+            "replica_check_every": self.replica_check_every,
         }
 
     # ----------------------------------------------------------------- one parameter

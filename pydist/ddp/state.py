@@ -83,6 +83,8 @@ class CompressionState:
         subgroup: Ranks whose mean, uncompressed, gradients are after ``local_after`` steps.
         error_every: Steps from one measurement of ``stats()["compression_error"]`` to the next;
             0: none.
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: An argument is of another type, or there is none of its name.
@@ -114,6 +116,7 @@ class CompressionState:
         local_after: int | None = None,
         subgroup: dist.ProcessGroup | None = None,
         error_every: int = 100,
+        replica_check_every: int = 0,
     ) -> None:
         self.group, self.scaler, self.subgroup = group, scaler, subgroup
         try:
@@ -123,7 +126,7 @@ class CompressionState:
             self.options = Options(
                 codec, error_feedback, warmup_steps, min_numel, exclude, seed, op, algorithm,
                 residual_dtype, exact_skip, momentum, clip_norm, local_after, subgroup is not None,
-                error_every,
+                error_every, replica_check_every,
             )  # fmt: skip
             self.parameters = Parameters(named_parameters)
             self._check_names()

@@ -32,6 +32,7 @@ from pydist.ddp.stats import Stats
 from pydist.errors import PydistError
 from pydist.road import Road
 from pydist.series import Series
+from pydist.training.replicas import checksums
 
 PATIENCE = 30.0
 """Seconds that a reader in another thread waits for the end of a step."""
@@ -203,6 +204,10 @@ class Steps:
             fields |= {"numel": flat.numel(), **layout.fields}
         if self.kept.loaded and bucket.index() == 0:
             fields["loaded state"] = self.kept.shared_digest()
+        every = self._options.replica_check_every
+        if every and self.kept.step % every == 0:
+            names = [self._parameters.name_of(part.ordinal) for part in layout.plan.parts]
+            fields |= checksums(names, bucket.parameters())
         plan, comm, number = layout.plan, self.comm, self.kept.step
         coder = BucketCoder(
             plan, flat, Worker(comm.rank, comm.world_size, number, torch.get_num_threads()),

@@ -26,9 +26,10 @@ from pydist.optim.layout import (
     strides_of,
 )
 from pydist.optim.reporting import ReportingOptimizer
-from pydist.optim.shards import local_of
 from pydist.optim.skipped import Skipped
 from pydist.optim.state import State
+from pydist.training.dtensor import local_of
+from pydist.training.replicas import checksums
 from pydist.training.stats import Counters
 
 Algorithm = Literal["auto", "two_phase", "all_gather"]
@@ -50,7 +51,10 @@ class DistributedOptimizer(ReportingOptimizer):
         defaults: Options of a parameter group.
         group: Process group; ``None`` is the world.
         prepare: Checks and keeps the other arguments; what it raises, all ranks hear of.
+        replica_check_every: Steps from one comparison of the parameters to the next; 0: none.
     """
+
+    _copied = (*ReportingOptimizer._copied, "_replica_check_every")
 
     # GradScaler then calls step() on every rank, also where only one rank saw an infinity.
     _step_supports_amp_scaling = True
@@ -67,8 +71,10 @@ class DistributedOptimizer(ReportingOptimizer):
         defaults: dict[str, Any],
         group: dist.ProcessGroup | None,
         prepare: Callable[[], None],
+        replica_check_every: int,
     ) -> None:
         self._group = GroupOf(group)
+        self._replica_check_every = replica_check_every
         self._saved_by: tuple[int, int] | None = None
         self._begin()
         given: Any = params
@@ -76,6 +82,7 @@ class DistributedOptimizer(ReportingOptimizer):
             given = list(given)
         self._comm = communicator(group, first_device(given))
         try:
+            check_count("replica_check_every", replica_check_every)
             prepare()
             if self._comm.world_size > 1:
                 replicas.refuse_partitions()
@@ -140,7 +147,8 @@ class DistributedOptimizer(ReportingOptimizer):
 
     def _laid_out(self) -> Layout:
         """The parameters as they are now."""
-        return Layout(self.param_groups, self._settings(), self._layout)
+        settings = {**self._settings(), "replica_check_every": self._replica_check_every}
+        return Layout(self.param_groups, settings, self._layout)
 
     def order_of(self, p: Tensor) -> tuple[int, ...]:
         """The parameter's memory order, in which its elements are numbered and its state is."""
@@ -255,12 +263,8 @@ class DistributedOptimizer(ReportingOptimizer):
                 self.state[now] = self.state.pop(before)
             new = [p for p in layout.params if p not in old.places and is_active(p)]
             if new:
-                prints = [replicas.fingerprint(p) for p in new]
                 names = [layout.names[layout.places[p][0]] for p in new]
-                self._to_compare |= {
-                    f"checksum of the values of {name}": value
-                    for name, value in zip(names, prints, strict=True)
-                }
+                self._to_compare |= checksums(names, new)
         self._layout = layout
 
     def look(self) -> None:
@@ -411,6 +415,23 @@ class DistributedOptimizer(ReportingOptimizer):
         if not isinstance(step, int) or not 0 <= step < 2**63:
             step = 0  # the problem says what is wrong
         return Call(f"{self._name}.step", fields, step, problem, lambda: layout.fields)
+
+    def _pending(self) -> int:
+        """Steps since all ranks last made one together, but for this one."""
+        return 0
+
+    def _replica(self, p: Tensor) -> Tensor:
+        """What must be equal on all ranks before a step."""
+        return p
+
+    def _checksums(self, ordinals: Iterable[int]) -> dict[str, int]:
+        """Of parameters, where they are to be compared in this step (``replica_check_every``)."""
+        every, step = self._replica_check_every, self._step
+        if not every or step // every == (step - self._pending() - 1) // every:
+            return {}
+        chosen = list(ordinals)
+        params = [self._replica(self.layout.params[i]) for i in chosen]
+        return checksums([self.name_of(i) for i in chosen], params)
 
     # ----------------------------------------------------------------- after skipped steps
 

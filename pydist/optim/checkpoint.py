@@ -30,9 +30,9 @@ from torch import Tensor
 from pydist.communicator import Call
 from pydist.optim.layout import check_count, is_active, names_of
 from pydist.optim.matching import match
-from pydist.optim.replicas import fingerprint
-from pydist.optim.shards import local_of
 from pydist.optim.state import Kept
+from pydist.training.dtensor import local_of
+from pydist.training.replicas import checksum
 
 if TYPE_CHECKING:
     from pydist.optim.saving import StatefulOptimizer
@@ -375,7 +375,7 @@ def _digests(
     for name, entry in zip(names, entries, strict=True):
         if common and entry is not None:
             values = [entry[key] for key in common]
-            parts = [fingerprint(x) if isinstance(x, Tensor) else x for x in values]
+            parts = [checksum(x) if isinstance(x, Tensor) else x for x in values]
             result[name] = zlib.crc32(repr(parts).encode())
     return result
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from pydist import checks, wire
 from pydist.communicator import Call
 from pydist.operators import check_storage
-from pydist.optim.shards import check_placements, is_sharded, local_of, part_of
+from pydist.optim.shards import check_placements, part_of
+from pydist.training.dtensor import is_sharded, local_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -52,6 +52,8 @@ class DistributedLion(VotingOptimizer):
         exact_skip: A skipped step also leaves every momentum as it was, at the price of a second
             momentum buffer (and, on CUDA, of a wait for the device in each step).
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -76,11 +78,13 @@ class DistributedLion(VotingOptimizer):
         binarization_range: float | None = None,
         exact_skip: bool = False,
         algorithm: Algorithm = "auto",
+        replica_check_every: int = 0,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "weight_decay": weight_decay},
             aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=momentum_dtype,
             binarization_range=binarization_range, exact_skip=exact_skip, algorithm=algorithm,
+            replica_check_every=replica_check_every,
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:

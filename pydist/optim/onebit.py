@@ -63,6 +63,7 @@ class OneBitOptimizer(DistributedOptimizer):
         seed: int,
         algorithm: Algorithm,
         residual_dtype: torch.dtype,
+        replica_check_every: int,
         positive: Mapping[str, int],
     ) -> None:
         self._codec = codec
@@ -87,7 +88,7 @@ class OneBitOptimizer(DistributedOptimizer):
             for name, value in positive.items():
                 check_count(name, value, 1)
 
-        super().__init__(params, defaults, group, prepare)
+        super().__init__(params, defaults, group, prepare, replica_check_every)
 
     def _begin(self) -> None:
         super()._begin()
@@ -176,7 +177,9 @@ class OneBitOptimizer(DistributedOptimizer):
     ) -> bool:
         """Sends, waits, and updates what any rank has a gradient for; False where none moved."""
         compressed = self._compressed() if problem is None else np.zeros(0, dtype=bool)
-        call = self._call({"compressed": zlib.crc32(compressed.tobytes())}, problem)
+        fields = {"compressed": zlib.crc32(compressed.tobytes())}
+        fields |= self._checksums(self.layout.active) if problem is None else {}
+        call = self._call(fields, problem)
         trained = list(self._with_groups())
 
         def fill() -> None:

@@ -61,6 +61,8 @@ class OneBitAdam(OneBitOptimizer):
         seed: Seed of codecs that round at random.
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
         residual_dtype: float32, or bfloat16 for half the memory of residuals.
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -83,11 +85,13 @@ class OneBitAdam(OneBitOptimizer):
         seed: int = 0,
         algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
+        replica_check_every: int = 0,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             codec=codec, bias_correction=bias_correction, group=group, seed=seed,
             algorithm=algorithm, residual_dtype=residual_dtype,
+            replica_check_every=replica_check_every,
             positive={"warmup_steps": warmup_steps},
         )  # fmt: skip
 

@@ -66,6 +66,8 @@ class OneBitLamb(OneBitAdam):
         seed: Seed of codecs that round at random.
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
         residual_dtype: float32, or bfloat16 for half the memory of residuals.
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -96,6 +98,7 @@ class OneBitLamb(OneBitAdam):
         seed: int = 0,
         algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
+        replica_check_every: int = 0,
     ) -> None:
         self._limits = {
             "max_coeff": max_coeff, "min_coeff": min_coeff, "coeff_beta": coeff_beta,
@@ -106,6 +109,7 @@ class OneBitLamb(OneBitAdam):
             params, lr, betas, eps, weight_decay, warmup_steps=warmup_steps, codec=codec,
             bias_correction=bias_correction, group=group, seed=seed, algorithm=algorithm,
             residual_dtype=residual_dtype,
+            replica_check_every=replica_check_every,
         )  # fmt: skip
 
     def _settings(self) -> dict[str, Any]:

@@ -13,14 +13,8 @@ from torch import Tensor
 from pydist.communicator import Communicator
 from pydist.errors import MismatchError
 from pydist.optim.layout import FLOATS
-from pydist.optim.shards import local_of
-from pydist.transport.message import crc32c
-
-
-def fingerprint(x: Tensor) -> int:
-    """A checksum of a tensor's elements on this rank; memory order and device do not matter."""
-    flat = local_of(x).detach().contiguous().view(-1).cpu()
-    return crc32c(flat.view(torch.uint8))
+from pydist.training.dtensor import local_of
+from pydist.training.replicas import checksum
 
 
 def comparable(p: Tensor) -> bool:
@@ -51,7 +45,7 @@ def take_first_ranks(
     """
     if comm.world_size == 1:
         return []
-    mine = np.array([fingerprint(p) for p in params], dtype=np.uint32)
+    mine = np.array([checksum(p) for p in params], dtype=np.uint32)
     rows = np.stack([np.frombuffer(row, np.uint32) for row in comm.gather_bytes(mine.tobytes())])
     equal = (rows == mine).all(0)
     differ = np.flatnonzero(~equal).tolist()

@@ -7,8 +7,8 @@ import logging
 from torch import Tensor
 
 from pydist.optim.saving import StatefulOptimizer
-from pydist.optim.shards import local_of
 from pydist.training.advice import Advice
+from pydist.training.dtensor import local_of
 from pydist.training.stats import Counters, ScalarWriter, write_scalars
 
 logger = logging.getLogger("pydist.optim")

@@ -13,9 +13,9 @@ from torch import Tensor
 from pydist.communicator import Communicator
 from pydist.optim import checkpoint, replicas
 from pydist.optim.layout import check_count
-from pydist.optim.shards import local_of
 from pydist.optim.skipped import Skipped
 from pydist.optim.state import Kept, State
+from pydist.training.dtensor import local_of
 
 
 class StatefulOptimizer(torch.optim.Optimizer):

@@ -6,7 +6,6 @@ and the ranks that vote on it must hold the same part: replicas of a shard, not 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -15,20 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pydist.errors import PydistError
+from pydist.training.dtensor import is_sharded, local_of
 
 FAILED = 1 << 30
 """Flag of a step that failed in another group of voters."""
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor; without importing what defines them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def local_of(x: Tensor) -> Tensor:
-    """A DTensor's part on this rank; another tensor itself."""
-    return cast(Any, x)._local_tensor if is_sharded(x) else x
 
 
 def like(x: Tensor, local: Tensor) -> Tensor:

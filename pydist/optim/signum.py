@@ -40,6 +40,8 @@ class Signum(VotingOptimizer):
         momentum_dtype: float32 or bfloat16.
         exact_skip: A skipped step also leaves every momentum as it was.
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -63,11 +65,13 @@ class Signum(VotingOptimizer):
         momentum_dtype: torch.dtype = torch.float32,
         exact_skip: bool = False,
         algorithm: Algorithm = "auto",
+        replica_check_every: int = 0,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
             aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=momentum_dtype,
             binarization_range=None, exact_skip=exact_skip, algorithm=algorithm,
+            replica_check_every=replica_check_every,
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -96,6 +100,8 @@ class SignSGD(VotingOptimizer):
         group: Process group of the voters; ``None`` is the world.
         seed: Seed of the tie hash.
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -116,11 +122,13 @@ class SignSGD(VotingOptimizer):
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         algorithm: Algorithm = "auto",
+        replica_check_every: int = 0,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay},
             aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=torch.float32,
             binarization_range=None, exact_skip=False, algorithm=algorithm,
+            replica_check_every=replica_check_every,
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:

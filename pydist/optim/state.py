@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pydist.operators import check_storage
 from pydist.optim.layout import FLOATS, check_count, check_finite
-from pydist.optim.shards import is_sharded, like, local_of
+from pydist.optim.shards import like
+from pydist.training.dtensor import is_sharded, local_of
 
 LARGEST = 1e30
 """No kept value may be larger: float32 sums of such values over a layer or the ranks overflow."""

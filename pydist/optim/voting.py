@@ -25,11 +25,12 @@ from pydist.optim.base import Algorithm, DistributedOptimizer
 from pydist.optim.checkpoint import Loaded
 from pydist.optim.layout import check_gradient, check_number, in_order, sample_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
-from pydist.optim.shards import agree_over_shards, local_gradient, local_of, shard_groups
+from pydist.optim.shards import agree_over_shards, local_gradient, shard_groups
 from pydist.optim.state import Kept
 from pydist.road import ALGORITHMS, Road
 from pydist.series import Series
 from pydist.training.advice import Advice, BucketSize, advise
+from pydist.training.dtensor import local_of
 
 AGGREGATES = ("majority", "average")
 Aggregate = Literal["majority", "average"]
@@ -74,6 +75,7 @@ class VotingOptimizer(DistributedOptimizer):
         binarization_range: float | None,
         exact_skip: bool,
         algorithm: Algorithm,
+        replica_check_every: int,
     ) -> None:
         self._momentum_dtype = momentum_dtype
         self._binarization_range = binarization_range
@@ -91,7 +93,7 @@ class VotingOptimizer(DistributedOptimizer):
                 raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
             self._rule = VoteRule(average=aggregate == "average", ties=ties, seed=seed)
 
-        super().__init__(params, defaults, group, prepare)
+        super().__init__(params, defaults, group, prepare, replica_check_every)
 
     def _begin(self) -> None:
         super()._begin()
@@ -328,8 +330,9 @@ class VotingOptimizer(DistributedOptimizer):
         *,
         in_bucket: bool = False,
     ) -> None:
-        fields["ordinals"] = zlib.crc32(repr([entry.ordinal for entry in entries]).encode())
-        call = self._call(fields, problem)
+        ordinals = [entry.ordinal for entry in entries]
+        fields["ordinals"] = zlib.crc32(repr(ordinals).encode())
+        call = self._call(fields | self._checksums(ordinals), problem)
         if call.problem is not None:
             self._refuse(call)
             return

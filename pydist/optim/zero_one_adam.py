@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,6 +78,8 @@ class ZeroOneAdam(OneBitOptimizer):
         seed: Seed of codecs that round at random.
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
         residual_dtype: float32, or bfloat16 for half the memory of residuals.
+        replica_check_every: Steps from one comparison of parameters over the ranks to the next
+            (:func:`pydist.check_replicas`); 0: none.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -107,6 +109,7 @@ class ZeroOneAdam(OneBitOptimizer):
         seed: int = 0,
         algorithm: Algorithm = "auto",
         residual_dtype: torch.dtype = torch.float32,
+        replica_check_every: int = 0,
     ) -> None:
         # Of each group: its steps, and since the last sync the sum of rates a, the product of
         # decays d, and local steps.
@@ -116,6 +119,7 @@ class ZeroOneAdam(OneBitOptimizer):
             params, options | counters,
             codec=codec, bias_correction=bias_correction, group=group, seed=seed,
             algorithm=algorithm, residual_dtype=residual_dtype,
+            replica_check_every=replica_check_every,
             positive={
                 "var_freeze_step": var_freeze_step, "var_update_scaler": var_update_scaler,
                 "local_step_scaler": local_step_scaler, "local_step_clipper": local_step_clipper,
@@ -166,6 +170,7 @@ class ZeroOneAdam(OneBitOptimizer):
         return int(min(2 ** min(doublings, 30), n["local_step_clipper"]))
 
     def _pending(self) -> int:
+        """Local steps since the last sync."""
         return max(int(group["local"]) for group in self.param_groups)
 
     def _rate(self, group: dict[str, Any]) -> float:
@@ -311,6 +316,10 @@ class ZeroOneAdam(OneBitOptimizer):
         self._place(p, group, state["u"], self._sums(group)[1])
 
     # ----------------------------------------------------------------- state
+
+    def _replica(self, p: Tensor) -> Tensor:
+        anchor = self.state[p]["anchor"] if p in self.state else None
+        return p if anchor is None else cast(Tensor, anchor)
 
     @cached_property
     def kept(self) -> Mapping[str, Kept]:

@@ -20,6 +20,8 @@ from pydist.transport import groups
 
 DESCRIBE_SECONDS = 5.0
 """How long ranks that disagree wait for each other's descriptions."""
+MOST_NAMED = 8
+"""Fields that a message names."""
 
 
 @dataclass(frozen=True)
@@ -255,4 +257,5 @@ def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
                 for value, who in by_value.items()
             ]
             parts.append(f"{name} is {' and '.join(sides)}")
-    return "; ".join(parts)
+    more = f"; and {len(parts) - MOST_NAMED} more" if len(parts) > MOST_NAMED else ""
+    return "; ".join(parts[:MOST_NAMED]) + more
