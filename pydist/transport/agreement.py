@@ -20,8 +20,8 @@ from pydist.transport import groups
 
 DESCRIBE_SECONDS = 5.0
 """How long ranks that disagree wait for each other's descriptions."""
-MOST_NAMED = 8
-"""Fields that a message names."""
+MOST_ALIKE = 4
+"""Fields that a message names of those that differ in their last word alone, as by parameter."""
 
 
 @dataclass(frozen=True)
@@ -247,15 +247,21 @@ def _json(value: Any) -> str:
 def differences(descriptions: list[dict[str, Any]], ranks: list[int]) -> str:
     """Says in which fields descriptions differ, with the values and who has them."""
     parts = []
+    alike: Counter[str] = Counter()
     for name in sorted({key for description in descriptions for key in description}):
         by_value: dict[str, list[int]] = {}
         for rank, description in zip(ranks, descriptions, strict=True):
             by_value.setdefault(json.dumps(description.get(name)), []).append(rank)
-        if len(by_value) > 1:
-            sides = [
-                f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
-                for value, who in by_value.items()
-            ]
-            parts.append(f"{name} is {' and '.join(sides)}")
-    more = f"; and {len(parts) - MOST_NAMED} more" if len(parts) > MOST_NAMED else ""
-    return "; ".join(parts[:MOST_NAMED]) + more
+        if len(by_value) < 2:
+            continue
+        kind = name.rpartition(" ")[0] or name
+        alike[kind] += 1
+        if alike[kind] > MOST_ALIKE:
+            continue
+        sides = [
+            f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+            for value, who in by_value.items()
+        ]
+        parts.append(f"{name} is {' and '.join(sides)}")
+    more = alike.total() - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more else "")
