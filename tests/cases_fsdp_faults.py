@@ -14,7 +14,7 @@ from cases_fsdp import Net, loss_of, sharded
 from cases_fsdp_state import train
 from cases_hook_damage import loads_or_not
 from cases_hook_faults import COPIES, Reader, getters_of, read_all
-from cases_hook_use import Fabric, fabric_known
+from cases_hook_use import Fabric, compiled, fabric_known
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -156,7 +156,7 @@ def experts(rank: int, ranks: int) -> None:
 def wrapped(rank: int, ranks: int) -> None:
     """The model is found in whatever holds it; equal calls are one; restore() undoes them."""
     with fabric_known():
-        for wrap in (Fabric, torch.compile, lambda m: m):
+        for wrap in (Fabric, compiled, lambda m: m):
             held = wrap(sharded(Net()))
             state = fsdp.compress(held, Sign("l1", block=64), min_numel=100)
             assert fsdp.compress(held, Sign("l1", block=64), min_numel=100) is state

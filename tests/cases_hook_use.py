@@ -47,9 +47,14 @@ class Inner(nn.Module):
         return self.module(x) * self.weight
 
 
+def compiled(net: nn.Module) -> Any:
+    """The wrapper of ``torch.compile``, without a compiler."""
+    return torch.compile(net, backend="eager")
+
+
 def names(rank: int, ranks: int) -> list[Any]:
     """Names are those of the model, whatever its children are called and whoever wraps it."""
-    for wrap in (lambda net: net, lambda net: torch.compile(net, backend="eager")):
+    for wrap in (lambda net: net, compiled):
         net = Inner()
         ddp = DDP(wrap(net))
         state = compress(ddp, {"module.weight": QSGD(4, block=64), "weight": None})
@@ -140,7 +145,7 @@ def fabric_known() -> Any:
 
 def wrapped(rank: int, ranks: int) -> list[Any]:
     """The model is found in whatever holds it; equal calls are one; restore() undoes them."""
-    for wrap in (Fabric, torch.compile, lambda m: nn.Sequential(m), lambda m: m):
+    for wrap in (Fabric, compiled, lambda m: nn.Sequential(m), lambda m: m):
         ddp = DDP(model())
         held = wrap(ddp)
         state = compress(held, QSGD(4, block=64), min_numel=100)
