@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -10,9 +11,8 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import cases_ddp_state
 import torch
@@ -136,11 +136,19 @@ class Fabric(nn.Module):
         return self._forward_module(*args)
 
 
-def fabric_known() -> Any:
-    """Puts the stand-in where Fabric's own wrapper lives."""
+@contextlib.contextmanager
+def fabric_known() -> Iterator[None]:
+    """Puts the stand-in where Fabric's own wrapper lives.
+
+    Not by ``mock.patch.dict``, which would also forget what is imported meanwhile.
+    """
     module: Any = types.ModuleType("lightning_fabric.wrappers")
     module._FabricModule = Fabric
-    return mock.patch.dict(sys.modules, {module.__name__: module})
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        del sys.modules[module.__name__]
 
 
 def wrapped(rank: int, ranks: int) -> list[Any]:
