@@ -136,7 +136,9 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
     # a small message may have got a large buffer).
     bound = (2 * IN_FLIGHT + 2 + 2 + 2) * chunk
     assert peak <= bound, (peak, chunk)
-    assert again == peak, "buffers that were there were not used again"
+    # Which of the places are taken at once is for the threads' turns to say; were buffers not used
+    # again, three calls would add a buffer or more for each of their chunks.
+    assert again <= bound, (again, peak, chunk)
 
 
 def after_failures(rank: int, ranks: int) -> None:

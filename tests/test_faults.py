@@ -6,7 +6,10 @@ from typing import Any
 
 import cases_faults as cases
 import pytest
+import torch.distributed as dist
 from ranks import World, Worlds
+
+from pydist.transport.failures import Failures, Report
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -135,6 +138,22 @@ def test_stalled_rank(worlds: Worlds, in_flight: int) -> None:
         assert took < cases.SHORT + SLACK, f"rank {rank} waited {took:.1f} s"
         assert again[0] == "PydistError" and took_again < 1, (again, took_again)
         assert "an earlier call on this process group failed" in again[1]
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ("Timed out waiting 3000ms for recv operation to complete", "no sign of rank 5 within 3 s"),
+        ("Application timeout caused pair closure", "no sign of rank 5 within 3 s"),
+        ("Connection closed by peer", "rank 5 was lost: the connection ended"),
+    ],
+)
+def test_who_is_lost(link: str, said: str) -> None:
+    """Gloo tells only one of a rank's waits that its time is over; the other links just end."""
+    store = dist.HashStore()
+    ranks = [Failures(store, "group", [3, 5, 7], place, timeout=3) for place in range(3)]
+    ranks[2].publish(Report(link="Connection closed by peer"))
+    assert ranks[0].explain(Report(link=link)) == said
 
 
 @pytest.mark.parametrize("n", [1000, 3_000_000], ids=["small", "chunks"])

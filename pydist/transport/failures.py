@@ -8,6 +8,7 @@ is gone.
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,11 @@ COLLECT_SECONDS = 1.0
 """How long to wait for what the others have to say; a rank that is silent then is lost."""
 
 _PAUSE = 0.01
+
+
+# Gloo tells the wait that ended first "Timed out waiting 3000ms for …", and the others of that rank
+# "Application timeout caused pair closure".
+_IN_VAIN = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 class LinkError(RuntimeError):
@@ -101,6 +107,6 @@ class Failures:
         names = ", ".join(str(self._ranks[place]) for place in lost)
         who = f"rank{'s' if len(lost) > 1 else ''} {names}"
         # A rank that waited in vain ends its connections, which is what the others then see.
-        if any("imed out" in report.link for report in found.values()):
+        if any(_IN_VAIN.search(report.link) for report in found.values()):
             return f"no sign of {who} within {self._timeout:g} s"
         return f"{who} {'were' if len(lost) > 1 else 'was'} lost: the connection ended"
