@@ -16,8 +16,9 @@ from torch import Tensor
 
 import pydist
 from pydist import simulate
-from pydist.codecs.base import Worker, stage_of
-from pydist.codecs.coders import Codec, all_gather_coder
+from pydist.codecs import Codec
+from pydist.encoding.choose import all_gather_coder
+from pydist.transport.coder import Worker, stage_of
 
 Layers = list[Tensor]
 """One worker's gradient: a float32 tensor a parameter."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pydist
-from pydist.communicator import communicator
+from pydist.transport.communicator import communicator
 
 CODECS: dict[str, Any] = {
     "qsgd4": pydist.QSGD(4), "qsgd8": pydist.QSGD(8), "l1": pydist.Sign("l1"), "raw": pydist.Raw(),

@@ -1,5 +1,5 @@
 // pydist._C, the table of contents. Raw addresses, sizes and a stream handle; no torch.
-// Arguments are checked in Python (pydist/checks.py); the GIL is released.
+// Arguments are checked in Python (pydist/kernels/checks.py); the GIL is released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -7,28 +7,14 @@ what needs torch is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from pydist.wire import WIRE_VERSION, segments
+from pydist.formats.wire import WIRE_VERSION, segments
 
 if TYPE_CHECKING:
-    from pydist import (
-        arrays,
-        codecs,
-        collectives,
-        ddp,
-        feedback,
-        fsdp,
-        ops,
-        optim,
-        reference,
-        reference_blocks,
-        reference_raw,
-        reference_ternary,
-        reference_topk,
-        simulate,
-    )
+    from pydist import arrays, codecs, collectives, ddp, fsdp, ops, optim, reference, simulate
     from pydist.codecs import QSGD, BlockFloat, BlockInt, Codec, Raw, Sign, Ternary, TopK
     from pydist.collectives import all_gather, all_reduce, reduce_scatter
     from pydist.errors import MismatchError, PydistError
@@ -40,10 +26,22 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "arrays", "codecs", "collectives", "ddp", "errors", "feedback", "fsdp", "ops", "optim",
-    "reference", "reference_blocks", "reference_raw", "reference_ternary",
-    "reference_topk", "simulate",
+    "arrays", "codecs", "collectives", "ddp", "errors", "fsdp", "ops", "optim", "reference",
+    "simulate",
 }  # fmt: skip
+_MOVED = {  # modules of older releases
+    "blocks": "formats.blocks",
+    "elias": "formats.elias",
+    "feedback": "training.residuals",
+    "reference_blocks": "reference.blocks",
+    "reference_elias": "reference.elias",
+    "reference_raw": "reference.raw",
+    "reference_ternary": "reference.ternary",
+    "reference_topk": "reference.topk",
+    "ternary": "formats.ternary",
+    "topk": "formats.topk",
+    "wire": "formats.wire",
+}
 _HOMES = {
     "BlockFloat": "codecs",
     "BlockInt": "codecs",
@@ -80,16 +78,11 @@ __all__ = [
     "codecs",
     "collectives",
     "ddp",
-    "feedback",
     "fsdp",
     "ops",
     "optim",
     "reduce_scatter",
     "reference",
-    "reference_blocks",
-    "reference_raw",
-    "reference_ternary",
-    "reference_topk",
     "segments",
     "simulate",
 ]
@@ -102,6 +95,10 @@ if not TYPE_CHECKING:  # else every name would be there, of any type
             return importlib.import_module(f"pydist.{name}")
         if name in _HOMES:
             return getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
+        if name in _MOVED:
+            home = f"pydist.{_MOVED[name]}"
+            warnings.warn(f"pydist.{name} is now {home}", DeprecationWarning, stacklevel=2)
+            return importlib.import_module(home)
         raise AttributeError(f"module 'pydist' has no attribute {name!r}")
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pydist import _C, checks, kernels, wire
-from pydist.arguments import explained
-from pydist.array_backends import (
+from pydist import _C
+from pydist.formats import wire
+from pydist.kernels import checks
+from pydist.kernels import signs as kernels
+from pydist.kernels.arguments import explained
+from pydist.kernels.array_backends import (
     Array,
     backend_of,
     contiguous,
@@ -24,23 +27,23 @@ from pydist.array_backends import (
     step_of,
     values_of,
 )
-from pydist.block_arrays import (
+from pydist.kernels.block_arrays import (
     dequantize,
     quantize,
     quantize_feedback_,
     reduce_quantized,
     sum_quantized,
 )
-from pydist.elias_arrays import elias_decode, elias_encode
-from pydist.kernels import LionOptions
-from pydist.ternary_arrays import (
+from pydist.kernels.elias_arrays import elias_decode, elias_encode
+from pydist.kernels.signs import LionOptions
+from pydist.kernels.ternary_arrays import (
     ternary_pack,
     ternary_scale,
     ternary_sum,
     ternary_unpack,
     ternary_unpack_sums,
 )
-from pydist.topk_arrays import (
+from pydist.kernels.topk_arrays import (
     topk_clear_,
     topk_feedback_,
     topk_reduce,

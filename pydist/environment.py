@@ -7,7 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pydist import _C, wire
+from pydist import _C
+from pydist.formats import wire
 
 
 def package_version(name: str) -> str | None:

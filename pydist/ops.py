@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydist import checks
-from pydist import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
-from pydist import raw_operators as _raw_operators  # noqa: F401  (registers its own)
-from pydist.arguments import explained
-from pydist.block_ops import (
+from pydist.kernels import checks
+from pydist.kernels import operators as _operators  # noqa: F401  (registers torch.ops.pydist)
+from pydist.kernels import raw_operators as _raw_operators  # noqa: F401  (registers its own)
+from pydist.kernels.arguments import explained
+from pydist.kernels.block_ops import (
     dequantize,
     quantize,
     quantize_feedback_,
@@ -26,15 +26,15 @@ from pydist.block_ops import (
     step_options,
     sum_quantized,
 )
-from pydist.elias_ops import elias_decode, elias_encode
-from pydist.ternary_ops import (
+from pydist.kernels.elias_ops import elias_decode, elias_encode
+from pydist.kernels.ternary_ops import (
     ternary_pack,
     ternary_scale,
     ternary_sum,
     ternary_unpack,
     ternary_unpack_sums,
 )
-from pydist.topk_ops import (
+from pydist.kernels.topk_ops import (
     topk_clear_,
     topk_feedback_,
     topk_reduce,

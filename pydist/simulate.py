@@ -21,21 +21,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pydist import checks, wire
-from pydist.codecs.base import Coder, Worker
-from pydist.codecs.coders import (
-    Codec,
+from pydist.codecs import Codec, Raw
+from pydist.collectives.flat import check_tensor
+from pydist.collectives.hierarchical import Shares, across_worker, inside_worker
+from pydist.encoding.choose import (
     all_gather_coder,
     all_reduce_coder,
     check_codec,
     reduce_scatter_coder,
     unit_of,
 )
-from pydist.codecs.raw import Raw
-from pydist.collectives import check_tensor
-from pydist.hierarchy import Shares, across_worker, inside_worker
-from pydist.operators import on_device_of
-from pydist.road import chunk_units
+from pydist.formats import wire
+from pydist.kernels import checks
+from pydist.kernels.operators import on_device_of
+from pydist.transport.coder import Coder, Worker
+from pydist.transport.exchange import chunk_units
 
 
 def all_reduce(

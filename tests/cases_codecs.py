@@ -16,24 +16,15 @@ from cases_faults import raised_by, short_group, still_works
 from torch import Tensor
 
 import pydist
-from pydist import (
-    QSGD,
-    BlockFloat,
-    BlockInt,
-    Raw,
-    Sign,
-    Ternary,
-    TopK,
-    reference_raw,
-    road,
-    simulate,
-    wire,
-)
-from pydist import reference_blocks as rb
-from pydist import reference_topk as rt
-from pydist.communicator import communicator
-from pydist.parcels import Parcels
-from pydist.reference import round_to
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, simulate
+from pydist.formats import wire
+from pydist.reference import blocks as rb
+from pydist.reference import raw as reference_raw
+from pydist.reference import topk as rt
+from pydist.reference.signs import round_to
+from pydist.transport import exchange as road
+from pydist.transport.communicator import communicator
+from pydist.transport.variable import Parcels
 
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pydist
-from pydist import Sign, collectives, reference, road
-from pydist.communicator import communicator
+from pydist import Sign
+from pydist.collectives import flat as collectives
+from pydist.reference import signs as reference
+from pydist.transport import exchange as road
+from pydist.transport.communicator import communicator
 
 VOTES = Sign(scale=None)
 

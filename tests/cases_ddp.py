@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, road
-from pydist.ddp.options import Options
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
 from pydist.ddp.state import CompressionState
+from pydist.training.options import Options
+from pydist.transport import exchange as road
 
 CODECS: dict[str, Any] = {
     "sign_l1": Sign("l1", block=64), "sign_l2": Sign("l2"), "votes": Sign(None),

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from pydist import QSGD, Sign, Ternary, TopK
-from pydist.codecs.bucket_coder import BucketCoder
-from pydist.communicator import Communicator
 from pydist.ddp import CompressionState, compress, compression_hook
+from pydist.encoding.bucket_coder import BucketCoder
+from pydist.transport.communicator import Communicator
 
 CODECS: dict[str, Any] = {
     "qsgd": QSGD(4, block=64),

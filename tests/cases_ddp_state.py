@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from pydist import QSGD, BlockInt, Sign, Ternary, TopK
-from pydist.communicator import communicator
 from pydist.ddp import CompressionState, compress, compression_hook
+from pydist.transport.communicator import communicator
 
 SMALL = {"bucket_cap_mb": 0.0001}
 SPARSE = {"0.*": TopK(0.1, block=32), "2.*": TopK(0.02), "*": Ternary()}

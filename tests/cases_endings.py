@@ -18,7 +18,7 @@ from cases_faults import raised_by
 from torch.nn.parallel import DistributedDataParallel
 
 import pydist
-from pydist.codecs.block_coder import TensorBlockCoder
+from pydist.encoding.blocks import TensorBlockCoder
 
 QSGD = pydist.QSGD(4)
 

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from cases_collectives import VOTES, check, inputs
 
 import pydist
-from pydist import PydistError, collectives, wire
+from pydist import PydistError
+from pydist.collectives import flat as collectives
+from pydist.formats import wire
 from pydist.optim import DistributedLion
 
 SHORT = 3.0  # seconds: timeout of the groups that break

@@ -17,13 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from pydist import Raw, Ternary, TopK, fsdp, reference_raw, road, wire
-from pydist import reference_blocks as rb
-from pydist import reference_ternary as rt
-from pydist import reference_topk as rk
+from pydist import Raw, Ternary, TopK, fsdp
+from pydist.formats import wire
+from pydist.formats.ternary import UNIT
 from pydist.fsdp import private
-from pydist.reference import round_to
-from pydist.ternary import UNIT
+from pydist.reference import blocks as rb
+from pydist.reference import raw as reference_raw
+from pydist.reference import ternary as rt
+from pydist.reference import topk as rk
+from pydist.reference.signs import round_to
+from pydist.transport import exchange as road
 
 Options = dict[str, Any]
 

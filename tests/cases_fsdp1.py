@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
 from pydist import Raw, fsdp
 from pydist.fsdp import private_flat as private
-from pydist.reference import round_to
+from pydist.reference.signs import round_to
 
 CPU = torch.device("cpu")
 

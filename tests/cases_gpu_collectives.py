@@ -11,8 +11,9 @@ import cases_codecs
 import cases_hierarchy
 import torch.distributed as dist
 
-from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK, hierarchy
-from pydist.communicator import Communicator, communicator, own_communicator
+from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
+from pydist.collectives import hierarchical as hierarchy
+from pydist.transport.communicator import Communicator, communicator, own_communicator
 
 OF_EACH_KIND = [
     BlockInt(4), QSGD(4, entropy="elias"), Raw(), Ternary(), TopK(0.1, block=64), Sign(None),

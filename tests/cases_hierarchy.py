@@ -17,20 +17,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import pydist
-from pydist import (
-    QSGD,
-    BlockFloat,
-    BlockInt,
-    Raw,
-    Sign,
-    Ternary,
-    TopK,
-    hierarchy,
-    reference_raw,
-    road,
-    simulate,
-)
-from pydist.collectives import load_state_dict, state_dict
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, simulate
+from pydist.collectives import hierarchical as hierarchy
+from pydist.collectives.flat import load_state_dict, state_dict
+from pydist.reference import raw as reference_raw
+from pydist.transport import exchange as road
 
 CODECS = [
     QSGD(4, block=64), BlockInt(8), BlockInt(4, 32, "stochastic"), BlockFloat(block=96),

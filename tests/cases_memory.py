@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import pydist
-from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK, road, wire
-from pydist.codecs.base import Worker
-from pydist.codecs.block_coder import TensorBlockCoder
-from pydist.codecs.coders import all_reduce_coder, reduce_scatter_coder
-from pydist.communicator import IN_FLIGHT, communicator
-from pydist.staging import IDLE_BYTES
+from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
+from pydist.encoding.blocks import TensorBlockCoder
+from pydist.encoding.choose import all_reduce_coder, reduce_scatter_coder
+from pydist.formats import wire
+from pydist.transport import exchange as road
+from pydist.transport.buffers import IDLE_BYTES
+from pydist.transport.coder import Worker
+from pydist.transport.communicator import IN_FLIGHT, communicator
 
 CODECS = [
     Sign(None),

@@ -12,7 +12,7 @@ from cases_faults import raised_by
 
 import pydist
 from pydist import Ternary, ops
-from pydist.communicator import communicator
+from pydist.transport.communicator import communicator
 
 
 def exact_sums(rank: int, ranks: int, sizes: list[int]) -> list[bytes]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, Ternary, TopK, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, Ternary, TopK
+from pydist.formats import wire
 
 N = 1001
 BLOCKS = [BlockInt(4), BlockInt(3, block=32), QSGD(4), QSGD(2, norm="l2"), Sign("l1"), BlockFloat()]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import _C, operators
-from pydist.kernels import Target
+from pydist import _C
+from pydist.kernels import operators
+from pydist.kernels.signs import Target
 from pydist.selfcheck import Bits
 
 GUARD = 0x5A

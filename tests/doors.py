@@ -18,7 +18,7 @@ from guarded import guarded_bytes
 from ternary_doors import TernaryDoor
 
 from pydist import _C, arrays, ops
-from pydist.kernels import LionOptions
+from pydist.kernels.signs import LionOptions
 from pydist.selfcheck import Bits, assert_same_bits, storage_of
 
 try:

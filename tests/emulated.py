@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from guarded import guarded, guarded_bytes
 
-from pydist import array_backends, selfcheck
-from pydist.checks import View
-from pydist.kernels import Target
+from pydist import selfcheck
+from pydist.kernels import array_backends
+from pydist.kernels.checks import View
+from pydist.kernels.signs import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("PYDIST_EMULATED", ROOT / "build" / "emulation"))

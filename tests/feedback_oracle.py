@@ -10,14 +10,15 @@ import numpy as np
 import ternary_oracle
 import torch
 
-from pydist import Sign, Ternary, TopK, wire
-from pydist import reference as ref
-from pydist import reference_blocks as rb
-from pydist import reference_raw as rr
-from pydist import reference_ternary as r3
-from pydist import reference_topk as rt
-from pydist.codecs.shares import share_of
-from pydist.ternary import UNIT
+from pydist import Sign, Ternary, TopK
+from pydist.encoding.shares import share_of
+from pydist.formats import wire
+from pydist.formats.ternary import UNIT
+from pydist.reference import blocks as rb
+from pydist.reference import raw as rr
+from pydist.reference import signs as ref
+from pydist.reference import ternary as r3
+from pydist.reference import topk as rt
 
 
 @dataclass

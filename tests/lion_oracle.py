@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pydist import reference
+from pydist.reference import signs as reference
 
 F32 = npt.NDArray[np.float32]
 f = np.float32

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pydist import reference
-from pydist.blocks import BlockFormat
-from pydist.reference_blocks import Draws, dequantize, quantize_feedback
+from pydist.formats.blocks import BlockFormat
+from pydist.reference import signs as reference
+from pydist.reference.blocks import Draws, dequantize, quantize_feedback
 
 F32 = npt.NDArray[np.float32]
 Grads = list[list["F32 | None"]]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pydist import reference_ternary as rt
-from pydist import wire
-from pydist.reference_blocks import Draws
-from pydist.ternary import UNIT
+from pydist.formats import wire
+from pydist.formats.ternary import UNIT
+from pydist.reference import ternary as rt
+from pydist.reference.blocks import Draws
 
 
 def payloads(

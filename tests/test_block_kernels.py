@@ -13,11 +13,12 @@ from doors import DOOR_GROUPS, Codec, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import _C, BlockFloat, BlockInt, Sign, blocks, ops, wire
-from pydist import reference_blocks as reference
-from pydist.block_kernels import EncodeOptions
-from pydist.blocks import BlockFormat
-from pydist.selfcheck import block_cases as cases
+from pydist import _C, BlockFloat, BlockInt, Sign, ops
+from pydist.formats import blocks, wire
+from pydist.formats.blocks import BlockFormat
+from pydist.kernels.block_kernels import EncodeOptions
+from pydist.reference import blocks as reference
+from pydist.selfcheck import blocks as cases
 from pydist.selfcheck import store
 
 NEAREST4 = BlockFormat("levels", 4, 512, "max")
@@ -236,7 +237,7 @@ def test_gaps_are_zero_in_memory_that_was_used(door: Door) -> None:
 
 def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
     """What collectives rely on: rows cut at blocks, codes and scales at places of their own."""
-    from pydist import kernels
+    from pydist.kernels import signs as kernels
     from pydist.selfcheck.backends import HostMemory
 
     form, options = BlockFormat("levels", 3, 64, "l2", True), EncodeOptions(seed=4, rank=2, step=9)

@@ -11,9 +11,10 @@ from bitwise import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, blocks, wire
-from pydist import reference_blocks as rb
-from pydist.blocks import BlockFormat
+from pydist import QSGD, BlockFloat, BlockInt, Sign
+from pydist.formats import blocks, wire
+from pydist.formats.blocks import BlockFormat
+from pydist.reference import blocks as rb
 
 EVERY_CODEC = [
     *(Sign(scale, 64) for scale in ("l1", "l2")),

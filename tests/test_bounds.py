@@ -11,8 +11,10 @@ import emulated
 import numpy as np
 import pytest
 
-from pydist import _C, reference, selfcheck
-from pydist.selfcheck import cases, topk_cases
+from pydist import _C, selfcheck
+from pydist.reference import signs as reference
+from pydist.selfcheck import cases
+from pydist.selfcheck import topk as topk_cases
 
 # In a process of its own, since what it looks for ends the process.
 GUARD_PAGES = """

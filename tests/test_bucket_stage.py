@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pydist import QSGD, Raw, Sign
-from pydist.codecs.base import Worker
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
-from pydist.codecs.shares import Part
+from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.shares import Part
+from pydist.transport.coder import Worker
 
 CODECS = [QSGD(4, block=32, entropy="elias"), Sign(None), QSGD(2, block=64, entropy="elias"),
           QSGD(4, block=32, entropy="elias"), Raw("bfloat16")]  # fmt: skip

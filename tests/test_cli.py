@@ -13,18 +13,13 @@ import numpy as np
 import pytest
 
 import pydist
-from pydist import (
-    _C,
-    cli,
-    environment,
-    reference,
-    reference_blocks,
-    reference_elias,
-    reference_raw,
-    reference_ternary,
-    reference_topk,
-    selfcheck,
-)
+from pydist import _C, cli, environment, selfcheck
+from pydist.reference import blocks as reference_blocks
+from pydist.reference import elias as reference_elias
+from pydist.reference import raw as reference_raw
+from pydist.reference import signs as reference
+from pydist.reference import ternary as reference_ternary
+from pydist.reference import topk as reference_topk
 from pydist.selfcheck import cases
 
 

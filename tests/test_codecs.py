@@ -11,22 +11,13 @@ from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
 import pydist
-from pydist import (
-    QSGD,
-    BlockFloat,
-    BlockInt,
-    Raw,
-    Sign,
-    Ternary,
-    TopK,
-    reference_raw,
-    road,
-    simulate,
-)
-from pydist import reference_blocks as rb
-from pydist import reference_topk as rt
-from pydist.codecs.base import Worker
-from pydist.codecs.coders import all_reduce_coder
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, simulate
+from pydist.encoding.choose import all_reduce_coder
+from pydist.reference import blocks as rb
+from pydist.reference import raw as reference_raw
+from pydist.reference import topk as rt
+from pydist.transport import exchange as road
+from pydist.transport.coder import Worker
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 

@@ -10,7 +10,7 @@ import torch
 from ranks import World, Worlds
 
 import pydist
-from pydist.road import CHUNK_BYTES
+from pydist.transport.exchange import CHUNK_BYTES
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydist
-from pydist import QSGD, BlockFloat, BlockInt, arrays, blocks, elias, ops, selfcheck, wire
-from pydist import reference_elias as reference
-from pydist.blocks import BlockFormat
-from pydist.selfcheck import elias_cases as cases
+from pydist import QSGD, BlockFloat, BlockInt, arrays, ops, selfcheck
+from pydist.formats import blocks, elias, wire
+from pydist.formats.blocks import BlockFormat
+from pydist.reference import elias as reference
+from pydist.selfcheck import elias as cases
 from pydist.selfcheck.backends import KernelRunner
-from pydist.selfcheck.tables import some_block_segments
+from pydist.selfcheck.segments import some_block_segments
 
 LENGTHS = (0, 1, 7, 31, 32, 33, 63, 64, 65, 1001)
 ELIAS4 = QSGD(4, 64, "l2", entropy="elias")

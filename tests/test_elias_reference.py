@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import QSGD, arrays, elias
-from pydist import reference_blocks as rb
-from pydist import reference_elias as reference
-from pydist.blocks import BlockFormat
-from pydist.selfcheck import elias_cases as cases
+from pydist import QSGD, arrays
+from pydist.formats import elias
+from pydist.formats.blocks import BlockFormat
+from pydist.reference import blocks as rb
+from pydist.reference import elias as reference
+from pydist.selfcheck import elias as cases
 
 
 def form_of(bits: int, block: int = 32) -> BlockFormat:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, wire
-from pydist import reference_blocks as rb
-from pydist.codecs.base import Worker
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
-from pydist.codecs.shares import Part, Shares, share_of
-from pydist.ddp.options import Options
-from pydist.feedback import Residuals, any_nonzero, contracts, forbids
+from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
+from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.shares import Part, Shares, share_of
+from pydist.formats import wire
+from pydist.reference import blocks as rb
+from pydist.training.options import Options
+from pydist.training.residuals import Residuals, any_nonzero, contracts, forbids
+from pydist.transport.coder import Worker
 
 # --------------------------------------------------------------------------- rules
 

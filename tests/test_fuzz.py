@@ -21,7 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, arrays, ops, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, arrays, ops
+from pydist.formats import wire
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = int(os.environ.get("PYDIST_FUZZ_RUNS", "1500000"))

@@ -16,7 +16,8 @@ from codec_calls import codec_calls, on_host
 from devices import OffsetMemory, cuda, missing_device, on_cuda, on_each_device
 from torch import Tensor
 
-from pydist import arrays, cli, ops, selfcheck, wire
+from pydist import arrays, cli, ops, selfcheck
+from pydist.formats import wire
 from pydist.selfcheck import cases
 
 LION = {"beta1": 0.9, "beta2": 0.99}

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from pydist import _C, kernels
+from pydist import _C
+from pydist.kernels import signs as kernels
 
 BENCH = Path(__file__).parent.parent / "bench"
 MODULES = ("steps", "facts", "plan", "counters", "hook", "report", "kernel_pass", "kernel_model",
@@ -403,17 +404,17 @@ def test_a_method_that_hangs_costs_itself(gpu: Any, monkeypatch: pytest.MonkeyPa
 def test_waits_are_counted_by_line_and_thread(gpu: Any) -> None:
     waits = gpu.hook.Waits()
     told = "called a synchronizing CUDA operation"
-    waits._note(told, UserWarning, "/here/pydist/road.py", 7)
+    waits._note(told, UserWarning, "/here/pydist/transport/exchange.py", 7)
     thread = threading.Thread(
-        target=waits._note, args=(told, UserWarning, "/here/pydist/road.py", 7),
+        target=waits._note, args=(told, UserWarning, "/here/pydist/transport/exchange.py", 7),
         name="pydist-back",
     )  # fmt: skip
     thread.start()
     thread.join()
-    waits._note("something else", UserWarning, "/here/pydist/road.py", 7)
+    waits._note("something else", UserWarning, "/here/pydist/transport/exchange.py", 7)
     assert waits.found == {
-        "pydist/road.py:7, calling thread": 1,
-        "pydist/road.py:7, pydist-back": 1,
+        "pydist/transport/exchange.py:7, calling thread": 1,
+        "pydist/transport/exchange.py:7, pydist-back": 1,
     }
 
 

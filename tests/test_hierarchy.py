@@ -11,7 +11,7 @@ from ranks import World, Worlds
 from test_collectives import same_on_all_ranks
 
 from pydist import QSGD, BlockInt, Raw, Sign, simulate
-from pydist.hierarchy import Shares
+from pydist.collectives.hierarchical import Shares
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 

@@ -7,8 +7,10 @@ import pytest
 from bitwise import assert_same_bits
 from doors import DOOR_GROUPS, HOST_DOORS, Door
 
-from pydist import reference, selfcheck, wire
-from pydist.kernels import LionOptions
+from pydist import selfcheck
+from pydist.formats import wire
+from pydist.kernels.signs import LionOptions
+from pydist.reference import signs as reference
 from pydist.selfcheck import cases
 
 LENGTHS = (0, 1, 7, 8, 31, 32, 33, 1001)

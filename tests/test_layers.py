@@ -13,81 +13,105 @@ import pytest
 import pydist
 
 PACKAGE = Path(pydist.__file__).parent
+sys.path.append(str(PACKAGE.parent / "tools"))
 
-# A module imports from layers below its own, or from its own package. A new module needs a line.
-LAYERS = [
-    {"_C", "arguments", "errors", "wire"},
-    {"blocks", "reference", "ternary"},
-    {"reference_blocks", "reference_message", "reference_raw", "elias", "topk"},
-    {"reference_elias", "reference_ternary", "reference_topk"},
-    {"checks"},
-    {"kernels"},
-    {"block_kernels"},
-    {"elias_kernels", "ternary_kernels", "topk_kernels"},
-    {"array_backends", "operators"},
-    {"block_operators", "elias_operators", "raw_operators", "ternary_operators", "topk_operators"},
-    {"elias_arrays", "elias_ops"},
-    {"block_arrays", "block_ops", "ternary_arrays"},
-    {"ternary_ops", "topk_arrays", "topk_ops"},
-    {"ops", "arrays", "environment"},
-    {"selfcheck"},
-    {"transport"},
-    {"groups", "norms", "series", "staging"},
-    {"codecs", "communicator"},
-    {"parcels"},
-    {"road"},
-    {"hierarchy"},
-    {"collectives"},
-    {"momentum", "simulate"},
-    {"feedback"},
-    {"training"},
-    {"ddp", "optim"},
-    {"fsdp"},
-    {"bench"},
-    {"cli"},
-    {"__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+import house  # noqa: E402
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = {
-    "__init__",
-    "wire",
-    "blocks",
+    "__init__", "__main__", "arrays", "cli", "codecs", "environment", "errors", "formats",
     "reference",
-    "reference_blocks",
-    "reference_message",
-    "reference_raw",
-    "elias",
-    "reference_elias",
-    "reference_ternary",
-    "ternary",
-    "arguments",
-    "checks",
-    "kernels",
-    "block_kernels",
-    "elias_kernels",
-    "ternary_kernels",
-    "array_backends",
-    "block_arrays",
-    "elias_arrays",
-    "ternary_arrays",
-    "topk",
-    "reference_topk",
-    "topk_kernels",
-    "topk_arrays",
-    "arrays",
-    "errors",
-    "environment",
-    "cli",
+}  # fmt: skip
+TORCH_FREE_KERNELS = {
+    "arguments", "array_backends", "block_arrays", "block_kernels", "checks", "elias_arrays",
+    "elias_kernels", "signs", "ternary_arrays", "ternary_kernels", "topk_arrays", "topk_kernels",
+}  # fmt: skip
+ALSO_SEND = {
+    "ddp/local.py": "local steps: torch's own all-reduce among near ranks",
+    "fsdp/sharded.py": "what stays uncompressed goes the way it would without pydist",
+    "optim/checkpoint.py": "a checkpoint's gather",
+    "optim/replicas.py": "weights of rank 0, once",
+    "optim/shards.py": "one number among the ranks of a sharded parameter",
 }
+SENDS = {
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
+    "all_to_all_single", "batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv",
+    "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send",
+}  # fmt: skip
 
 
-def unit_of(path: Path) -> str:
-    """The module or subpackage directly below pydist that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
-def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Full names of what a file imports; `if TYPE_CHECKING:` is for the type checker alone."""
+def test_rooms_have_layers() -> None:
+    rooms = {house.room_of(module) for module in house.module_imports(PACKAGE)}
+    assert rooms == set.union(*house.LAYERS), "a room of pydist/ needs its layer in tools/house.py"
+
+
+def test_imports_go_down() -> None:
+    assert house.upward(PACKAGE) == []
+
+
+def test_no_circles() -> None:
+    assert house.circles(house.module_imports(PACKAGE)) == []
+
+
+def test_the_house_stays_small() -> None:
+    assert len(set.union(*house.LAYERS)) <= 20
+    assert len(house.LAYERS) <= 6
+    assert len([path for path in SOURCES if path.parent == PACKAGE]) <= 9
+
+
+def test_only_the_self_check_imports_the_reference() -> None:
+    assert {a for a, b in house.arrows(PACKAGE) if b == "reference"} == {"selfcheck"}
+
+
+def sends(path: Path) -> bool:
+    """Whether a file calls a collective of ``torch.distributed``."""
+    calls = (
+        node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    )
+    return any(
+        isinstance(func, ast.Attribute)
+        and func.attr in SENDS
+        and isinstance(func.value, ast.Name)
+        and func.value.id == "dist"
+        for func in calls
+    )
+
+
+def test_only_transport_sends() -> None:
+    found = {name_of(path) for path in SOURCES if sends(path)}
+    assert {name for name in found if not name.startswith("transport/")} == set(ALSO_SEND)
+    assert found - set(ALSO_SEND)
+
+
+def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
+    package = tmp_path / "pydist"
+    (package / "formats").mkdir(parents=True)
+    (package / "kernels").mkdir()
+    for name in ("__init__", "formats/__init__", "kernels/__init__", "cli"):
+        (package / f"{name}.py").write_text("")
+    (package / "ops.py").write_text("from . import formats\n")
+    (package / "formats" / "wire.py").write_text(
+        """
+if TYPE_CHECKING:
+    from pydist import cli
+from pydist import kernels
+def f():
+    import pydist.ops
+"""
+    )
+    graph = house.module_imports(package)
+    assert graph["formats.wire"] == {"kernels", "ops"}
+    assert graph["ops"] == {"formats"}
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert house.upward(package) == [("formats", "kernels"), ("formats", "ops")]
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """First names of what a file imports as it is imported itself."""
     names: set[str] = set()
     nodes: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while nodes:
@@ -95,53 +119,22 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             nodes.extend(node.orelse)
         elif isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
-            home = ".".join([*package, *([node.module] if node.module else [])])
-            names.update(f"{home}.{alias.name}" for alias in node.names)
-        elif not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            names.add((node.module or "").split(".")[0])
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             nodes.extend(ast.iter_child_nodes(node))
     return names
 
 
-def units_imported(path: Path) -> set[str]:
-    parts = [name.split(".") for name in imported(path)]
-    return {part[1] for part in parts if part[0] == "pydist" and len(part) > 1}
+def is_torch_free(path: Path) -> bool:
+    room = house.room_of(house.module_of(path, PACKAGE))
+    return room in TORCH_FREE or (room == "kernels" and path.stem in TORCH_FREE_KERNELS)
 
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path: Path) -> None:
-    own = unit_of(path)
-    assert own in LEVEL, f"pydist/{own} has no layer yet: add it to LAYERS"
-    for other in units_imported(path) - {own}:
-        if other in LEVEL:  # else a name of pydist/__init__.py itself, such as __version__
-            assert LEVEL[other] < LEVEL[own], f"pydist.{own} imports pydist.{other}"
-
-
-def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
-    source = """
-if TYPE_CHECKING:
-    from pydist import cli
-from pydist import kernels
-def f():
-    import pydist.ops
-"""
-    path = tmp_path / "wire.py"
-    path.write_text(source)
-    assert imported(path) == {"pydist.kernels", "pydist.ops"}
-    assert imported(path, top_level_only=True) == {"pydist.kernels"}
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in SOURCES if unit_of(path) in TORCH_FREE], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [p for p in SOURCES if is_torch_free(p)], ids=name_of)
 def test_no_torch_at_import(path: Path) -> None:
-    names = imported(path, top_level_only=True)
-    assert not [name for name in names if name.split(".")[0] in ("torch", "cupy")]
+    assert not imported_at_once(path) & {"torch", "cupy"}
 
 
 WITHOUT_TORCH = """

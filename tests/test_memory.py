@@ -7,8 +7,8 @@ import pytest
 import torch
 from ranks import Worlds
 
-from pydist import staging
-from pydist.staging import Staging
+from pydist.transport import buffers as staging
+from pydist.transport.buffers import Staging
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 

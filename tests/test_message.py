@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pydist import _C, reference_message, wire
+from pydist import _C
+from pydist.formats import wire
+from pydist.reference import message as reference_message
 
 ISAS = _C.supported_isas()
 # Around a word, around the three runs of 1,024 bytes that are computed side by side, and beyond.

@@ -12,8 +12,8 @@ import torch
 from ranks import Worlds
 
 import pydist
-from pydist import reference_blocks
 from pydist.optim.zero_one_adam import updates_variance
+from pydist.reference import blocks as reference_blocks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 

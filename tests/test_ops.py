@@ -11,7 +11,8 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from pydist import QSGD, BlockFloat, BlockInt, Sign, TopK, ops, wire
+from pydist import QSGD, BlockFloat, BlockInt, Sign, TopK, ops
+from pydist.formats import wire
 
 N = 37
 BETAS = {"beta1": 0.9, "beta2": 0.99}

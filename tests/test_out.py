@@ -9,7 +9,8 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import QSGD, BlockInt, Ternary, TopK, ternary, wire
+from pydist import QSGD, BlockInt, Ternary, TopK
+from pydist.formats import ternary, wire
 
 RUBBISH = 0xA5
 N = 1001

@@ -7,8 +7,9 @@ import pytest
 import torch
 from doors import DOOR_GROUPS, Door
 
-from pydist import ops, wire
-from pydist.selfcheck import raw_cases as cases
+from pydist import ops
+from pydist.formats import wire
+from pydist.selfcheck import raw as cases
 from pydist.selfcheck import store
 
 

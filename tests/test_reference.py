@@ -12,21 +12,15 @@ from bitwise import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import (
-    QSGD,
-    BlockFloat,
-    BlockInt,
-    Sign,
-    TopK,
-    reference,
-    reference_blocks,
-    reference_elias,
-    reference_message,
-    reference_raw,
-    reference_ternary,
-    reference_topk,
-    wire,
-)
+from pydist import QSGD, BlockFloat, BlockInt, Sign, TopK
+from pydist.formats import wire
+from pydist.reference import blocks as reference_blocks
+from pydist.reference import elias as reference_elias
+from pydist.reference import message as reference_message
+from pydist.reference import raw as reference_raw
+from pydist.reference import signs as reference
+from pydist.reference import ternary as reference_ternary
+from pydist.reference import topk as reference_topk
 
 WIRE_FORMAT = Path(__file__).parents[1] / "docs" / "wire_format.md"
 

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import QSGD, reference_elias, wire
-from pydist.codecs.base import Worker
-from pydist.codecs.shard_coder import ScatterShardCoder
-from pydist.codecs.shard_layout import ShardPlan, Shards
-from pydist.wire import IntArray
+from pydist import QSGD
+from pydist.encoding.shard_coder import ScatterShardCoder
+from pydist.encoding.shard_layout import ShardPlan, Shards
+from pydist.formats import wire
+from pydist.formats.wire import IntArray
+from pydist.reference import elias as reference_elias
+from pydist.transport.coder import Worker
 
 CODEC = QSGD(4, block=32, entropy="elias")
 FORM = CODEC.block_format

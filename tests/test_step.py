@@ -11,9 +11,11 @@ import torch
 from guarded import guarded
 from wrong import BETAS, Arrays
 
-from pydist import kernels, reference, wire
-from pydist.checks import View
-from pydist.kernels import LionOptions
+from pydist.formats import wire
+from pydist.kernels import signs as kernels
+from pydist.kernels.checks import View
+from pydist.kernels.signs import LionOptions
+from pydist.reference import signs as reference
 
 N = 1001
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from wrong import Arrays
 
 import pydist
-from pydist import Ternary, arrays, ops, ternary, wire
-from pydist import reference_ternary as reference
-from pydist.block_kernels import EncodeOptions
+from pydist import Ternary, arrays, ops
+from pydist.formats import ternary, wire
+from pydist.kernels.block_kernels import EncodeOptions
+from pydist.reference import ternary as reference
 from pydist.selfcheck import store, widen
-from pydist.selfcheck import ternary_cases as cases
+from pydist.selfcheck import ternary as cases
 
 LENGTHS = (0, 1, 7, 31, 33, 159, 160, 161, 1001, 1281, 4097)
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from ranks import Worlds
 from test_collectives import same_on_all_ranks
 
-from pydist import Ternary, ops, simulate, ternary, wire
-from pydist import reference_ternary as rt
-from pydist.codecs.base import Coder, Worker
-from pydist.codecs.coders import all_reduce_coder
-from pydist.codecs.ternary_coder import TensorTernaryCoder
+from pydist import Ternary, ops, simulate
+from pydist.encoding.choose import all_reduce_coder
+from pydist.encoding.ternary import TensorTernaryCoder
+from pydist.formats import ternary, wire
+from pydist.reference import ternary as rt
+from pydist.transport.coder import Coder, Worker
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -13,7 +13,7 @@ import pytest
 from test_block_statistics import BIAS, BLOCKS, M, R, hoeffding
 
 from pydist import Ternary, arrays
-from pydist import reference_ternary as reference
+from pydist.reference import ternary as reference
 
 
 def decoded(x: Any, own: Any, shared: Any, **where: int) -> Any:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pydist import TopK, arrays, ops, simulate
-from pydist import reference_topk as reference
-from pydist.topk import BITMAP, TopKFormat
+from pydist.formats.topk import BITMAP, TopKFormat
+from pydist.reference import topk as reference
 
 
 @given(st.floats(2**-32, 1), st.integers(1, 2048), st.sampled_from(["float32", "float16"]))

@@ -11,12 +11,14 @@ from doors import DOOR_GROUPS, Door, TopKCodec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import blocks, kernels, topk_kernels, wire
-from pydist import reference_topk as reference
-from pydist.selfcheck import topk_cases as cases
+from pydist.formats import blocks, wire
+from pydist.formats.topk import TopKFormat
+from pydist.kernels import signs as kernels
+from pydist.kernels import topk_kernels
+from pydist.reference import topk as reference
+from pydist.selfcheck import topk as cases
 from pydist.selfcheck.backends import HostMemory
 from pydist.selfcheck.topk_backend import Order
-from pydist.topk import TopKFormat
 
 LENGTHS = (0, 1, 7, 31, 32, 33, 63, 65, 1001)
 # An emulated thread block costs as much as thousands of elements on the CPU.

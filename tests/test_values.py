@@ -13,8 +13,10 @@ from doors import DOOR_GROUPS, HOST_DOORS, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import reference, selfcheck, wire
-from pydist.kernels import LionOptions
+from pydist import selfcheck
+from pydist.formats import wire
+from pydist.kernels.signs import LionOptions
+from pydist.reference import signs as reference
 from pydist.selfcheck import cases
 
 BETAS = {"beta1": 0.9, "beta2": 0.99}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pydist import _C, QSGD, BlockInt, Ternary, TopK, array_backends, arrays, cli, ops, selfcheck
-from pydist.checks import View
-from pydist.kernels import Target
+from pydist import _C, QSGD, BlockInt, Ternary, TopK, arrays, cli, ops, selfcheck
+from pydist.kernels import array_backends
+from pydist.kernels.checks import View
+from pydist.kernels.signs import Target
 from pydist.selfcheck import cases
 
 SAYS = "on a CUDA device, but pydist was built without CUDA"

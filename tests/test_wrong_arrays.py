@@ -9,9 +9,12 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import checks, kernels, ops, wire
-from pydist.checks import View
-from pydist.kernels import LionOptions
+from pydist import ops
+from pydist.formats import wire
+from pydist.kernels import checks
+from pydist.kernels import signs as kernels
+from pydist.kernels.checks import View
+from pydist.kernels.signs import LionOptions
 
 # --------------------------------------------------------------------------- overlap
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pydist import BlockInt, Ternary, TopK, arrays, ops
-from pydist.arguments import wrong_argument
+from pydist.kernels.arguments import wrong_argument
 
 MODULES = {"ops": ops, "arrays": arrays}
 FUNCTIONS = [(door, name) for door, module in MODULES.items() for name in module.__all__]

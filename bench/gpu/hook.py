@@ -185,7 +185,7 @@ def measured(method: Method, device: str) -> dict[str, Any]:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from pydist.communicator import communicator
+    from pydist.transport.communicator import communicator
 
     net = model(device)
     ddp = DistributedDataParallel(net, bucket_cap_mb=method.bucket_mb / SMALLER[device])

@@ -19,20 +19,16 @@ import numpy as np
 # Each array gets an allocation of its own, so that the sanitizer sees where it ends.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
-from pydist import _C, environment, selfcheck, wire
-from pydist.kernels import LionOptions
-from pydist.selfcheck import (
-    HostMemory,
-    KernelRunner,
-    backends,
-    block_cases,
-    cases,
-    elias_cases,
-    raw_cases,
-    ternary_cases,
-    topk_cases,
-)
-from pydist.topk import TopKFormat
+from pydist import _C, environment, selfcheck
+from pydist.formats import wire
+from pydist.formats.topk import TopKFormat
+from pydist.kernels.signs import LionOptions
+from pydist.selfcheck import HostMemory, KernelRunner, backends, cases
+from pydist.selfcheck import blocks as block_cases
+from pydist.selfcheck import elias as elias_cases
+from pydist.selfcheck import raw as raw_cases
+from pydist.selfcheck import ternary as ternary_cases
+from pydist.selfcheck import topk as topk_cases
 
 LENGTHS = (33, 5003)  # one word and one element; chunks of 1,024 and 4,096, whole and cut off
 STORAGES = ("float32", "float16", "bfloat16")

@@ -1,6 +1,6 @@
 // Formats that share a scale among the elements of a block: what kernels are told of them, and the
 // arithmetic of one scale, one code, one value. Every operation is rounded on its own;
-// pydist/reference_blocks.py executes the same.
+// pydist/reference/blocks.py executes the same.
 #pragma once
 
 #include "philox.h"

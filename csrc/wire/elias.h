@@ -1,5 +1,5 @@
 // Blocks of levels as streams of variable length: what kernels are told, Elias's omega code, and
-// the decoder that both backends share. pydist/reference_elias.py executes the same.
+// the decoder that both backends share. pydist/reference/elias.py executes the same.
 //
 // Bit j of a stream is bit j % 8 of its byte j / 8. A code word enters it in the order in which it
 // is written on paper, so here, where bit 0 is the first, words are the mirror image of that.
@@ -27,7 +27,7 @@ struct EliasArgs {
 enum class StreamMode : uint32_t { kSparse = 0, kDense = 1, kPlain = 2 };
 constexpr int kModeBits = 2;
 
-// Why a block is malformed. REASONS of pydist/reference_elias.py has the words.
+// Why a block is malformed. REASONS of pydist/reference/elias.py has the words.
 enum Fault : int {
   kFine = 0,
   kTruncated = 1,

@@ -1,6 +1,6 @@
 // TernGrad (arXiv 1705.07878): trits with a scaler a parameter, and their integer sums. Every
 // operation is rounded on its own; docs/wire_format.md says what the bytes mean,
-// pydist/reference_ternary.py executes it.
+// pydist/reference/ternary.py executes it.
 //
 // A unit is 160 elements in 32 bytes: element i is base-3 digit i / 32 of byte i % 32. A row's
 // `word` counts units, `momentum` is where this rank's own scaler is (values are clipped to it),

@@ -1,5 +1,5 @@
 // Blocks of which the k largest entries travel: sizes, positions, ties. docs/wire_format.md says
-// what the bits mean, pydist/reference_topk.py executes it.
+// what the bits mean, pydist/reference/topk.py executes it.
 //
 // A block is its values, then its positions, which ascend. With Elias-Fano a position's low bits
 // stand in one stream, and its high bits h in another, in which entry i is a 1 at bit h + i; a

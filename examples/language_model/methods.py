@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
-from pydist.codecs.bucket_coder import bytes_in_bucket
-from pydist.codecs.coders import Codec
-from pydist.road import LATENCY_BYTES
+from pydist.codecs import Codec
+from pydist.encoding.bucket_coder import bytes_in_bucket
+from pydist.transport.exchange import LATENCY_BYTES
 
 
 @dataclass(frozen=True)

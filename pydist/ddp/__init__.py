@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydist.ddp.hook import compression_hook
 from pydist.ddp.install import compress, restore
-from pydist.ddp.schedule import Schedule
-from pydist.ddp.sharded import saved_world_size
 from pydist.ddp.state import CompressionState
 from pydist.training.advice import Advice
+from pydist.training.schedule import Schedule
+from pydist.training.sharded import saved_world_size
 
 __all__ = [
     "Advice",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydist.ddp.buffers import real
+from pydist.training.buffers import real
 
 
 @dataclass

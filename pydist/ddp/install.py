@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pydist.codecs.coders import Codec
-from pydist.ddp import private
+from pydist.codecs import Codec
 from pydist.ddp.hook import compression_hook
-from pydist.ddp.options import Algorithm, ErrorFeedback, Exclude, Op, Options
-from pydist.ddp.schedule import Schedule
 from pydist.ddp.state import CompressionState
-from pydist.ddp.together import alone, compare, of_all_ranks, tell
+from pydist.training import reducer
+from pydist.training.options import Algorithm, ErrorFeedback, Exclude, Op, Options
+from pydist.training.schedule import Schedule
+from pydist.training.together import alone, compare, of_all_ranks, tell
 
 # A copied model has its hooks' states in a list, and a reducer that knows none of them.
 _installed: weakref.WeakKeyDictionary[nn.Module, CompressionState] = weakref.WeakKeyDictionary()
@@ -106,7 +106,7 @@ def compress(
     else:
         state = CompressionState(codec, group=group, named_parameters=target, **options)
     if ddp is not None:
-        private.register(ddp, state, compression_hook)
+        reducer.register(ddp, state, compression_hook)
     _installed[target] = state
     return state
 
@@ -115,7 +115,7 @@ def _known(model: nn.Module) -> CompressionState | None:
     """The state that reduces a model's gradients; not one that a copied model has beside it."""
     if model in _installed or not isinstance(model, DistributedDataParallel):
         return _installed.get(model)
-    ours = [state for hook, state in private.hooks_of(model) if hook is compression_hook]
+    ours = [state for hook, state in reducer.hooks_of(model) if hook is compression_hook]
     return next((state for state in ours if state.bound), None)
 
 
@@ -161,7 +161,7 @@ def restore(model: nn.Module) -> None:
         ValueError: It was not.
         RuntimeError: Called in the middle of backward.
     """
-    if private.in_backward():
+    if reducer.in_backward():
         raise RuntimeError("restore: not in the middle of backward")
     ddp = find_ddp(model)
     state = _known(model if ddp is None else ddp)
@@ -169,8 +169,8 @@ def restore(model: nn.Module) -> None:
         raise ValueError("model: pydist.ddp.compress was not called on it")
     _installed.pop(model if ddp is None else ddp, None)
     if ddp is not None:
-        private.forget_hook(ddp, compression_hook)
-        private.build_reducer(ddp)
+        reducer.forget_hook(ddp, compression_hook)
+        reducer.build_reducer(ddp)
     state.close()
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from pydist.codecs.bucket_coder import BucketPlan
-from pydist.codecs.shares import Part
-from pydist.ddp.buffers import real
-from pydist.ddp.options import Choice, Options
-from pydist.ddp.orders import Orders, Strided, has_several
 from pydist.ddp.parameters import Parameters
-from pydist.road import choose_algorithm
+from pydist.encoding.bucket_coder import BucketPlan
+from pydist.encoding.shares import Part
+from pydist.training.buffers import real
+from pydist.training.options import Choice, Options
+from pydist.training.orders import Orders, Strided, has_several
+from pydist.transport.exchange import choose_algorithm
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Layouts:
         Args:
             bucket: DDP's bucket, as DDP filled it.
             flat: Its buffer: dense, real, one-dimensional.
-            stage: Of :meth:`pydist.ddp.options.Options.stage`.
+            stage: Of :meth:`pydist.training.options.Options.stage`.
 
         Raises:
             ValueError: A parameter has no name, the bucket another length than its parameters, or

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.ddp.buffers import result_of
+from pydist.training.buffers import result_of
 
 
 def check_subgroup(subgroup: dist.ProcessGroup | None) -> None:

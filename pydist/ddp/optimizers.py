@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pydist.codecs.coders import Codec
-from pydist.codecs.sign import Sign
-from pydist.codecs.topk import TopK
+from pydist.codecs import Codec, Sign, TopK
 
 # Under which names optimizers keep the running variance that they divide by: torch's Adam, AdamW,
 # NAdam and RAdam, those of apex and of 8 bits, Adafactor.

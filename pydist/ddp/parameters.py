@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydist.ddp.buffers import real
-from pydist.ddp.kept import Place
-from pydist.ddp.names import named_parameters, plain_names
-from pydist.ddp.orders import Strided, contiguous
+from pydist.training.buffers import real
+from pydist.training.kept import Place
+from pydist.training.names import named_parameters, plain_names
+from pydist.training.orders import Strided, contiguous
 
 Named = Iterable[tuple[str, Tensor]] | nn.Module
 """Parameters with their names, or the model that has them."""

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist.codecs.shares import Part
 from pydist.ddp.accumulation import Accumulation
 from pydist.ddp.layout import Layout
-from pydist.feedback import Residuals, any_nonzero
-from pydist.momentum import Advanced, Momenta
-from pydist.norms import norm_of
+from pydist.encoding.shares import Part
+from pydist.training.momentum import Advanced, Momenta
+from pydist.training.norms import norm_of
+from pydist.training.residuals import Residuals, any_nonzero
 
 PIECE = 65536
 """Elements whose norm is taken at once."""
@@ -200,7 +200,7 @@ class StepOf:
 
 
 def used_parts(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:
-    """:func:`pydist.feedback.any_nonzero`, of float64 too."""
+    """:func:`pydist.training.residuals.any_nonzero`, of float64 too."""
     if flat.dtype != torch.float64:
         return any_nonzero(flat, parts)
     return np.array([bool(_gradient(flat, part).any()) for part in parts], dtype=bool)

@@ -14,22 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from pydist.codecs.coders import Codec
-from pydist.communicator import Communicator, communicator
-from pydist.ddp import checkpoint, local
-from pydist.ddp.kept import Kept
+from pydist.codecs import Codec
+from pydist.ddp import local
 from pydist.ddp.optimizers import OptimizerWatch, suffer, warn_of_momentum, warn_of_variance
-from pydist.ddp.options import Algorithm, ErrorFeedback, Exclude, Op, Options
 from pydist.ddp.parameters import Named, Parameters
-from pydist.ddp.private import in_backward
-from pydist.ddp.schedule import Schedule
-from pydist.ddp.sharded import Sharded
 from pydist.ddp.stats import Stats
 from pydist.ddp.steps import Steps
-from pydist.ddp.together import compare, of_all_ranks, tell
-from pydist.feedback import Residuals
-from pydist.momentum import Momenta
+from pydist.training import checkpoint
 from pydist.training.advice import Advice
+from pydist.training.kept import Kept
+from pydist.training.momentum import Momenta
+from pydist.training.options import Algorithm, ErrorFeedback, Exclude, Op, Options
+from pydist.training.reducer import in_backward
+from pydist.training.residuals import Residuals
+from pydist.training.schedule import Schedule
+from pydist.training.sharded import Sharded
+from pydist.training.together import compare, of_all_ranks, tell
+from pydist.transport.communicator import Communicator, communicator
 
 logger = logging.getLogger("pydist.ddp")
 
@@ -51,7 +52,8 @@ class CompressionState:
         codec: A codec such as ``pydist.QSGD(bits=4)`` for all parameters, or a dict from patterns
             (``fnmatch``, on the parameter's name) to codecs: the first that matches counts,
             ``None`` and no match travel raw; or a :class:`pydist.ddp.Schedule` of either.
-        error_feedback: ``"auto"``: residuals where they help (:func:`pydist.feedback.contracts`);
+        error_feedback: ``"auto"``: residuals where they help
+        (:func:`pydist.training.residuals.contracts`);
             ``True`` or ``False``: for all codecs, or for none; ``"worker"``: as ``True``, but
             without the residuals of what is encoded again after the reduction. With ``"auto"`` an
             optimizer is warned of that was measured to do worse with them (``docs/ddp.md``).
@@ -74,7 +76,7 @@ class CompressionState:
             on all ranks and in every run of the same model with the same bucket sizes.
         momentum: Momentum correction (DGC, arXiv 1712.01887): workers apply this momentum, 0 <= m <
             1, before they compress, with momentum factor masking for ``TopK``
-            (:mod:`pydist.momentum`). The optimizer must then have none.
+            (:mod:`pydist.training.momentum`). The optimizer must then have none.
         clip_norm: Local gradient clipping (DGC): before momentum and residuals are added, each
             parameter's gradient is scaled down where it is longer than
             :func:`pydist.ddp.prepare.clip_limit` of this; without loss scale. ``None``: never.

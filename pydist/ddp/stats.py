@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydist import wire
-from pydist.codecs.bucket_coder import BucketCoder
-from pydist.codecs.bucket_sections import RawSection
-from pydist.ddp.damage import Damage
-from pydist.ddp.kept import Kept
 from pydist.ddp.layout import Layout
-from pydist.road import Road
+from pydist.encoding.bucket_coder import BucketCoder
+from pydist.encoding.bucket_sections import RawSection
+from pydist.formats import wire
 from pydist.training.advice import Advice, BucketSize, advise
+from pydist.training.damage import Damage
+from pydist.training.kept import Kept
+from pydist.transport.exchange import Road
 
 
 class Stats:

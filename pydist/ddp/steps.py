@@ -15,29 +15,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from pydist.codecs.base import Worker
-from pydist.codecs.bucket_coder import BucketCoder
-from pydist.codecs.bucket_sections import Feedback
-from pydist.communicator import Call, Communicator
 from pydist.ddp import local
 from pydist.ddp.accumulation import Accumulation
-from pydist.ddp.buffers import result_of, spoiled, values_of
-from pydist.ddp.kept import Kept, Memory
 from pydist.ddp.layout import Layout, Layouts
-from pydist.ddp.options import LOCAL
 from pydist.ddp.parameters import Parameters
 from pydist.ddp.prepare import Prepared, StepOf, clip_limit
-from pydist.ddp.private import in_backward
 from pydist.ddp.stats import Stats
+from pydist.encoding.bucket_coder import BucketCoder
+from pydist.encoding.bucket_sections import Feedback
 from pydist.errors import PydistError
-from pydist.road import Road
-from pydist.series import Series
+from pydist.training.buffers import result_of, spoiled, values_of
+from pydist.training.damage import LOOK_EVERY
+from pydist.training.kept import Kept, Memory
+from pydist.training.options import LOCAL
+from pydist.training.reducer import in_backward
 from pydist.training.replicas import checksums
+from pydist.transport.coder import Worker
+from pydist.transport.communicator import Call, Communicator
+from pydist.transport.exchange import Road
+from pydist.transport.series import Series
 
 PATIENCE = 30.0
 """Seconds that a reader in another thread waits for the end of a step."""
-LOOK_EVERY = 100
-"""On CUDA: steps from one look for damage to the next, as each waits for the device."""
 
 
 @dataclass

@@ -10,21 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pydist.codecs.base import Coder, Worker
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
-from pydist.codecs.coders import Codec, check_codec
-from pydist.codecs.shard_coder import scatter_coder
-from pydist.codecs.shard_layout import Layout, Shards
-from pydist.codecs.shares import Part
-from pydist.collectives import check_tensor
-from pydist.communicator import Call, Communicator, communicator
-from pydist.ddp.options import Choice, Options
-from pydist.ddp.together import compare, of_all_ranks, tell
+from pydist.codecs import Codec
+from pydist.collectives.flat import check_tensor
+from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.choose import check_codec
+from pydist.encoding.shard_coder import scatter_coder
+from pydist.encoding.shard_layout import Layout, Shards
+from pydist.encoding.shares import Part
 from pydist.fsdp import private_flat as private
 from pydist.fsdp.parameters import Parameter, choose
 from pydist.fsdp.request import Request, check_feedback
 from pydist.fsdp.state import ShardedState, submit
-from pydist.road import REDUCE_SCATTER
+from pydist.training.options import Choice, Options
+from pydist.training.together import compare, of_all_ranks, tell
+from pydist.transport.coder import Coder, Worker
+from pydist.transport.communicator import Call, Communicator, communicator
+from pydist.transport.exchange import REDUCE_SCATTER
 
 
 class FlatUnit:

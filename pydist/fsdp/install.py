@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pydist.codecs.coders import Codec
-from pydist.ddp.options import ErrorFeedback, Exclude, Options
-from pydist.ddp.private import in_backward
-from pydist.ddp.together import alone, of_all_ranks, tell
+from pydist.codecs import Codec
 from pydist.fsdp import flat
 from pydist.fsdp.parameters import unsharded
 from pydist.fsdp.request import Compressed, Request
 from pydist.fsdp.state import ShardedState
+from pydist.training.options import ErrorFeedback, Exclude, Options
+from pydist.training.reducer import in_backward
+from pydist.training.together import alone, of_all_ranks, tell
 
 _compressed = Compressed()
 

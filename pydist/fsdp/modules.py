@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import nn
 
-from pydist.ddp.names import module_names, named_parameters
 from pydist.fsdp import private
 from pydist.fsdp.parameters import Parameter
 from pydist.fsdp.request import Request
@@ -19,6 +18,7 @@ from pydist.fsdp.sharded import (
     Unit,
 )
 from pydist.fsdp.state import ShardedState
+from pydist.training.names import module_names, named_parameters
 
 
 @dataclass

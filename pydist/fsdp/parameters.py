@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydist.codecs.bucket_coder import bytes_in_bucket
-from pydist.codecs.shard_layout import Shards
-from pydist.ddp.kept import Place
-from pydist.ddp.names import named_parameters
-from pydist.ddp.options import Choice, Options
+from pydist.encoding.bucket_coder import bytes_in_bucket
+from pydist.encoding.shard_layout import Shards
+from pydist.training.kept import Place
+from pydist.training.names import named_parameters
+from pydist.training.options import Choice, Options
 
 
 @dataclass(frozen=True)

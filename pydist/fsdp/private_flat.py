@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from pydist.ddp.names import module_names
+from pydist.training.names import module_names
 
 __all__ = ["FullyShardedDataParallel"]
 

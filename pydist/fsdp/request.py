@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import nn
 
-from pydist.codecs.coders import Codec, check_codec
-from pydist.codecs.topk import TopK
-from pydist.ddp.options import Options
+from pydist.codecs import Codec, TopK
+from pydist.encoding.choose import check_codec
+from pydist.training.options import Options
 
 if TYPE_CHECKING:
     from pydist.fsdp.state import ShardedState

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.codecs.base import Coder, Worker
-from pydist.codecs.coders import Codec
-from pydist.codecs.shard_coder import gather_coder, scatter_coder
-from pydist.codecs.shard_layout import Layout, Shards
-from pydist.codecs.shard_reduce import reduce_coder
-from pydist.communicator import Call, communicator
-from pydist.ddp.options import Choice, Options
-from pydist.ddp.private import in_backward
+from pydist.codecs import Codec
+from pydist.encoding.shard_coder import gather_coder, scatter_coder
+from pydist.encoding.shard_layout import Layout, Shards
+from pydist.encoding.shard_reduce import reduce_coder
 from pydist.fsdp import private
 from pydist.fsdp.parameters import Parameter, choose
 from pydist.fsdp.state import ShardedState, submit
 from pydist.fsdp.stats import Direction
-from pydist.operators import normal
-from pydist.road import ALL_GATHER, REDUCE_SCATTER, Road
+from pydist.kernels.operators import normal
+from pydist.training.options import Choice, Options
+from pydist.training.reducer import in_backward
+from pydist.transport.coder import Coder, Worker
+from pydist.transport.communicator import Call, communicator
+from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Road
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYOUTS = 8

@@ -13,24 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.codecs.base import Coder, Worker
-from pydist.codecs.coders import Codec
-from pydist.codecs.shard_layout import Residuals as Places
-from pydist.codecs.shard_layout import Shards
-from pydist.codecs.shares import Part
-from pydist.codecs.topk import TopK
-from pydist.collectives import refuse
-from pydist.communicator import Call, Communicator, communicator
-from pydist.ddp import checkpoint
-from pydist.ddp.kept import Kept
-from pydist.ddp.options import Options
-from pydist.ddp.sharded import Sharded
-from pydist.ddp.steps import LOOK_EVERY
-from pydist.ddp.together import compare
-from pydist.feedback import Residuals, contracts
+from pydist.codecs import Codec, TopK
+from pydist.collectives.flat import refuse
+from pydist.encoding.shard_layout import Residuals as Places
+from pydist.encoding.shard_layout import Shards
+from pydist.encoding.shares import Part
 from pydist.fsdp.parameters import Parameter, Parameters
 from pydist.fsdp.stats import Direction
-from pydist.road import Road, Route
+from pydist.training import checkpoint
+from pydist.training.damage import LOOK_EVERY
+from pydist.training.kept import Kept
+from pydist.training.options import Options
+from pydist.training.residuals import Residuals, contracts
+from pydist.training.sharded import Sharded
+from pydist.training.together import compare
+from pydist.transport.coder import Coder, Worker
+from pydist.transport.communicator import Call, Communicator, communicator
+from pydist.transport.exchange import Road, Route
 
 logger = logging.getLogger("pydist.fsdp")
 
@@ -47,7 +46,7 @@ def submit(
     Args:
         comm: The group's communicator.
         call: What all ranks must agree on.
-        route: See :class:`pydist.road.Road`.
+        route: See :class:`pydist.transport.exchange.Road`.
         device: Where its data is.
         make: Makes the coder.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pydist import wire
-from pydist.ddp.damage import Damage
-from pydist.road import Road
+from pydist.formats import wire
+from pydist.training.damage import Damage
+from pydist.transport.exchange import Road
 
 
 @dataclass

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist.collectives import refuse
-from pydist.communicator import Call, Communicator, communicator
+from pydist.collectives.flat import refuse
 from pydist.errors import PydistError
 from pydist.optim import replicas
 from pydist.optim.checkpoint import SAVED_BY
@@ -31,6 +30,7 @@ from pydist.optim.state import State
 from pydist.training.dtensor import local_of
 from pydist.training.replicas import checksums
 from pydist.training.stats import Counters
+from pydist.transport.communicator import Call, Communicator, communicator
 
 Algorithm = Literal["auto", "two_phase", "all_gather"]
 

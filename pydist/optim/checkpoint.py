@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.communicator import Call
 from pydist.optim.layout import check_count, is_active, names_of
 from pydist.optim.matching import match
 from pydist.optim.state import Kept
 from pydist.training.dtensor import local_of
 from pydist.training.replicas import checksum
+from pydist.transport.communicator import Call
 
 if TYPE_CHECKING:
     from pydist.optim.saving import StatefulOptimizer

@@ -1,8 +1,8 @@
 """Means over the ranks of a list of tensors, compressed with error feedback on both sides.
 
 What the 1-bit optimizers send: momenta, or raw gradients while they warm up, all in one call. The
-road, the messages and the residuals are those of the DDP hook (:mod:`pydist.codecs.bucket_coder`,
-:mod:`pydist.feedback`).
+road, the messages and the residuals are those of the DDP hook (:mod:`pydist.encoding.bucket_coder`,
+:mod:`pydist.training.residuals`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist.codecs.base import Worker
-from pydist.codecs.bucket_coder import BucketCoder, BucketPlan
-from pydist.codecs.bucket_sections import Feedback
-from pydist.codecs.coders import Codec
-from pydist.codecs.raw import Raw
-from pydist.codecs.shares import Part
-from pydist.communicator import Call, Communicator
-from pydist.feedback import OwnerShare, Residuals
+from pydist.codecs import Codec, Raw
+from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.bucket_sections import Feedback
+from pydist.encoding.shares import Part
 from pydist.optim.layout import Layout, any_rank_has, shaped, which_has
 from pydist.optim.unsent import Unsent, digest_of, flattened
-from pydist.road import Road, choose_algorithm
+from pydist.training.residuals import OwnerShare, Residuals
 from pydist.training.stats import Counters
+from pydist.transport.coder import Worker
+from pydist.transport.communicator import Call, Communicator
+from pydist.transport.exchange import Road, choose_algorithm
 
 
 class _Coder(BucketCoder):

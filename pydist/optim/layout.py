@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import checks, wire
-from pydist.communicator import Call
-from pydist.operators import check_storage
+from pydist.formats import wire
+from pydist.kernels import checks
+from pydist.kernels.operators import check_storage
 from pydist.optim.shards import check_placements, part_of
 from pydist.training.dtensor import is_sharded, local_of
+from pydist.transport.communicator import Call
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,8 +1,8 @@
 """Votes of Distributed Lion and signSGD on the road: packed from gradients, applied to weights.
 
-Parameters stay where they are. A table of rows (:mod:`pydist.wire`) tells the kernels where each
-gradient, momentum and parameter lies and which bits of the payload are its own, so that one call
-handles thousands of parameters.
+Parameters stay where they are. A table of rows (:mod:`pydist.formats.wire`) tells the kernels where
+each gradient, momentum and parameter lies and which bits of the payload are its own, so that one
+call handles thousands of parameters.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import checks, kernels, wire
-from pydist.checks import FLOATS
-from pydist.codecs.base import Worker
-from pydist.codecs.votes import VoteCoder, VoteRule
-from pydist.kernels import LionOptions
-from pydist.operators import on_device_of
+from pydist.encoding.signs import VoteCoder, VoteRule
+from pydist.formats import wire
+from pydist.formats.wire import IntArray
+from pydist.kernels import checks
+from pydist.kernels import signs as kernels
+from pydist.kernels.checks import FLOATS
+from pydist.kernels.operators import on_device_of
+from pydist.kernels.signs import LionOptions
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
-from pydist.wire import IntArray
+from pydist.transport.coder import Worker
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Scalars:
         rank: This rank.
         ranks: Number of voters.
         step: Step of the vote.
-        binarization_range: See :class:`pydist.kernels.LionOptions`.
+        binarization_range: See :class:`pydist.kernels.signs.LionOptions`.
         threads: CPU threads.
         ask_usage: Ranks may lack gradients, so they tell each other which they have; where they
             cannot (DDP without ``find_unused_parameters``), nothing is asked.

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist import checks
-from pydist.codecs.coders import Codec, check_codec
-from pydist.feedback import contracts
+from pydist.codecs import Codec
+from pydist.encoding.choose import check_codec
+from pydist.kernels import checks
 from pydist.optim.base import Algorithm, DistributedOptimizer
 from pydist.optim.exchange import Exchange
 from pydist.optim.layout import (
@@ -33,7 +33,8 @@ from pydist.optim.layout import (
 )
 from pydist.optim.state import Kept
 from pydist.optim.unsent import Unsent, mean_unsent
-from pydist.road import ALGORITHMS
+from pydist.training.residuals import contracts
+from pydist.transport.exchange import ALGORITHMS
 
 RESIDUAL, OWNER, SPAN = _UNSENT = ("residual", "owner_residual", "owner_span")
 

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist.codecs.coders import Codec
-from pydist.codecs.sign import Sign
+from pydist.codecs import Codec, Sign
 from pydist.optim.base import Algorithm
 from pydist.optim.onebit import OneBitOptimizer, blend, blend_squares_, move_, root
 

@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist.codecs.coders import Codec
-from pydist.codecs.sign import Sign
-from pydist.norms import norm
+from pydist.codecs import Codec, Sign
 from pydist.optim.base import Algorithm
 from pydist.optim.layout import check_number, in_order
 from pydist.optim.onebit import blend_squares_, move_, root
 from pydist.optim.onebit_adam import OneBitAdam
 from pydist.optim.state import Kept
+from pydist.training.norms import norm
 
 
 class OneBitLamb(OneBitAdam):
@@ -44,7 +43,7 @@ class OneBitLamb(OneBitAdam):
     compresses all of them with one scale. Here blocks never reach over a layer's end and have
     scales of their own, so such a scale would cancel out and there is none.
 
-    Norms are sums of squares in double precision, in a fixed order (:mod:`pydist.norms`).
+    Norms are sums of squares in double precision, in a fixed order (:mod:`pydist.training.norms`).
 
     Args:
         params: ``model.named_parameters()``, parameters, or parameter groups; float32, float16 or

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.communicator import Communicator
 from pydist.errors import MismatchError
 from pydist.optim.layout import FLOATS
 from pydist.training.dtensor import local_of
 from pydist.training.replicas import checksum
+from pydist.transport.communicator import Communicator
 
 
 def comparable(p: Tensor) -> bool:

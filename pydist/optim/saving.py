@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydist.communicator import Communicator
 from pydist.optim import checkpoint, replicas
 from pydist.optim.layout import check_count
 from pydist.optim.skipped import Skipped
 from pydist.optim.state import Kept, State
 from pydist.training.dtensor import local_of
+from pydist.transport.communicator import Communicator
 
 
 class StatefulOptimizer(torch.optim.Optimizer):

@@ -16,10 +16,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
-from pydist import checks
-from pydist.codecs.votes import VoteRule
-from pydist.communicator import Call
+from pydist.encoding.signs import VoteRule
 from pydist.errors import PydistError
+from pydist.kernels import checks
 from pydist.optim.attached import Attachment, attach
 from pydist.optim.base import Algorithm, DistributedOptimizer
 from pydist.optim.checkpoint import Loaded
@@ -27,10 +26,11 @@ from pydist.optim.layout import check_gradient, check_number, in_order, sample_o
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
 from pydist.optim.shards import agree_over_shards, local_gradient, shard_groups
 from pydist.optim.state import Kept
-from pydist.road import ALGORITHMS, Road
-from pydist.series import Series
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.dtensor import local_of
+from pydist.transport.communicator import Call
+from pydist.transport.exchange import ALGORITHMS, Road
+from pydist.transport.series import Series
 
 AGGREGATES = ("majority", "average")
 Aggregate = Literal["majority", "average"]

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist.codecs.coders import Codec
-from pydist.codecs.sign import Sign
+from pydist.codecs import Codec, Sign
 from pydist.optim.base import Algorithm
 from pydist.optim.checkpoint import Loaded
 from pydist.optim.layout import check_count, check_finite

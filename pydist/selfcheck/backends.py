@@ -1,7 +1,7 @@
 """Every backend behind one interface of NumPy arrays.
 
-Backends are called through :mod:`pydist.kernels`, below both doors, on raw memory: so bfloat16 is
-checked without a package that knows it, and a difference is the kernel's.
+Backends are called through :mod:`pydist.kernels.signs`, below both doors, on raw memory: so
+bfloat16 is checked without a package that knows it, and a difference is the kernel's.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pydist import _C, block_kernels, blocks, environment, kernels, reference, wire
-from pydist.block_kernels import EncodeOptions
-from pydist.blocks import BlockFormat
-from pydist.checks import View
-from pydist.kernels import LionOptions, Target
-from pydist.reference import U8, Storage
+from pydist import _C, environment
+from pydist.formats import blocks, wire
+from pydist.formats.blocks import BlockFormat
+from pydist.kernels import block_kernels
+from pydist.kernels import signs as kernels
+from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.checks import View
+from pydist.kernels.signs import LionOptions, Target
+from pydist.reference import signs as reference
+from pydist.reference.signs import U8, Storage
 from pydist.selfcheck.bits import Bits, storage_of, store
-from pydist.selfcheck.elias_cases import EliasKernels
+from pydist.selfcheck.elias import EliasKernels
 from pydist.selfcheck.ternary_backend import TernaryKernels
 from pydist.selfcheck.topk_backend import TopKKernels
 
@@ -103,7 +107,7 @@ class TorchMemory:
 
     def target(self) -> Target:
         """Where kernels run."""
-        from pydist import operators
+        from pydist.kernels import operators
 
         self._torch.cuda.set_device(self._device)
         return operators.target_of(self._torch.empty(0, device=self._device))
@@ -139,7 +143,7 @@ class CuPyMemory:
 
     def target(self) -> Target:
         """Where kernels run."""
-        from pydist import array_backends
+        from pydist.kernels import array_backends
 
         self._cupy.cuda.Device(self._index).use()
         return array_backends.cupy_target()
@@ -232,7 +236,7 @@ class BlockRunner(Protocol):
 
 
 class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
-    """Calls :mod:`pydist.kernels`, below both doors, on arrays in some memory."""
+    """Calls :mod:`pydist.kernels.signs`, below both doors, on arrays in some memory."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -254,7 +258,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     def pack_signs(
         self, x: Bits, *, zero_bit: int, segments: wire.IntArray | None
     ) -> tuple[U8, int]:
-        """:func:`pydist.kernels.pack_signs` into fresh arrays."""
+        """:func:`pydist.kernels.signs.pack_signs` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         payload, payload_view = self._payload(x.size, segments)
         flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
@@ -267,14 +271,14 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     def unpack_votes(
         self, planes: U8, n: int, *, ranks: int | None, mean: bool, storage: Storage
     ) -> Bits:
-        """:func:`pydist.kernels.unpack_votes` into fresh arrays."""
+        """:func:`pydist.kernels.signs.unpack_votes` into fresh arrays."""
         _planes, planes_view = self._put("planes", planes)
         out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
         kernels.unpack_votes(self.memory.target(), planes_view, out_view, ranks=ranks, mean=mean)
         return self.memory.get(out)
 
     def count_votes(self, payloads: U8) -> U8:
-        """:func:`pydist.kernels.count_votes` into fresh arrays."""
+        """:func:`pydist.kernels.signs.count_votes` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         shape = (wire.planes_for(payloads.shape[0]), payloads.shape[1])
         planes, planes_view = self._put("planes", np.zeros(shape, dtype=np.uint8))
@@ -291,7 +295,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         n: int | None,
         segments: wire.IntArray | None,
     ) -> U8:
-        """:func:`pydist.kernels.majority_vote` into fresh arrays."""
+        """:func:`pydist.kernels.signs.majority_vote` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         shape = (2 if ties == "zero" else 1, payloads.shape[1])
         planes, planes_view = self._put("planes", np.zeros(shape, dtype=np.uint8))
@@ -304,7 +308,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     def lion_pack(
         self, grad: Bits, momentum: Bits, options: LionOptions, segments: wire.IntArray | None
     ) -> tuple[U8, Bits, int]:
-        """:func:`pydist.kernels.lion_pack` into fresh arrays."""
+        """:func:`pydist.kernels.signs.lion_pack` into fresh arrays."""
         _grad, grad_view = self._put_values("grad", grad)
         new, new_view = self._put_values("momentum", momentum)
         payload, payload_view = self._payload(grad.size, segments)
@@ -318,7 +322,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     def lion_apply(
         self, param: Bits, planes: U8, *, lr: float, weight_decay: float, ranks: int | None
     ) -> Bits:
-        """:func:`pydist.kernels.lion_apply` into fresh arrays."""
+        """:func:`pydist.kernels.signs.lion_apply` into fresh arrays."""
         new, view = self._put_values("param", param)
         _planes, planes_view = self._put("planes", planes)
         kernels.lion_apply(
@@ -328,7 +332,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         return self.memory.get(new)
 
     def sum_values(self, values: Bits, *, mean: bool, storage: Storage) -> tuple[Bits, int]:
-        """:func:`pydist.kernels.sum_values` into fresh arrays."""
+        """:func:`pydist.kernels.signs.sum_values` into fresh arrays."""
         _values, view = self._put_values("values", values)
         zeros = np.zeros(values.shape[1], dtype=np.float32)
         out, out_view = self._put_values("out", store(zeros, storage))
@@ -345,7 +349,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
     def quantize(
         self, x: Bits, form: BlockFormat, options: EncodeOptions, segments: wire.IntArray | None
     ) -> tuple[U8, int]:
-        """:func:`pydist.block_kernels.quantize` into fresh arrays."""
+        """:func:`pydist.kernels.block_kernels.quantize` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         payload, payload_view = self._block_payload(x.size, form, segments)
         flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
@@ -363,7 +367,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         options: EncodeOptions,
         segments: wire.IntArray | None,
     ) -> tuple[U8, Bits, int]:
-        """:func:`pydist.block_kernels.quantize_feedback` into fresh arrays."""
+        """:func:`pydist.kernels.block_kernels.quantize_feedback` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         new, new_view = self._put_values("residual", residual)
         payload, payload_view = self._block_payload(x.size, form, segments)
@@ -384,7 +388,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         mean: bool,
         segments: wire.IntArray | None,
     ) -> tuple[U8, int]:
-        """:func:`pydist.block_kernels.reduce_quantized` into fresh arrays."""
+        """:func:`pydist.kernels.block_kernels.reduce_quantized` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         payload, payload_view = self._block_payload(n, form, segments)
         flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
@@ -404,7 +408,7 @@ class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
         storage: Storage,
         segments: wire.IntArray | None,
     ) -> Bits:
-        """:func:`pydist.block_kernels.dequantize` into fresh arrays."""
+        """:func:`pydist.kernels.block_kernels.dequantize` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
         block_kernels.dequantize(

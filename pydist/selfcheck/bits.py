@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pydist import reference
-from pydist.reference import F32, Storage
+from pydist.reference import signs as reference
+from pydist.reference.signs import F32, Storage
 
 Bits = npt.NDArray[Any]
 """Values as they are stored: float32, float16, or uint16 for bfloat16; uint8 for payloads."""

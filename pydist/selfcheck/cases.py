@@ -7,10 +7,16 @@ from functools import partial
 
 import numpy as np
 
-from pydist import reference, wire
-from pydist.kernels import LionOptions
-from pydist.reference import F32, U8, Storage, Ties
-from pydist.selfcheck import block_cases, compare, elias_cases, raw_cases, ternary_cases, topk_cases
+from pydist.formats import wire
+from pydist.kernels.signs import LionOptions
+from pydist.reference import signs as reference
+from pydist.reference.signs import F32, U8, Storage, Ties
+from pydist.selfcheck import blocks as block_cases
+from pydist.selfcheck import compare
+from pydist.selfcheck import elias as elias_cases
+from pydist.selfcheck import raw as raw_cases
+from pydist.selfcheck import ternary as ternary_cases
+from pydist.selfcheck import topk as topk_cases
 from pydist.selfcheck.backends import KernelRunner, Runner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
 

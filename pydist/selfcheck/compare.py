@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydist import reference, wire
-from pydist.kernels import LionOptions
-from pydist.reference import U8, Storage
+from pydist.formats import wire
+from pydist.kernels.signs import LionOptions
+from pydist.reference import signs as reference
+from pydist.reference.signs import U8, Storage
 from pydist.selfcheck.backends import Runner
 from pydist.selfcheck.bits import (
     Bits,

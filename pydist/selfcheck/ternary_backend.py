@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pydist import ternary, ternary_kernels, wire
-from pydist.block_kernels import EncodeOptions
-from pydist.checks import View
-from pydist.reference import F32, U8, Storage
+from pydist.formats import ternary, wire
+from pydist.kernels import ternary_kernels
+from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.checks import View
+from pydist.reference.signs import F32, U8, Storage
 from pydist.selfcheck.bits import Bits, store
 
 
@@ -63,7 +64,7 @@ class TernaryRunner(Protocol):
 
 
 class TernaryKernels:
-    """Calls :mod:`pydist.ternary_kernels`, below both doors; a part of ``KernelRunner``."""
+    """Calls :mod:`pydist.kernels.ternary_kernels`, below both doors; a part of ``KernelRunner``."""
 
     memory: Any
 
@@ -85,7 +86,7 @@ class TernaryKernels:
     def ternary_scale(
         self, x: Bits, clip: float | None, segments: wire.IntArray | None
     ) -> tuple[F32, int]:
-        """:func:`pydist.ternary_kernels.scale` into fresh arrays."""
+        """:func:`pydist.kernels.ternary_kernels.scale` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         table = wire.one_segment(x.size) if segments is None else segments
         out, out_view = self._put("out", np.zeros(len(table), dtype=np.float32))
@@ -106,7 +107,7 @@ class TernaryKernels:
         options: EncodeOptions,
         segments: wire.IntArray | None,
     ) -> tuple[U8, int]:
-        """:func:`pydist.ternary_kernels.pack` into fresh arrays."""
+        """:func:`pydist.kernels.ternary_kernels.pack` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         _own, own_view = self._put("scalers", scalers)
         _shared, shared_view = self._put("shared", shared)
@@ -120,7 +121,7 @@ class TernaryKernels:
         return self._result(out, flags)
 
     def ternary_sum(self, payloads: U8, n: int, segments: wire.IntArray | None) -> tuple[U8, int]:
-        """:func:`pydist.ternary_kernels.sum_payloads` into fresh arrays."""
+        """:func:`pydist.kernels.ternary_kernels.sum_payloads` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         table = wire.one_segment(n) if segments is None else segments
         size = ternary.table_units(table) * ternary.sum_unit_bytes(len(payloads))
@@ -141,7 +142,7 @@ class TernaryKernels:
         storage: Storage,
         segments: wire.IntArray | None,
     ) -> tuple[Bits, int]:
-        """:func:`pydist.ternary_kernels.unpack` into fresh arrays."""
+        """:func:`pydist.kernels.ternary_kernels.unpack` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         _scalers, scalers_view = self._put("scalers", scalers)
         out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
@@ -163,7 +164,7 @@ class TernaryKernels:
         storage: Storage,
         segments: wire.IntArray | None,
     ) -> tuple[Bits, int]:
-        """:func:`pydist.ternary_kernels.unpack_sums` into fresh arrays."""
+        """:func:`pydist.kernels.ternary_kernels.unpack_sums` into fresh arrays."""
         _sums, view = self._put("sums", sums)
         _scalers, scalers_view = self._put("scalers", scalers)
         out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pydist import topk_kernels, wire
-from pydist.checks import View
-from pydist.reference import U8, Storage
+from pydist.formats import wire
+from pydist.formats.topk import TopKFormat, table_bytes
+from pydist.formats.wire import IntArray
+from pydist.kernels import topk_kernels
+from pydist.kernels.checks import View
+from pydist.reference.signs import U8, Storage
 from pydist.selfcheck.bits import Bits, store
-from pydist.topk import TopKFormat, table_bytes
-from pydist.wire import IntArray
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TopKRunner(Protocol):
 
 
 class TopKKernels:
-    """Calls :mod:`pydist.topk_kernels`, below both doors; a part of ``KernelRunner``."""
+    """Calls :mod:`pydist.kernels.topk_kernels`, below both doors; a part of ``KernelRunner``."""
 
     memory: Any
     _put: Callable[..., tuple[Any, View]]
@@ -92,7 +93,7 @@ class TopKKernels:
     def topk_select(
         self, x: Bits, form: TopKFormat, order: Order, segments: IntArray | None
     ) -> tuple[U8, int]:
-        """:func:`pydist.topk_kernels.select` into fresh arrays."""
+        """:func:`pydist.kernels.topk_kernels.select` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         payload, payload_view = self._topk_payload(x.size, form, segments)
         flags, flags_view = self._flags()
@@ -105,7 +106,7 @@ class TopKKernels:
     def topk_feedback(
         self, x: Bits, residual: Bits, form: TopKFormat, order: Order, segments: IntArray | None
     ) -> tuple[U8, Bits, int]:
-        """:func:`pydist.topk_kernels.feedback` into fresh arrays."""
+        """:func:`pydist.kernels.topk_kernels.feedback` into fresh arrays."""
         _x, x_view = self._put_values("x", x)
         new, new_view = self._put_values("residual", residual)
         payload, payload_view = self._topk_payload(x.size, form, segments)
@@ -126,7 +127,7 @@ class TopKKernels:
         mean: bool,
         segments: IntArray | None,
     ) -> tuple[U8, int]:
-        """:func:`pydist.topk_kernels.reduce` into fresh arrays."""
+        """:func:`pydist.kernels.topk_kernels.reduce` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         payload, payload_view = self._topk_payload(n, form, segments)
         flags, flags_view = self._flags()
@@ -146,7 +147,7 @@ class TopKKernels:
         storage: Storage,
         segments: IntArray | None,
     ) -> tuple[Bits, int]:
-        """:func:`pydist.topk_kernels.scatter` into fresh arrays."""
+        """:func:`pydist.kernels.topk_kernels.scatter` into fresh arrays."""
         _payloads, view = self._put("payloads", payloads)
         out, out_view = self._put_values("out", store(np.ones(n, dtype=np.float32), storage))
         flags, flags_view = self._flags()
@@ -159,7 +160,7 @@ class TopKKernels:
     def topk_clear(
         self, x: Bits, payload: U8, form: TopKFormat, segments: IntArray | None
     ) -> tuple[Bits, int]:
-        """:func:`pydist.topk_kernels.clear` on a copy."""
+        """:func:`pydist.kernels.topk_kernels.clear` on a copy."""
         new, view = self._put_values("x", x)
         _payload, payload_view = self._put("payload", payload[None])
         flags, flags_view = self._flags()

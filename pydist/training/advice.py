@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydist import road
+from pydist.transport import exchange as road
 
 LEAST_BUCKETS = 4
 """With fewer, more than a quarter of the gradients travels after backward has ended."""
@@ -56,11 +56,12 @@ class Advice:
 def advise(sizes: Sequence[BucketSize]) -> Advice:
     """Advice from the buckets of a step.
 
-    A bucket should fill one chunk of the road (:data:`pydist.road.CHUNK_BYTES`): less, and the
-    agreement before every bucket is a larger part of it; more, and nothing is gained. There should
-    be four buckets at least, so that most of them travel while backward still runs, unless their
-    payloads were then worth less than four round trips (:data:`pydist.road.LATENCY_BYTES`). Within
-    a factor of two of that size the buckets stay as they are.
+    A bucket should fill one chunk of the road (:data:`pydist.transport.exchange.CHUNK_BYTES`):
+    less, and the agreement before every bucket is a larger part of it; more, and nothing is gained.
+    There should be four buckets at least, so that most of them travel while backward still runs,
+    unless their payloads were then worth less than four round trips
+    (:data:`pydist.transport.exchange.LATENCY_BYTES`). Within a factor of two of that size the
+    buckets stay as they are.
     """
     raw, payload = sum(x.raw_bytes for x in sizes), sum(x.payload_bytes for x in sizes)
     if not payload:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.communicator import Call, communicator
 from pydist.training.dtensor import local_of
+from pydist.transport.communicator import Call, communicator
 from pydist.transport.message import crc32c
 
 
@@ -20,7 +20,7 @@ def checksum(x: Tensor) -> int:
 
 
 def checksums(names: Sequence[str], params: Sequence[Tensor]) -> dict[str, int]:
-    """What a call's ranks compare (:class:`pydist.communicator.Call`), so that an error has names.
+    """What ranks compare (:class:`pydist.transport.communicator.Call`), so that an error has names.
 
     Tensors of classes of their own, such as quantized ones, are left out: their memory is secret.
     """

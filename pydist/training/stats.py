@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from pydist import wire
-from pydist.road import Road
+from pydist.formats import wire
+from pydist.transport.exchange import Road
 
 
 class ScalarWriter(Protocol):

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist import wire
 from pydist.errors import MismatchError, PydistError
+from pydist.formats import wire
 from pydist.transport import groups
 
 DESCRIBE_SECONDS = 5.0

@@ -236,7 +236,7 @@ struct TopKShape {
         n(length % 9000) {
     const int k = topk_entries(format, format.block);
     format.low_bits = kBitmap;
-    if (4 * k <= format.block) {  // floor(log2(block / k)), as pydist/topk.py has it
+    if (4 * k <= format.block) {  // floor(log2(block / k)), as pydist/formats/topk.py has it
       for (int share = format.block / k; share; share /= 2) ++format.low_bits;
     }
     bytes = n / format.block * topk_block_bytes(format);

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pydist import blocks, ops, wire
+from pydist import ops
 from pydist.bench import bitsandbytes, rivals
 from pydist.bench.case import BITS, Case, Maker
 from pydist.bench.rivals import Rival
 from pydist.bench.timing import Buffers
 from pydist.codecs import QSGD, BlockInt
+from pydist.formats import blocks, wire
 
 Codec = BlockInt | QSGD
 CODECS: tuple[Codec, ...] = (

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pydist import ops, ternary
+from pydist import ops
 from pydist.bench import rivals
 from pydist.bench.case import BITS, Case, Maker
 from pydist.bench.rivals import Rival
 from pydist.bench.timing import Buffers
 from pydist.codecs import Ternary
+from pydist.formats import ternary
 
 RANKS = 8
 

@@ -1,0 +1,14 @@
+"""Compressed collectives over any process group, any backend, any length."""
+
+from __future__ import annotations
+
+from pydist.collectives.flat import (
+    Work,
+    all_gather,
+    all_reduce,
+    load_state_dict,
+    reduce_scatter,
+    state_dict,
+)
+
+__all__ = ["Work", "all_gather", "all_reduce", "load_state_dict", "reduce_scatter", "state_dict"]

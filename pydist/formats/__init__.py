@@ -1,0 +1,1 @@
+"""What the bytes are: sizes, tables of segments, the header of a message. NumPy alone."""

@@ -1,0 +1,1 @@
+"""The kernels: one call into the compiled module for tensors and arrays alike."""

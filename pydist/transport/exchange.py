@@ -1,0 +1,495 @@
+"""The road of a collective: chunks, messages, phases; the only place that sends data.
+
+One road for every codec::
+
+    encode ─▶ all_to_all_single ─▶ reduce ─▶ all_gather_into_tensor ─▶ decode
+    local bytes   each rank owns      by the      everyone decodes the same
+                  a shard             owner, once  bytes, so replicas stay equal
+
+A rank sends ``(n - 1) / n * (payload + reduced payload)`` whatever the world size. Where it is
+cheaper (two ranks, or so little data that latency rules) the payloads are gathered instead and
+every rank reduces everything itself, to the same bits. A reduce-scatter ends after the first phase
+and an all-gather has no other; both decode what has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydist.errors import PydistError
+from pydist.formats import wire
+from pydist.transport import groups, message
+from pydist.transport.agreement import Confirmation
+from pydist.transport.coder import Coder, Span, spans, stage_of
+from pydist.transport.communicator import Call, Communicator
+from pydist.transport.series import Series
+from pydist.transport.variable import Parcels
+
+CHUNK_BYTES = 512 * 1024
+"""Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
+
+LATENCY_BYTES = 16 * 1024
+"""What a round trip costs, in bytes: below it one phase beats two."""
+
+_FLAGS_AT = wire.FLAGS_AT
+_CHECKSUM = slice(wire.CHECKSUM_AT, wire.CHECKSUM_AT + 4)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which ways a call's bytes take.
+
+    Attributes:
+        scatters: Phase 1 sends row i to rank i, of a row for each; else its one row to everyone.
+        reduces: What has arrived is reduced before it is decoded.
+    """
+
+    scatters: bool
+    reduces: bool
+
+    @property
+    def second(self) -> bool:
+        """Whether reduced shards are gathered: a second phase."""
+        return self.scatters and self.reduces
+
+
+ALL_REDUCE = {"two_phase": Route(True, True), "all_gather": Route(False, True)}
+REDUCE_SCATTER = Route(scatters=True, reduces=False)
+ALL_GATHER = Route(scatters=False, reduces=False)
+ALGORITHMS = ("auto", *ALL_REDUCE)
+
+
+class Sizes(Protocol):
+    """What is asked of a coder before there is one: how much it is going to send."""
+
+    @property
+    def units(self) -> int: ...  # noqa: D102
+
+    def message_bytes(self, units: int) -> int: ...  # noqa: D102
+
+    def reduced_bytes(self, units: int) -> int: ...  # noqa: D102
+
+
+def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
+    """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
+
+    Raises:
+        ValueError: ``algorithm`` is unknown.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if algorithm != "auto":
+        return algorithm
+    payload, reduced = coder.message_bytes(coder.units), coder.reduced_bytes(coder.units)
+    gathered = (ranks - 1) * payload
+    two_phase = (ranks - 1) / ranks * (payload + reduced)
+    return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
+
+
+def chunk_units(coder: Coder) -> int:
+    """Units of a chunk."""
+    whole: int = getattr(coder, "together", 1)
+    return max(1, CHUNK_BYTES // (coder.unit_bytes * whole)) * whole
+
+
+class _Exchange:
+    """One chunk on the road: units ``begin`` … ``end`` of the call.
+
+    Buffers go back to the communicator's staging as soon as their bytes have moved on, so a chunk
+    has two of its size at most. That, and ``IN_FLIGHT``, bounds memory.
+    """
+
+    def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
+        self.road, self.begin, self.end, self.extra = road, begin, end, extra
+        units = end - begin
+        self.shard = -(-units // road.comm.world_size) if road.route.second else units
+        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.shape[-1])
+        self._sent: Tensor | None = None
+        self._arriving: _Pending | Parcels | None = None
+
+    def encode(self) -> None:
+        """Makes the messages of phase 1."""
+        road = self.road
+        rows = road.comm.world_size if road.route.scatters else 1
+        size = self.offset + road.coder.message_bytes(self.shard)
+        sent = road.room(rows, size)
+        self._sent = sent
+        if road.data_device == road.device:
+            road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
+        else:
+            coded = torch.empty_like(sent, device=road.data_device)
+            road.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
+            sent.copy_(coded)
+        sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
+        if self.extra is not None:
+            sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
+        road.seal(sent)
+
+    def drop(self) -> None:
+        """Gives back what was encoded in vain."""
+        if self._sent is not None:
+            self.road.done(self._sent)
+
+    def announce(self) -> None:
+        """Where messages have lengths of their own, starts to send those of phase 1."""
+        if self.road.stage is None:
+            return
+        assert self._sent is not None
+        n = self.road.comm.world_size
+        everything = (self.begin, self.end)
+        sent = self._shards() if self.road.route.second else [everything] * len(self._sent)
+        mine = sent[self.road.comm.rank] if self.road.route.second else everything
+        parcels = self.road.parcels("phase 1", self.offset, self.shard)
+        parcels.announce(self._sent, sent, [mine] * n)
+        self.road.done(self._sent)  # shortened into memory of its own
+        self._arriving, self._sent = parcels, None
+
+    def _shards(self) -> list[Span]:
+        """The units of every rank's shard."""
+        return list(spans(self.road.comm.world_size, self.shard, self.begin, self.end))
+
+    def send(self) -> None:
+        """Issues phase 1."""
+        if isinstance(self._arriving, Parcels):
+            self._arriving.send()
+            return
+        assert self._sent is not None
+        send = self.road.scatter if self.road.route.scatters else self.road.gather
+        self._arriving, self._sent = send(self._sent), None
+
+    def _arrived(self) -> Tensor:
+        """Waits for what was issued last."""
+        assert self._arriving is not None
+        arriving, self._arriving = self._arriving, None
+        received = arriving.wait()
+        if isinstance(arriving, _Pending) and arriving.sent is not received:
+            self.road.done(arriving.sent)
+        return received
+
+    def reduce(self) -> None:
+        """Waits for phase 1, reduces this rank's shard, issues phase 2; where there is one."""
+        with self.road.stream():
+            self._reduce()
+
+    def _reduce(self) -> None:
+        road = self.road
+        if not road.route.reduces:
+            return
+        received = self._arrived()
+        road.check(received)
+        if self.extra is not None:
+            road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
+        second = road.route.second
+        begin, end = self._shards()[road.comm.rank] if second else (self.begin, self.end)
+        size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
+        sent = road.room(1, size)
+        road.coder.reduce(
+            received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
+            road.flags,
+        )  # fmt: skip
+        sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
+        road.seal(sent)
+        road.done(received)
+        del received
+        if not second:
+            self._arriving = _Pending(None, sent, sent)
+        elif road.stage is None:
+            self._arriving = road.gather(sent, second=True)
+        else:
+            self._arriving = road.parcels("phase 2", wire.HEADER_BYTES, self.shard)
+            self._arriving.announce(sent, [(begin, end)], self._shards())
+            road.done(sent)
+            self._arriving.send()
+
+    def complete(self) -> None:
+        """Waits for the last phase and decodes."""
+        with self.road.stream():
+            received, begin = self._arrived(), wire.HEADER_BYTES
+            self.road.check(received, decoded=True)
+            if not self.road.route.reduces and self.extra is not None:
+                begin = self.offset
+                self.road.coder.merge_extra(received[:, wire.HEADER_BYTES : begin])
+            shards = received[:, begin:]
+            self.road.coder.decode(shards, self.shard, self.begin, self.end)
+            self.road.done(received)
+
+
+class _Pending:
+    """A collective under way, and the buffers it needs."""
+
+    def __init__(self, work: dist.Work | None, received: Tensor, sent: Tensor) -> None:
+        self.work, self.received, self.sent = work, received, sent
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            groups.wait(self.work)
+        return self.received
+
+
+class Road:
+    """One collective on its way (a :class:`pydist.transport.communicator.Job`).
+
+    Args:
+        comm: The group's communicator.
+        coder: The data and its codec.
+        call: What the ranks must agree on.
+        route: The way to take, or for an all-reduce ``"auto"``, ``"two_phase"`` or
+            ``"all_gather"``.
+        device: The data's device.
+        series: Calls that this one belongs to; it is left out when one before it was refused.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        coder: Coder,
+        call: Call,
+        route: Route | str,
+        device: torch.device,
+        series: Series | None = None,
+    ) -> None:
+        self.comm, self.coder = comm, coder
+        self.series = series or Series()
+        # How the data is cut must be equal too; another release may choose otherwise.
+        cut: dict[str, object] = {"chunk_bytes": CHUNK_BYTES}
+        if not isinstance(route, Route):
+            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
+            route = ALL_REDUCE[str(cut["algorithm"])]
+        self.route = route
+        self.call = replace(call, fields=call.fields | cut)
+        self.label = call.label
+        self.data_device = device
+        self.device = comm.device(device)
+        self.future: Future[None] = Future()
+        self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
+        header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
+        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
+        self._decoded = 0  # checksum of the checksums of what was decoded
+        self.stream = _SideStream(device)
+        self.stage = stage_of(coder) if comm.world_size > 1 else None
+        self.bytes_sent = 0  # by this rank so far, but for the agreement
+
+    # ----------------------------------------------------------------- Job
+
+    def chunks(self) -> Generator[_Exchange, None, None]:
+        """Agrees, then sends chunk after chunk."""
+        units, size = self.coder.units, chunk_units(self.coder)
+        with self.stream():
+            extra = self.coder.extra()
+            exchanges = [
+                _Exchange(self, begin, min(begin + size, units), None if begin else extra)
+                for begin in range(0, units, size)
+            ]
+            encoded = self._agree(exchanges[:1])
+            # Lengths travel while the next chunk is encoded.
+            ahead, announced = 1 if self.stage else 0, deque[_Exchange]()
+            for i, exchange in enumerate(exchanges):
+                if i >= encoded:
+                    exchange.encode()
+                exchange.announce()
+                announced.append(exchange)
+                if len(announced) > ahead:
+                    announced[0].send()
+                    yield announced.popleft()
+            for exchange in announced:
+                exchange.send()
+                yield exchange
+
+    def _agree(self, first: list[_Exchange]) -> int:
+        """Agrees, and exchanges prologues; returns how many chunks have been encoded meanwhile."""
+        prologues: list[Tensor] = []
+        # Where encoding changes nothing but buffers of its own, it hides the agreement's round
+        # trip. Otherwise a disagreement must leave everything as it was.
+        early = first if self.coder.repeatable else []
+
+        def meanwhile() -> None:
+            prologue = self.coder.prologue()
+            if prologue is not None:
+                prologues.append(prologue)
+            for exchange in [] if prologues else early:
+                exchange.encode()
+
+        try:
+            with self.series.member():
+                self.comm.agree(self.call, meanwhile)
+        except PydistError:
+            for exchange in early:
+                exchange.drop()
+            raise
+        if not prologues:
+            return len(early)
+        # Right behind the agreement, by the same thread: so it keeps its place among the calls.
+        everyones = self.share(prologues.pop())
+        self.coder.merge_prologue(everyones[:, wire.HEADER_BYTES :])
+        self.done(everyones)
+        return 0
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until all is decoded (on CUDA: makes the current stream wait)."""
+        await_future(self.future, self.call.name, timeout)
+        if self.stream.done is not None:
+            torch.cuda.current_stream(self.data_device).wait_event(self.stream.done)
+
+    def confirm(self) -> Confirmation | None:
+        """Tells the other ranks what was decoded here."""
+        # Shares differ by rank; everything else is the same everywhere.
+        same = self.route.reduces or not self.route.scatters
+        confirmation = self.comm.agreement.confirm(self.call, self._decoded if same else 0)
+        if confirmation is not None:
+            self.bytes_sent += confirmation.bytes_sent
+        return confirmation
+
+    def finish(self) -> None:
+        """Hands the flags of all ranks to the coder."""
+        with self.stream():
+            self.coder.finish(self.flags)
+
+    # ----------------------------------------------------------------- messages
+
+    def room(self, rows: int, size: int) -> Tensor:
+        """Memory for messages, where they are exchanged."""
+        if self.device.type == "cpu":
+            return self.comm.staging.take(rows, size)
+        return torch.empty((rows, size), dtype=torch.uint8, device=self.device)
+
+    def done(self, messages: Tensor) -> None:
+        """Lets others use the memory of messages (on a device torch itself does)."""
+        if self.device.type == "cpu":
+            self.comm.staging.give(messages)
+
+    def header(self, flags: Tensor) -> Tensor:
+        """A message's 16 bytes with this rank's flags."""
+        header = self._header.clone()
+        header[_FLAGS_AT] = flags[0]
+        return header
+
+    def seal(self, messages: Tensor) -> None:
+        """Puts checksums into messages that are about to be sent."""
+        if messages.device.type == "cpu":
+            message.seal(messages)
+
+    def check(self, received: Tensor, *, decoded: bool = False) -> None:
+        """Compares checksums and headers, and collects the flags of all ranks.
+
+        Args:
+            received: Messages, which are used right behind this.
+            decoded: They are what every rank decodes.
+
+        Raises:
+            ValueError: A message was damaged on its way, or did not come from an equal pydist.
+        """
+        headers = received[:, : wire.HEADER_BYTES]
+        if headers.is_cuda:  # agreed on the host before; comparing here would wait for the device
+            self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
+            return
+        damaged = message.first_damaged(received, self.call.digest)
+        if damaged is not None:
+            raise self._malformed(received, damaged, "its checksum is wrong")
+        table = headers.numpy().copy()
+        self.flags |= int(np.bitwise_or.reduce(table[:, _FLAGS_AT]))
+        if decoded:
+            self._decoded = zlib.crc32(table[:, _CHECKSUM].tobytes(), self._decoded)
+        table[:, _FLAGS_AT], table[:, _CHECKSUM] = 0, 0
+        expected = self._header.numpy().copy()
+        expected[_CHECKSUM] = 0
+        if not (table == expected).all():
+            row = int((table != expected).any(1).nonzero()[0][0])
+            header, _ = wire.unpack_header(table[row].tobytes())
+            raise self._malformed(received, row, str(header))
+
+    def _malformed(self, received: Tensor, row: int, what: str) -> ValueError:
+        ranks = self.comm.ranks
+        rank = ranks[row] if len(received) == len(ranks) else ranks[self.comm.rank]
+        _, reason = wire.unpack_header(received[row, : wire.HEADER_BYTES].numpy().tobytes())
+        return ValueError(f"malformed message from rank {rank}: {reason or what}")
+
+    def scatter(self, sent: Tensor) -> _Pending:
+        """Phase 1: row i goes to rank i."""
+        self._count("phase 1", sent.numel() - sent.shape[1])
+        if self.comm.world_size == 1:
+            return _Pending(None, sent, sent)
+        received = self.room(*sent.shape)
+        work = groups.all_to_all(received, sent, self.comm.first)
+        return _Pending(work, received, sent)
+
+    def share(self, prologue: Tensor) -> Tensor:
+        """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
+        sent = self.room(1, wire.HEADER_BYTES + prologue.numel())
+        sent[0, : wire.HEADER_BYTES] = self._header
+        sent[0, wire.HEADER_BYTES :] = prologue.to(self.device).view(-1)
+        self.seal(sent)
+        received = self.gather(sent, phase="prologue").wait()
+        if received is not sent:
+            self.done(sent)
+        self.check(received)
+        return received
+
+    def gather(self, sent: Tensor, *, second: bool = False, phase: str | None = None) -> _Pending:
+        """Everyone's message to everyone."""
+        n = self.comm.world_size
+        phase = phase or ("phase 2" if second else "phase 1")
+        self._count(phase, (n - 1) * sent.numel())
+        if n == 1:
+            return _Pending(None, sent, sent)
+        received = self.room(n, sent.numel())
+        group = self.comm.second if second else self.comm.first
+        work = groups.all_gather(received, sent, group)
+        return _Pending(work, received, sent)
+
+    def parcels(self, phase: str, head: int, units: int) -> Parcels:
+        """An exchange of rows that are shortened."""
+        assert self.stage is not None
+        return Parcels(self.comm, self.stage, phase, self.call, head, units, self._count)
+
+    def _count(self, phase: str, size: int) -> None:
+        self.comm.traffic.bytes_sent[phase] += size
+        self.bytes_sent += size
+
+
+def await_future(future: Future[None], name: str, timeout: float | None) -> None:
+    """Waits for a call; raises what it raised, or TimeoutError, naming it."""
+    try:
+        future.result(timeout)
+    except FutureTimeoutError as error:  # before Python 3.11 it was no TimeoutError
+        raise TimeoutError(f"{name} takes longer than {timeout} s") from error
+
+
+def wait_for(road: Road | None) -> contextlib.AbstractContextManager[None]:
+    """On CUDA: runs a block on the stream of a road, after its kernels."""
+    return contextlib.nullcontext() if road is None else road.stream()
+
+
+class _SideStream:
+    """Runs a job's kernels beside the caller's stream, after what the caller had enqueued.
+
+    Attributes:
+        done: On CUDA, recorded after the last kernel so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            self.done = torch.cuda.Event()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.done is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+            self.done.record(self._stream)
