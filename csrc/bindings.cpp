@@ -1,11 +1,11 @@
 // pydist._C, the table of contents. Raw addresses, sizes and a stream handle; no torch.
 // Arguments are checked in Python (pydist/kernels/checks.py); the GIL is released.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
+
+#include <pybind11/numpy.h>
 
 #include "cpu/driver.h"
 #include "cpu/float_mode.h"
-#include "cuda/launch.h"
 
 // Tests build the module a second time, with emulated CUDA, under another name. Its classes are
 // module-local so that both can be imported, and take each other's.
@@ -17,11 +17,6 @@ namespace py = pybind11;
 using namespace pydist;
 
 namespace {
-
-template <typename T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 LionPackArgs lion_pack_args(double beta1, double one_minus_beta1, double beta2,
                             double one_minus_beta2, uint32_t zero_bit, double inv_range,
@@ -123,378 +118,99 @@ TopKDecode topk_decode(const TopKFormat& format, uint64_t payload, int64_t strid
   return {format, at<const unsigned char>(payload), stride, ranks, divisor, clear};
 }
 
+template <auto make, typename T>
+void arguments(py::module_& m, const char* name) {
+  py::class_<T>(m, name, py::module_local()).def(py::init(make));
+}
+
+void apply_unless_skipped(const CpuRows& rows, int dtype, uint64_t planes,
+                          const LionApplyArgs& args, uint64_t skip, int threads) {
+  if (skip && *at<const uint32_t>(skip)) return;
+  cpu::lion_apply(rows.begin(), rows.count, DType(dtype), at<unsigned char>(planes), args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYDIST_MODULE, m) {
   m.doc() = "Kernels of pydist over raw addresses.";
   m.attr("WIRE_VERSION") = kWireVersion;
   m.attr("MAX_RANKS") = kMaxRanks;
-
-  py::class_<LionPackArgs>(m, "LionPackArgs", py::module_local()).def(py::init(&lion_pack_args));
-  py::class_<LionApplyArgs>(m, "LionApplyArgs", py::module_local()).def(py::init(&lion_apply_args));
-  py::class_<VoteArgs>(m, "VoteArgs", py::module_local()).def(py::init(&vote_args));
-  py::class_<Unpack>(m, "Unpack", py::module_local()).def(py::init(&unpack_args));
-
-  py::class_<BlockFormat>(m, "BlockFormat", py::module_local()).def(py::init(&cpu::block_format));
-  py::class_<EncodeArgs>(m, "EncodeArgs", py::module_local()).def(py::init(&encode_args));
-  py::class_<DecodeArgs>(m, "DecodeArgs", py::module_local()).def(py::init(&decode_args));
-  py::class_<SumArgs>(m, "SumArgs", py::module_local()).def(py::init(&sum_args));
-  py::class_<EliasArgs>(m, "EliasArgs", py::module_local()).def(py::init(&elias_args));
-
-  py::class_<TernaryScaleArgs>(m, "TernaryScaleArgs", py::module_local())
-      .def(py::init(&ternary_scale_args));
-  py::class_<TernaryPackArgs>(m, "TernaryPackArgs", py::module_local())
-      .def(py::init(&ternary_pack_args));
-  py::class_<TernarySource>(m, "TernarySource", py::module_local()).def(py::init(&ternary_source));
-  py::class_<TopKFormat>(m, "TopKFormat", py::module_local()).def(py::init(&topk_format));
-  py::class_<TopKEncode>(m, "TopKEncode", py::module_local()).def(py::init(&topk_encode));
-  py::class_<TopKDecode>(m, "TopKDecode", py::module_local()).def(py::init(&topk_decode));
-
+  m.def("address_of", [](const py::array& x) { return reinterpret_cast<uintptr_t>(x.data()); });
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("select_isa", &cpu::select_isa);
 
+  arguments<&lion_pack_args, LionPackArgs>(m, "LionPackArgs");
+  arguments<&lion_apply_args, LionApplyArgs>(m, "LionApplyArgs");
+  arguments<&vote_args, VoteArgs>(m, "VoteArgs");
+  arguments<&unpack_args, Unpack>(m, "Unpack");
+  arguments<&cpu::block_format, BlockFormat>(m, "BlockFormat");
+  arguments<&encode_args, EncodeArgs>(m, "EncodeArgs");
+  arguments<&decode_args, DecodeArgs>(m, "DecodeArgs");
+  arguments<&sum_args, SumArgs>(m, "SumArgs");
+  arguments<&elias_args, EliasArgs>(m, "EliasArgs");
+  arguments<&ternary_scale_args, TernaryScaleArgs>(m, "TernaryScaleArgs");
+  arguments<&ternary_pack_args, TernaryPackArgs>(m, "TernaryPackArgs");
+  arguments<&ternary_source, TernarySource>(m, "TernarySource");
+  arguments<&topk_format, TopKFormat>(m, "TopKFormat");
+  arguments<&topk_encode, TopKEncode>(m, "TopKEncode");
+  arguments<&topk_decode, TopKDecode>(m, "TopKDecode");
+
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   py::module_ c = m.def_submodule("cpu");
-  c.def(
-      "pack_signs",
-      [](uint64_t rows, int64_t n, int dtype, uint64_t payload, uint32_t zero_bit, uint64_t flags,
-         int threads) {
-        cpu::pack_signs(at<Row>(rows), n, DType(dtype), at<unsigned char>(payload), zero_bit,
-                        at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "lion_pack",
-      [](uint64_t rows, int64_t n, int grad, int momentum, uint64_t payload,
-         const LionPackArgs& args, uint64_t flags, int threads) {
-        cpu::lion_pack(at<Row>(rows), n, DType(grad), DType(momentum), at<unsigned char>(payload),
-                       args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "lion_apply",
-      [](uint64_t rows, int64_t n, int dtype, uint64_t planes, const LionApplyArgs& args,
-         uint64_t skip, int threads) {
-        if (skip && *at<const uint32_t>(skip)) return;
-        cpu::lion_apply(at<Row>(rows), n, DType(dtype), at<unsigned char>(planes), args, threads);
-      },
-      nogil);
-  c.def(
-      "unpack_votes",
-      [](uint64_t rows, int64_t n, int dtype, const Unpack& args, int threads) {
-        cpu::unpack_votes(at<Row>(rows), n, DType(dtype), args, threads);
-      },
-      nogil);
-  c.def(
-      "count_votes",
-      [](uint64_t rows, int64_t n, const VoteArgs& args, int threads) {
-        cpu::count_votes(at<Row>(rows), n, args, threads);
-      },
-      nogil);
-  c.def(
-      "majority_vote",
-      [](uint64_t rows, int64_t n, const VoteArgs& args, int threads) {
-        cpu::majority_vote(at<Row>(rows), n, args, threads);
-      },
-      nogil);
-  c.def(
-      "quantize",
-      [](uint64_t rows, int64_t n, int dtype, const EncodeArgs& args, uint64_t flags, int threads) {
-        cpu::quantize(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "quantize_feedback",
-      [](uint64_t rows, int64_t n, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
-         int threads) {
-        cpu::quantize_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
-                               at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "reduce_quantized",
-      [](uint64_t rows, int64_t n, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
-         int threads) {
-        cpu::reduce_quantized(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "dequantize",
-      [](uint64_t rows, int64_t n, int dtype, const DecodeArgs& args, int threads) {
-        cpu::dequantize(at<Row>(rows), n, DType(dtype), args, threads);
-      },
-      nogil);
-  c.def(
-      "sum_values",
-      [](uint64_t rows, int64_t n, int from, int to, const SumArgs& args, uint64_t flags,
-         int threads) {
-        cpu::sum_values(at<Row>(rows), n, DType(from), DType(to), args, at<uint32_t>(flags),
-                        threads);
-      },
-      nogil);
-  c.def(
-      "elias_encode",
-      [](uint64_t rows, int64_t n, const EliasArgs& args, int threads) {
-        cpu::elias_encode(at<Row>(rows), n, args, threads);
-      },
-      nogil);
-  c.def(
-      "elias_decode",
-      [](uint64_t rows, int64_t n, const EliasArgs& args, int threads) {
-        cpu::elias_decode(at<Row>(rows), n, args, threads);
-      },
-      nogil);
-
-  c.def(
-      "ternary_scale",
-      [](uint64_t rows, int64_t n, int dtype, const TernaryScaleArgs& args, uint64_t flags,
-         int threads) {
-        cpu::ternary_scale(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "ternary_pack",
-      [](uint64_t rows, int64_t n, int dtype, const TernaryPackArgs& args, uint64_t flags,
-         int threads) {
-        cpu::ternary_pack(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "ternary_sum",
-      [](uint64_t rows, int64_t n, const TernarySource& from, uint64_t out, uint64_t flags,
-         int threads) {
-        cpu::ternary_sum(at<Row>(rows), n, from, at<unsigned char>(out), at<uint32_t>(flags),
-                         threads);
-      },
-      nogil);
-  c.def(
-      "ternary_unpack",
-      [](uint64_t rows, int64_t n, int dtype, const TernarySource& from, uint64_t flags,
-         int threads) {
-        cpu::ternary_unpack(at<Row>(rows), n, DType(dtype), from, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "ternary_unpack_sums",
-      [](uint64_t rows, int64_t n, int dtype, const TernarySource& from, uint64_t flags,
-         int threads) {
-        cpu::ternary_unpack_sums(at<Row>(rows), n, DType(dtype), from, at<uint32_t>(flags),
-                                 threads);
-      },
-      nogil);
-
-  c.def(
-      "topk_select",
-      [](uint64_t rows, int64_t n, int dtype, const TopKEncode& args, uint64_t flags, int threads) {
-        cpu::topk_select(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "topk_feedback",
-      [](uint64_t rows, int64_t n, int dtype, int residual, const TopKEncode& args, uint64_t flags,
-         int threads) {
-        cpu::topk_feedback(at<Row>(rows), n, DType(dtype), DType(residual), args,
-                           at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "topk_reduce",
-      [](uint64_t rows, int64_t n, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
-         int threads) {
-        cpu::topk_reduce(at<Row>(rows), n, from, to, at<uint32_t>(flags), threads);
-      },
-      nogil);
-  c.def(
-      "topk_scatter",
-      [](uint64_t rows, int64_t n, int dtype, const TopKDecode& args, uint64_t flags, int threads) {
-        cpu::topk_scatter(at<Row>(rows), n, DType(dtype), args, at<uint32_t>(flags), threads);
-      },
-      nogil);
-
-  c.def(
-      "crc32c",
-      [](uint64_t data, int64_t n, uint32_t before) {
-        return cpu::crc32c(at<const unsigned char>(data), n, before);
-      },
-      nogil);
-  c.def(
-      "seal_messages",
-      [](uint64_t rows, int64_t n, int64_t stride, int64_t bytes) {
-        cpu::seal_messages(at<unsigned char>(rows), n, stride, bytes);
-      },
-      nogil);
-  c.def(
-      "first_damaged",
-      [](uint64_t rows, int64_t n, int64_t stride, int64_t bytes, uint32_t digest) {
-        return cpu::first_damaged(at<const unsigned char>(rows), n, stride, bytes, digest);
-      },
-      nogil);
+  c.def("pack_signs", on_cpu(&cpu::pack_signs), nogil);
+  c.def("lion_pack", on_cpu(&cpu::lion_pack), nogil);
+  c.def("lion_apply", &apply_unless_skipped, nogil);
+  c.def("unpack_votes", on_cpu(&cpu::unpack_votes), nogil);
+  c.def("count_votes", on_cpu(&cpu::count_votes), nogil);
+  c.def("majority_vote", on_cpu(&cpu::majority_vote), nogil);
+  c.def("quantize", on_cpu(&cpu::quantize), nogil);
+  c.def("quantize_feedback", on_cpu(&cpu::quantize_feedback), nogil);
+  c.def("reduce_quantized", on_cpu(&cpu::reduce_quantized), nogil);
+  c.def("dequantize", on_cpu(&cpu::dequantize), nogil);
+  c.def("sum_values", on_cpu(&cpu::sum_values), nogil);
+  c.def("elias_encode", on_cpu(&cpu::elias_encode), nogil);
+  c.def("elias_decode", on_cpu(&cpu::elias_decode), nogil);
+  c.def("ternary_scale", on_cpu(&cpu::ternary_scale), nogil);
+  c.def("ternary_pack", on_cpu(&cpu::ternary_pack), nogil);
+  c.def("ternary_sum", on_cpu(&cpu::ternary_sum), nogil);
+  c.def("ternary_unpack", on_cpu(&cpu::ternary_unpack), nogil);
+  c.def("ternary_unpack_sums", on_cpu(&cpu::ternary_unpack_sums), nogil);
+  c.def("topk_select", on_cpu(&cpu::topk_select), nogil);
+  c.def("topk_feedback", on_cpu(&cpu::topk_feedback), nogil);
+  c.def("topk_reduce", on_cpu(&cpu::topk_reduce), nogil);
+  c.def("topk_scatter", on_cpu(&cpu::topk_scatter), nogil);
+  c.def("crc32c", over_bytes(&cpu::crc32c), nogil);
+  c.def("seal_messages", over_bytes(&cpu::seal_messages), nogil);
+  c.def("first_damaged", over_bytes(&cpu::first_damaged), nogil);
 
 #if defined(PYDIST_CUDA)
-  // Rows are in device memory, or, where `rows` is 0, the one row given inline.
   m.attr("CUDA_BUILD") = cuda::build_description();
   py::module_ g = m.def_submodule("cuda");
   g.def("device_count", &cuda::device_count);
   g.def("device_name", &cuda::device_name);
-  g.def(
-      "pack_signs",
-      [](const cuda::Rows& rows, int dtype, uint64_t payload, uint32_t zero_bit, uint64_t flags,
-         uint64_t stream) {
-        cuda::pack_signs(rows, DType(dtype), at<unsigned char>(payload), zero_bit,
-                         at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "lion_pack",
-      [](const cuda::Rows& rows, int grad, int momentum, uint64_t payload, const LionPackArgs& args,
-         uint64_t flags, uint64_t stream) {
-        cuda::lion_pack(rows, DType(grad), DType(momentum), at<unsigned char>(payload), args,
-                        at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "lion_apply",
-      [](const cuda::Rows& rows, int dtype, uint64_t planes, const LionApplyArgs& args,
-         uint64_t skip, uint64_t stream) {
-        cuda::lion_apply(rows, DType(dtype), at<unsigned char>(planes), args,
-                         at<const uint32_t>(skip), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "unpack_votes",
-      [](const cuda::Rows& rows, int dtype, const Unpack& args, uint64_t stream) {
-        cuda::unpack_votes(rows, DType(dtype), args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "count_votes",
-      [](const cuda::Rows& rows, const VoteArgs& args, uint64_t stream) {
-        cuda::count_votes(rows, args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "majority_vote",
-      [](const cuda::Rows& rows, const VoteArgs& args, uint64_t stream) {
-        cuda::majority_vote(rows, args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "quantize",
-      [](const cuda::Rows& rows, int dtype, const EncodeArgs& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::quantize(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "quantize_feedback",
-      [](const cuda::Rows& rows, int dtype, int residual, const EncodeArgs& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::quantize_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
-                                at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "reduce_quantized",
-      [](const cuda::Rows& rows, const DecodeArgs& from, const EncodeArgs& to, uint64_t flags,
-         uint64_t stream) {
-        cuda::reduce_quantized(rows, from, to, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "dequantize",
-      [](const cuda::Rows& rows, int dtype, const DecodeArgs& args, uint64_t stream) {
-        cuda::dequantize(rows, DType(dtype), args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "sum_values",
-      [](const cuda::Rows& rows, int from, int to, const SumArgs& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::sum_values(rows, DType(from), DType(to), args, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "elias_encode",
-      [](const cuda::Rows& rows, const EliasArgs& args, uint64_t stream) {
-        cuda::elias_encode(rows, args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "elias_decode",
-      [](const cuda::Rows& rows, const EliasArgs& args, uint64_t stream) {
-        cuda::elias_decode(rows, args, at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "ternary_scale",
-      [](const cuda::Rows& rows, int dtype, const TernaryScaleArgs& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::ternary_scale(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "ternary_pack",
-      [](const cuda::Rows& rows, int dtype, const TernaryPackArgs& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::ternary_pack(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "ternary_sum",
-      [](const cuda::Rows& rows, const TernarySource& from, uint64_t out, uint64_t flags,
-         uint64_t stream) {
-        cuda::ternary_sum(rows, from, at<unsigned char>(out), at<uint32_t>(flags),
-                          at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "ternary_unpack",
-      [](const cuda::Rows& rows, int dtype, const TernarySource& from, uint64_t flags,
-         uint64_t stream) {
-        cuda::ternary_unpack(rows, DType(dtype), from, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "ternary_unpack_sums",
-      [](const cuda::Rows& rows, int dtype, const TernarySource& from, uint64_t flags,
-         uint64_t stream) {
-        cuda::ternary_unpack_sums(rows, DType(dtype), from, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "topk_select",
-      [](const cuda::Rows& rows, int dtype, const TopKEncode& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::topk_select(rows, DType(dtype), args, at<uint32_t>(flags), at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "topk_feedback",
-      [](const cuda::Rows& rows, int dtype, int residual, const TopKEncode& args, uint64_t flags,
-         uint64_t stream) {
-        cuda::topk_feedback(rows, DType(dtype), DType(residual), args, at<uint32_t>(flags),
-                            at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "topk_reduce",
-      [](const cuda::Rows& rows, const TopKDecode& from, const TopKEncode& to, uint64_t flags,
-         uint64_t room, int64_t slots, uint64_t stream) {
-        cuda::topk_reduce(rows, from, to, at<uint32_t>(flags), {at<float>(room), slots},
-                          at<void>(stream));
-      },
-      nogil);
-  g.def(
-      "topk_scatter",
-      [](const cuda::Rows& rows, int dtype, const TopKDecode& args, uint64_t flags, uint64_t room,
-         int64_t slots, uint64_t stream) {
-        cuda::topk_scatter(rows, DType(dtype), args, at<uint32_t>(flags), {at<float>(room), slots},
-                           at<void>(stream));
-      },
-      nogil);
-  py::class_<cuda::Rows>(g, "Rows", py::module_local())
-      .def(py::init<uint64_t, int64_t, int64_t, std::vector<int64_t>>());
+  g.def("pack_signs", on_cuda(&cuda::pack_signs), nogil);
+  g.def("lion_pack", on_cuda(&cuda::lion_pack), nogil);
+  g.def("lion_apply", on_cuda(&cuda::lion_apply), nogil);
+  g.def("unpack_votes", on_cuda(&cuda::unpack_votes), nogil);
+  g.def("count_votes", on_cuda(&cuda::count_votes), nogil);
+  g.def("majority_vote", on_cuda(&cuda::majority_vote), nogil);
+  g.def("quantize", on_cuda(&cuda::quantize), nogil);
+  g.def("quantize_feedback", on_cuda(&cuda::quantize_feedback), nogil);
+  g.def("reduce_quantized", on_cuda(&cuda::reduce_quantized), nogil);
+  g.def("dequantize", on_cuda(&cuda::dequantize), nogil);
+  g.def("sum_values", on_cuda(&cuda::sum_values), nogil);
+  g.def("elias_encode", on_cuda(&cuda::elias_encode), nogil);
+  g.def("elias_decode", on_cuda(&cuda::elias_decode), nogil);
+  g.def("ternary_scale", on_cuda(&cuda::ternary_scale), nogil);
+  g.def("ternary_pack", on_cuda(&cuda::ternary_pack), nogil);
+  g.def("ternary_sum", on_cuda(&cuda::ternary_sum), nogil);
+  g.def("ternary_unpack", on_cuda(&cuda::ternary_unpack), nogil);
+  g.def("ternary_unpack_sums", on_cuda(&cuda::ternary_unpack_sums), nogil);
+  g.def("topk_select", on_cuda(&cuda::topk_select), nogil);
+  g.def("topk_feedback", on_cuda(&cuda::topk_feedback), nogil);
+  g.def("topk_reduce", on_cuda(&cuda::topk_reduce), nogil);
+  g.def("topk_scatter", on_cuda(&cuda::topk_scatter), nogil);
 #else
   m.attr("CUDA_BUILD") = py::none();
 #endif

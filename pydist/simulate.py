@@ -33,7 +33,7 @@ from pydist.encoding.choose import (
 )
 from pydist.formats import wire
 from pydist.kernels import checks
-from pydist.kernels.operators import on_device_of
+from pydist.kernels.torch_tensors import on_device_of
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.exchange import chunk_units
 

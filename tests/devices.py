@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pydist import _C
-from pydist.kernels import operators
-from pydist.kernels.signs import Target
+from pydist.kernels import torch_tensors
+from pydist.kernels.launch import LaunchTarget
 from pydist.selfcheck import Bits
 
 GUARD = 0x5A
@@ -88,8 +88,8 @@ class OffsetMemory:
         """Its name."""
         return str(self._device)
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         """Where kernels run."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        return operators.target_of(torch.empty(0, device=self._device))
+        return torch_tensors.target_of(torch.empty(0, device=self._device))

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from guarded import guarded_bytes
-from ternary_doors import TernaryDoor
 
 from pydist import _C, arrays, ops
-from pydist.kernels.signs import LionOptions
-from pydist.selfcheck import Bits, assert_same_bits, storage_of
+from pydist.kernels.register import KERNELS
+from pydist.selfcheck import Bits, Runner, assert_same_bits
 
 try:
     import ml_dtypes
@@ -72,7 +71,7 @@ class Placed:
 
 
 @dataclasses.dataclass
-class Door(TernaryDoor):
+class Door(Runner):
     """One door, instruction set (emulated: order of threads), layout of arrays, CPU threads."""
 
     kind: str
@@ -82,7 +81,7 @@ class Door(TernaryDoor):
     separate: bool = False  # lion_pack_ with momentum_out
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"{self.kind} {self.isa} {self.layout} threads={self.threads}"
 
     @property
@@ -141,6 +140,38 @@ class Door(TernaryDoor):
 
     # ----------------------------------------------------------------- selfcheck.Runner
 
+    def run(self, name: str, *args: Any, **options: Any) -> Any:
+        """Calls a function on arrays between guard bytes; see ``selfcheck.Runner.run``."""
+        kernel = KERNELS[name]
+        separate = self.separate and name == "lion_pack_"
+        writes = set(kernel.writes) - ({"momentum"} if separate else set())
+        placed = {
+            key: self._place(key, x)
+            for key, x in [*zip(kernel.parameters, args, strict=False), *options.items()]
+            if isinstance(x, np.ndarray) and key != "segments"
+        }
+        if separate:
+            placed["momentum_out"] = self._place("momentum_out", np.zeros_like(args[1]))
+        given = dict(zip(kernel.parameters, args, strict=False)) | options
+        given |= {key: native for key, (_, native) in placed.items()}
+        if "dtype" in given:
+            given["dtype"] = self._dtype(given["dtype"])
+        if given.get("segments") is not None:
+            given["segments"] = self.native(given["segments"])
+        if "flags" in writes:
+            flags, given["flags"] = self._flags()
+        try:
+            result = self.call(name, **given)
+        finally:
+            for key in placed.keys() - writes:
+                placed[key][0].unchanged()
+        found = [result] if kernel.result is not None else []
+        changed = placed.keys() & writes
+        found += [placed[key][0].result() for key in kernel.parameters if key in changed]
+        if "flags" in writes:
+            found.append(self._raised(flags))
+        return found[0] if len(found) == 1 else tuple(found)
+
     def _place(self, what: str, bits: Bits) -> tuple[Placed, Any]:
         guard_page = self.kind == "emulated" and not self.isa.endswith("1")
         placed = Placed(what, np.ascontiguousarray(bits), self.layout, guard_page=guard_page)
@@ -155,214 +186,7 @@ class Door(TernaryDoor):
         assert flags[0] & PRESET_FLAG, "a flag that was there before is gone"
         return int(flags[0]) & ~PRESET_FLAG
 
-    def pack_signs(self, x: Bits, *, zero_bit: int, segments: Any) -> tuple[Any, int]:
-        placed, native = self._place("x", x)
-        flags, native_flags = self._flags()
-        payload = self.call(
-            "pack_signs", native,
-            zero_bit=zero_bit, flags=native_flags, segments=self.native(segments),
-        )  # fmt: skip
-        placed.unchanged()
-        return payload, self._raised(flags)
-
     def _dtype(self, storage: str) -> Any:
         if self.kind == "torch":
             return getattr(torch, storage)
         return ml_dtypes.bfloat16 if storage == "bfloat16" else storage
-
-    def unpack_votes(self, planes: Any, n: int, *, ranks: Any, mean: bool, storage: str) -> Any:
-        placed, native = self._place("planes", planes)
-        dtype = self._dtype(storage)
-        values = self.call("unpack_votes", native, n, ranks=ranks, mean=mean, dtype=dtype)
-        placed.unchanged()
-        return values
-
-    def count_votes(self, payloads: Any) -> Any:
-        placed, native = self._place("payloads", payloads)
-        planes = self.call("count_votes", native)
-        placed.unchanged()
-        return planes
-
-    def majority_vote(
-        self, payloads: Any, *, ties: str, seed: int, step: int, n: Any, segments: Any
-    ) -> Any:
-        placed, native = self._place("payloads", payloads)
-        planes = self.call(
-            "majority_vote", native,
-            ties=ties, seed=seed, step=step, n=n, segments=self.native(segments),
-        )  # fmt: skip
-        placed.unchanged()
-        return planes
-
-    def lion_pack(
-        self, grad: Bits, momentum: Bits, options: LionOptions, segments: Any
-    ) -> tuple[Any, Bits, int]:
-        g, native_g = self._place("grad", grad)
-        m, native_m = self._place("momentum", momentum)
-        out, native_out = self._place("momentum_out", np.zeros_like(momentum))
-        flags, native_flags = self._flags()
-        payload = self.call(
-            "lion_pack_", native_g, native_m,
-            momentum_out=native_out if self.separate else None, flags=native_flags,
-            segments=self.native(segments), **dataclasses.asdict(options),
-        )  # fmt: skip
-        g.unchanged()
-        if self.separate:
-            m.unchanged()
-        return payload, (out if self.separate else m).result(), self._raised(flags)
-
-    def lion_apply(
-        self, param: Bits, planes: Any, *, lr: float, weight_decay: float, ranks: Any
-    ) -> Bits:
-        x, native_x = self._place("param", param)
-        p, native_p = self._place("planes", planes)
-        self.call("lion_apply_", native_x, native_p, lr=lr, weight_decay=weight_decay, ranks=ranks)
-        p.unchanged()
-        assert storage_of(x.bits) == storage_of(param)
-        return x.result()
-
-    def sum_values(self, values: Bits, *, mean: bool, storage: str) -> tuple[Bits, int]:
-        placed, native = self._place("values", values)
-        flags, native_flags = self._flags()
-        out = self.call(
-            "sum_values", native, mean=mean, dtype=self._dtype(storage), flags=native_flags
-        )
-        placed.unchanged()
-        return out, self._raised(flags)
-
-    # ----------------------------------------------------------------- selfcheck.BlockRunner
-
-    def _encode(
-        self, function: str, args: list[Any], options: Any, segments: Any, **more: Any
-    ) -> tuple[Any, int]:
-        flags, native_flags = self._flags()
-        payload = self.call(
-            function, *args, **more, flags=native_flags,
-            segments=self.native(segments), **dataclasses.asdict(options),
-        )  # fmt: skip
-        return payload, self._raised(flags)
-
-    def quantize(self, x: Bits, form: Any, options: Any, segments: Any) -> tuple[Any, int]:
-        placed, native = self._place("x", x)
-        result = self._encode("quantize", [native, Codec(form)], options, segments)
-        placed.unchanged()
-        return result
-
-    def quantize_feedback(
-        self, x: Bits, residual: Bits, form: Any, options: Any, segments: Any
-    ) -> tuple[Any, Bits, int]:
-        placed, native = self._place("x", x)
-        kept, native_kept = self._place("residual", residual)
-        args = [native, native_kept, Codec(form)]
-        payload, flags = self._encode("quantize_feedback_", args, options, segments)
-        placed.unchanged()
-        return payload, kept.result(), flags
-
-    def reduce_quantized(
-        self, payloads: Any, n: int, form: Any, options: Any, *, mean: bool, segments: Any
-    ) -> tuple[Any, int]:
-        placed, native = self._place("payloads", payloads)
-        args = [native, Codec(form), n]
-        result = self._encode("reduce_quantized", args, options, segments, mean=mean)
-        placed.unchanged()
-        return result
-
-    def sum_quantized(
-        self, payloads: Any, n: int, form: Any, *, mean: bool, storage: str, segments: Any
-    ) -> Any:
-        placed, native = self._place("payloads", payloads)
-        values = self.call(
-            "sum_quantized", native, Codec(form), n,
-            mean=mean, dtype=self._dtype(storage), segments=self.native(segments),
-        )  # fmt: skip
-        placed.unchanged()
-        return values
-
-    # ----------------------------------------------------------------- selfcheck.EliasRunner
-
-    def elias_encode(self, payload: Any, n: int, form: Any, segments: Any) -> Any:
-        return self._coded("elias_encode", payload, n, form, segments)
-
-    def elias_decode(self, payload: Any, n: int, form: Any, segments: Any) -> Any:
-        return self._coded("elias_decode", payload, n, form, segments)
-
-    def _coded(self, function: str, payload: Any, n: int, form: Any, segments: Any) -> Any:
-        placed, native = self._place("payload", payload)
-        segments = self.native(segments)
-        try:
-            return self.call(function, native, Codec(form), n, segments=segments)
-        finally:
-            placed.unchanged()
-
-    # ----------------------------------------------------------------- selfcheck.TopKRunner
-
-    def _with_flags(self, function: str, *args: Any, **more: Any) -> tuple[Any, int]:
-        flags, native_flags = self._flags()
-        segments = self.native(more.pop("segments"))
-        result = self.call(function, *args, **more, segments=segments, flags=native_flags)
-        return result, self._raised(flags)
-
-    def topk_select(self, x: Bits, form: Any, order: Any, segments: Any) -> tuple[Any, int]:
-        placed, native = self._place("x", x)
-        result = self._with_flags(
-            "topk_select", native, TopKCodec(form), segments=segments, **dataclasses.asdict(order)
-        )
-        placed.unchanged()
-        return result
-
-    def topk_feedback(
-        self, x: Bits, residual: Bits, form: Any, order: Any, segments: Any
-    ) -> tuple[Any, Bits, int]:
-        placed, native = self._place("x", x)
-        kept, native_kept = self._place("residual", residual)
-        payload, flags = self._with_flags(
-            "topk_feedback_", native, native_kept, TopKCodec(form), segments=segments,
-            **dataclasses.asdict(order),
-        )  # fmt: skip
-        placed.unchanged()
-        return payload, kept.result(), flags
-
-    def topk_reduce(
-        self, payloads: Any, n: int, form: Any, order: Any, *, mean: bool, segments: Any
-    ) -> tuple[Any, int]:
-        placed, native = self._place("payloads", payloads)
-        result = self._with_flags(
-            "topk_reduce", native, TopKCodec(form), n, mean=mean, segments=segments,
-            **dataclasses.asdict(order),
-        )  # fmt: skip
-        placed.unchanged()
-        return result
-
-    def topk_scatter(
-        self, payloads: Any, n: int, form: Any, *, mean: bool, storage: str, segments: Any
-    ) -> tuple[Any, int]:
-        placed, native = self._place("payloads", payloads)
-        result = self._with_flags(
-            "topk_scatter", native, TopKCodec(form), n,
-            mean=mean, dtype=self._dtype(storage), segments=segments,
-        )  # fmt: skip
-        placed.unchanged()
-        return result
-
-    def topk_clear(self, x: Bits, payload: Any, form: Any, segments: Any) -> tuple[Bits, int]:
-        placed, native = self._place("payload", payload)
-        changed, native_x = self._place("x", x)
-        _, flags = self._with_flags(
-            "topk_clear_", native_x, native, TopKCodec(form), segments=segments
-        )
-        placed.unchanged()
-        return changed.result(), flags
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec:
-    """A codec of any format."""
-
-    block_format: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class TopKCodec:
-    """A codec of any top-k format."""
-
-    topk_format: Any

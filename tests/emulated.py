@@ -20,9 +20,9 @@ import pytest
 from guarded import guarded, guarded_bytes
 
 from pydist import selfcheck
-from pydist.kernels import array_backends
-from pydist.kernels.checks import View
-from pydist.kernels.signs import Target
+from pydist.kernels import libraries
+from pydist.kernels.checks import ArrayInfo
+from pydist.kernels.launch import LaunchTarget
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("PYDIST_EMULATED", ROOT / "build" / "emulation"))
@@ -100,8 +100,6 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(MODULE.cuda, name)
-        if name == "Rows":
-            return function
 
         def counted(*args: Any) -> None:
             LAUNCHED[name] += 1
@@ -114,7 +112,7 @@ class _Module:
     cuda = _Counted()
 
 
-def target() -> Target:
+def target() -> LaunchTarget:
     """Where emulated kernels run: device memory is the host's, a stream is order only."""
 
     def upload(rows: Any) -> tuple[int, object]:
@@ -125,7 +123,7 @@ def target() -> Target:
         room = _GuardedNumPy.empty(size, np.uint8)
         return room.__array_interface__["data"][0], room
 
-    return Target(stream=0, upload=upload, scratch=scratch, module=_Module)
+    return LaunchTarget(stream=0, upload=upload, scratch=scratch, module=_Module)
 
 
 class Memory(selfcheck.HostMemory):
@@ -143,7 +141,7 @@ class Memory(selfcheck.HostMemory):
     def device(self) -> str:
         return "cuda:0"
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         assert EMULATOR is not None
         EMULATOR.configure(self.seed)
         return target()
@@ -166,20 +164,23 @@ class _GuardedNumPy:
         fresh[...] = 0
         return fresh
 
+    may_share_memory = staticmethod(np.may_share_memory)
+
     @staticmethod
     def ascontiguousarray(x: Any) -> Any:
         return x if x.flags.c_contiguous else guarded(np.ascontiguousarray(x), at_end=True)
 
 
-class _Arrays(array_backends.NumPy):
+class _Arrays(libraries.NumPy):
     """NumPy arrays as if they were in device memory."""
 
     module = _GuardedNumPy
 
-    def view(self, name: str, x: Any) -> View:
-        return View(name, x.__array_interface__["data"][0], tuple(x.shape), x.dtype.name, "cuda:0")
+    def info(self, name: str, x: Any, *, written: bool = False) -> ArrayInfo:
+        info = super().info(name, x, written=written)
+        return ArrayInfo(name, info.address, x.shape, info.dtype, "cuda:0", x)
 
-    def target(self, threads: int | None) -> Target:
+    def target(self, x: Any, threads: int | None) -> LaunchTarget:
         return target()
 
 
@@ -188,7 +189,7 @@ def running(seed: int) -> Iterator[None]:
     """Within it, `pydist.arrays` runs NumPy arrays through the emulated kernels."""
     assert EMULATOR is not None
     EMULATOR.configure(seed)
-    with mock.patch.object(array_backends, "NumPy", _Arrays):
+    with mock.patch.dict(libraries.LIBRARIES, {np.ndarray: _Arrays()}):
         yield
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from bitwise import assert_same_bits
-from doors import DOOR_GROUPS, Codec, Door
+from doors import DOOR_GROUPS, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pydist import _C, BlockFloat, BlockInt, Sign, ops
 from pydist.formats import blocks, wire
 from pydist.formats.blocks import BlockFormat
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.reference import blocks as reference
 from pydist.selfcheck import blocks as cases
 from pydist.selfcheck import store
@@ -228,16 +228,14 @@ def test_gaps_are_zero_in_memory_that_was_used(door: Door) -> None:
     expected, _ = reference.quantize(x, form, segments=table)
     out = np.full(expected.size, 0xA5, dtype=np.uint8)
     native = door.native(out)
-    got = door.call(
-        "quantize", door.native(x), Codec(form), segments=door.native(table), out=native
-    )
+    got = door.call("quantize", door.native(x), form, segments=door.native(table), out=native)
     assert_same_bits(np.asarray(got), expected, "payload")
     assert_same_bits(out, expected, "out")
 
 
 def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
     """What collectives rely on: rows cut at blocks, codes and scales at places of their own."""
-    from pydist.kernels import signs as kernels
+    from pydist.kernels.launch import launch
     from pydist.selfcheck.backends import HostMemory
 
     form, options = BlockFormat("levels", 3, 64, "l2", True), EncodeOptions(seed=4, rank=2, step=9)
@@ -255,7 +253,7 @@ def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
         got_scales = np.zeros(4 * (min(end, 9) - begin), dtype=np.uint8)
         args = options.native(form, got.ctypes.data, got_scales.ctypes.data, got.size)
         target = HostMemory("scalar").target()
-        kernels.launch(target, "quantize", part, 0, args, 0, unit=form.block)
+        launch(target, "quantize", part, 0, args, 0, unit=form.block)
         assert_same_bits(got, codes[here], f"codes of blocks {begin} to {end}")
         assert_same_bits(got_scales, scales[4 * begin : 4 * min(end, 9)], "scales")
 

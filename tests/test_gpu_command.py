@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pydist import _C
-from pydist.kernels import signs as kernels
+from pydist.kernels.launch import launch
 
 BENCH = Path(__file__).parent.parent / "bench"
 MODULES = ("steps", "facts", "plan", "counters", "hook", "report", "kernel_pass", "kernel_model",
@@ -431,7 +431,6 @@ def test_every_kernel_is_in_the_pass(
     kernel_pass: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     called: set[str] = set()
-    launch = kernels.launch
 
     def noted(target: Any, kernel: str, *args: Any, **options: Any) -> None:
         called.add(kernel)

@@ -9,7 +9,7 @@ from doors import DOOR_GROUPS, HOST_DOORS, Door
 
 from pydist import selfcheck
 from pydist.formats import wire
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.lion import LionOptions
 from pydist.reference import signs as reference
 from pydist.selfcheck import cases
 

@@ -234,7 +234,7 @@ def test_out_that_may_not_be_written() -> None:
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):
         arrays.pack_signs(np.ones(3, dtype=np.float32), out=out)
-    with pytest.raises(TypeError, match="out must be a NumPy or CuPy array, got list"):
+    with pytest.raises(TypeError, match="out must be a tensor, or a NumPy or CuPy array, got list"):
         arrays.pack_signs(np.ones(3, dtype=np.float32), out=[0] * 4)
 
 

@@ -11,10 +11,8 @@ import torch
 from guarded import guarded
 from wrong import BETAS, Arrays
 
+from pydist import arrays, ops
 from pydist.formats import wire
-from pydist.kernels import signs as kernels
-from pydist.kernels.checks import View
-from pydist.kernels.signs import LionOptions
 from pydist.reference import signs as reference
 
 N = 1001
@@ -65,7 +63,6 @@ def test_wrong_steps(a: Arrays, what: str, call: Any) -> None:
 
 
 def test_a_step_on_another_device() -> None:
-    from pydist import ops
 
     votes = torch.zeros(2, 4, dtype=torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match="meta"):
@@ -77,36 +74,26 @@ def test_a_step_on_another_device() -> None:
 )
 def test_cuda_kernels_read_it_where_it_lies(seed: int) -> None:
     """Emulated: the launch carries the step's address, so what is there at the time counts."""
-    assert emulated.EMULATOR is not None
-    emulated.EMULATOR.configure(seed)
-
-    def view(name: str, x: Any) -> View:
-        return View(name, x.__array_interface__["data"][0], x.shape, x.dtype.name, "cuda:0")
 
     def put(x: Any) -> Any:
         return guarded(np.asarray(x), at_end=True)
 
-    target, rng = emulated.target(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     size = wire.payload_bytes(N)
     payloads = put(rng.integers(0, 256, (4, size), dtype=np.uint8))
     grad = put(rng.standard_normal(N).astype(np.float32))
     step = put(np.zeros(1, dtype=np.int64))
-    options = LionOptions(**BETAS, binarization_range=1.0, seed=2, rank=1)
+    options = {**BETAS, "binarization_range": 1.0, "seed": 2, "rank": 1}
     for now in (5, 6, 2**40 + 3):
         step[0] = now
         planes, ballot = put(np.zeros((1, size), np.uint8)), put(np.zeros(size, np.uint8))
-        kernels.majority_vote(
-            target, view("payloads", payloads), view("out", planes),
-            ties="hash", seed=3, step=view("step", step), n=N, segments=None,
-        )  # fmt: skip
+        with emulated.running(seed):
+            arrays.majority_vote(payloads, seed=3, step=step, n=N, out=planes)
         expected = reference.majority_vote(payloads, ties="hash", seed=3, step=now, n=N)
         assert (planes == expected).all()
         kept = put(np.zeros(N, np.float32))
-        momentum = view("momentum", kept)
-        kernels.lion_pack(
-            target, view("grad", grad), momentum, momentum, view("out", ballot), options,
-            flags=None, segments=None, step=view("step", step),
-        )  # fmt: skip
+        with emulated.running(seed):
+            arrays.lion_pack_(grad, kept, **options, step=step, out=ballot)
         wanted = reference.lion_pack(
             grad, np.zeros(N), **BETAS, binarization_range=1.0, seed=2, rank=1, step=now
         )

@@ -16,7 +16,7 @@ from wrong import Arrays
 import pydist
 from pydist import Ternary, arrays, ops
 from pydist.formats import ternary, wire
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.reference import ternary as reference
 from pydist.selfcheck import store, widen
 from pydist.selfcheck import ternary as cases

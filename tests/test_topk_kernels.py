@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 from bitwise import assert_same_bits
-from doors import DOOR_GROUPS, Door, TopKCodec
+from doors import DOOR_GROUPS, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist.formats import blocks, wire
+from pydist.formats import blocks, topk, wire
 from pydist.formats.topk import TopKFormat
-from pydist.kernels import signs as kernels
-from pydist.kernels import topk_kernels
+from pydist.kernels.launch import launch
+from pydist.kernels.topk import encode_args
 from pydist.reference import topk as reference
 from pydist.selfcheck import topk as cases
 from pydist.selfcheck.backends import HostMemory
-from pydist.selfcheck.topk_backend import Order
+from pydist.selfcheck.runner import Order
 
 LENGTHS = (0, 1, 7, 31, 32, 33, 63, 65, 1001)
 # An emulated thread block costs as much as thousands of elements on the CPU.
@@ -239,7 +239,7 @@ def test_gaps_are_zero_in_memory_that_was_used(door: Door) -> None:
     expected, _ = reference.select(x, form, segments=table)
     out = np.full(expected.size, 0xA5, dtype=np.uint8)
     got = door.call(
-        "topk_select", door.native(x), TopKCodec(form), segments=door.native(table),
+        "topk_select", door.native(x), form, segments=door.native(table),
         out=door.native(out),
     )  # fmt: skip
     assert_same_bits(np.asarray(got), expected, "payload")
@@ -259,11 +259,8 @@ def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
         part[:, wire.WORD] -= begin
         here = slice(begin * form.block_bytes, min(end * form.block_bytes, whole.size))
         got = np.full(here.stop - here.start, 0xA5, dtype=np.uint8)
-        native = topk_kernels.native_format(form)
-        args = topk_kernels._C.TopKEncode(native, got.ctypes.data, got.size, 4, 9, 0)
-        kernels.launch(
-            HostMemory("scalar").target(), "topk_select", part, 0, args, 0, unit=form.block
-        )
+        args = encode_args(form, got.ctypes.data, got.size, seed=4, step=9)
+        launch(HostMemory("scalar").target(), "topk_select", part, 0, args, 0, unit=form.block)
         assert_same_bits(got, whole[here], f"blocks {begin} to {end}")
 
 
@@ -276,7 +273,7 @@ def decoded(door: Door, payload: Any, n: int, form: TopKFormat) -> tuple[Any, bo
     flags = np.zeros(1, dtype=np.int32)
     try:
         door.call(
-            "topk_scatter", door.native(payload[None]), TopKCodec(form), n,
+            "topk_scatter", door.native(payload[None]), form, n,
             out=door.native(out), flags=door.native(flags),
         )  # fmt: skip
     except ValueError as error:
@@ -306,7 +303,7 @@ def test_malformed_payloads(door: Door, density: float, values: str) -> None:
     changed += [np.zeros_like(payload), np.full_like(payload, 0xFF)]
     refused = 0
     for wrong in changed:
-        reason = reference.malformed(wrong[None], form, n)
+        reason = topk.malformed(wrong[None], form, n)
         got, malformed = decoded(door, wrong, n, form)
         assert malformed == (reason is not None), reason
         refused += malformed
@@ -322,7 +319,7 @@ def test_malformed_payloads_of_several_ranks(door: Door) -> None:
     bad = good.copy()
     bad[form.block_bytes + form.block_bytes - 1] ^= 0x80  # in the second block
     payloads = np.stack([good, bad, good])
-    call = ("topk_reduce", door.native(payloads), TopKCodec(form), n)
+    call = ("topk_reduce", door.native(payloads), form, n)
     if door.kind != "emulated":
         with pytest.raises(ValueError, match="malformed top-k payload: row 1, block 1: "):
             door.call(*call)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pydist import selfcheck
 from pydist.formats import wire
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.lion import LionOptions
 from pydist.reference import signs as reference
 from pydist.selfcheck import cases
 

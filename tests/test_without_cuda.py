@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +10,15 @@ import pytest
 import torch
 
 from pydist import _C, QSGD, BlockInt, Ternary, TopK, arrays, cli, ops, selfcheck
-from pydist.kernels import array_backends
-from pydist.kernels.checks import View
-from pydist.kernels.signs import Target
+from pydist.kernels import libraries, torch_tensors
+from pydist.kernels.checks import ArrayInfo
+from pydist.kernels.launch import LaunchTarget
 from pydist.selfcheck import cases
 
 SAYS = "on a CUDA device, but pydist was built without CUDA"
 
 
-def target() -> Target:
+def target() -> LaunchTarget:
     """A stream on a device, and a module that has the CPU's kernels alone."""
 
     def memory(size: int) -> tuple[int, Any]:
@@ -27,14 +26,14 @@ def target() -> Target:
         return room.__array_interface__["data"][0], room
 
     module = SimpleNamespace(cpu=_C.cpu)
-    return Target(stream=0, upload=lambda rows: (0, rows), scratch=memory, module=module)
+    return LaunchTarget(stream=0, upload=lambda rows: (0, rows), scratch=memory, module=module)
 
 
 class DeviceMemory(selfcheck.HostMemory):
     def device(self) -> str:
         return "cuda:0"
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         return target()
 
 
@@ -63,18 +62,15 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_both_front_ends(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("pydist.") and hasattr(module, "target_of"):
-            monkeypatch.setattr(module, "target_of", lambda x: target())
+    class OnDevice(libraries.NumPy):
+        def info(self, name: str, x: Any, *, written: bool = False) -> ArrayInfo:
+            return ArrayInfo(name, x.ctypes.data, x.shape, x.dtype.name, "cuda:0", x)
 
-    class OnDevice(array_backends.NumPy):
-        def view(self, name: str, x: Any) -> View:
-            return View(name, x.ctypes.data, x.shape, x.dtype.name, "cuda:0")
-
-        def target(self, threads: int | None) -> Target:
+        def target(self, x: Any, threads: int | None) -> LaunchTarget:
             return target()
 
-    monkeypatch.setattr(array_backends, "NumPy", OnDevice)
+    monkeypatch.setattr(torch_tensors.Torch, "target", lambda self, x, threads: target())
+    monkeypatch.setitem(libraries.LIBRARIES, np.ndarray, OnDevice())
     x, u8 = torch.ones(N), torch.zeros(1024, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=SAYS):
         CALLS[call](ops, x, u8)

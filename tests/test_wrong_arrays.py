@@ -9,12 +9,10 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import ops
+from pydist import arrays, ops
 from pydist.formats import wire
-from pydist.kernels import checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.checks import View
-from pydist.kernels.signs import LionOptions
+from pydist.kernels import checks, libraries
+from pydist.kernels.checks import ArrayInfo
 
 # --------------------------------------------------------------------------- overlap
 
@@ -64,31 +62,31 @@ def test_wrong_input_changes_nothing(a: Arrays) -> None:
 # --------------------------------------------------------------------------- devices
 
 
-def test_devices_must_be_the_same() -> None:
-    """Below the doors, since this machine may have one device only."""
+def test_devices_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NumPy arrays some of which pretend, since this machine may have one device only."""
+    there: list[Any] = []
 
-    def view(name: str, dtype: str, *shape: int, device: str = "cpu") -> View:
-        return View(name, 2**40 + 4096 * len(name), shape, dtype, device)
+    class TwoDevices(libraries.NumPy):
+        def info(self, name: str, x: Any, *, written: bool = False) -> ArrayInfo:
+            device = "cuda:1" if any(x is y for y in there) else "cpu"
+            return ArrayInfo(name, x.ctypes.data, x.shape, x.dtype.name, device, x)
 
-    there = "cuda:1"
-    target, x = kernels.Target(), view("x", "float32", 4)
-    payload = view("payload", "uint8", 4)
+    def far(*shape: int, dtype: str = "float32") -> Any:
+        there.append(np.zeros(shape, dtype=dtype))
+        return there[-1]
+
+    monkeypatch.setitem(libraries.LIBRARIES, np.ndarray, TwoDevices())
+    x, momentum = np.ones(4, dtype=np.float32), np.ones(4, dtype=np.float32)
     with pytest.raises(ValueError, match="flags is on cuda:1, x on cpu"):
-        kernels.pack_signs(
-            target, x, payload, zero_bit=1, segments=None,
-            flags=view("flags", "int32", 1, device=there),
-        )  # fmt: skip
+        arrays.pack_signs(x, flags=far(1, dtype="int32"))
+    with pytest.raises(ValueError, match="out is on cuda:1, x on cpu"):
+        arrays.pack_signs(x, out=far(4, dtype="uint8"))
     with pytest.raises(ValueError, match="momentum is on cuda:1, grad on cpu"):
-        kernels.lion_pack(
-            target, view("grad", "float32", 4), view("momentum", "float32", 4, device=there),
-            view("momentum_out", "float32", 4), payload, LionOptions(**BETAS),
-            flags=None, segments=None,
-        )  # fmt: skip
+        arrays.lion_pack_(x, far(4), **BETAS)
+    with pytest.raises(ValueError, match="momentum is on cuda:1, grad on cpu"):
+        arrays.lion_pack_(x, far(4), **BETAS, momentum_out=momentum)
     with pytest.raises(ValueError, match="planes is on cuda:1, param on cpu"):
-        kernels.lion_apply(
-            target, view("param", "float32", 4), view("planes", "uint8", 1, 4, device=there),
-            lr=0.1, weight_decay=0.0, ranks=None, skip=None, segments=None,
-        )  # fmt: skip
+        arrays.lion_apply_(x, far(1, 4, dtype="uint8"), lr=0.1)
 
 
 META = {
@@ -117,9 +115,7 @@ def test_tensors_without_a_kernel() -> None:
 
 
 def test_other_kinds_of_array() -> None:
-    from pydist import arrays
-
-    for wrong in ([1.0], torch.ones(3), 1.0):
+    for wrong in ([1.0], "text", 1.0):
         with pytest.raises(TypeError, match=rf"x must be .* got {type(wrong).__name__}"):
             arrays.pack_signs(wrong)
     with pytest.raises(TypeError, match="flags must be .* got list"):
@@ -127,8 +123,6 @@ def test_other_kinds_of_array() -> None:
 
 
 def test_read_only_arrays_are_not_written() -> None:
-    from pydist import arrays
-
     def frozen(array: Any) -> Any:
         array.flags.writeable = False
         return array
@@ -144,8 +138,6 @@ def test_read_only_arrays_are_not_written() -> None:
 
 
 def test_read_only_flags_are_not_written() -> None:
-    from pydist import arrays
-
     flags = np.zeros(1, dtype=np.int32)
     flags.flags.writeable = False
     with pytest.raises(ValueError, match="flags is read-only"):
@@ -153,8 +145,6 @@ def test_read_only_flags_are_not_written() -> None:
 
 
 def test_arrays_of_the_other_byte_order() -> None:
-    from pydist import arrays
-
     x = np.array([1, -1], dtype=">f4")
     with pytest.raises(TypeError, match="x"):
         arrays.pack_signs(x)

@@ -147,7 +147,8 @@ class Waits:
             return
         name = threading.current_thread().name
         where = name if name.startswith("pydist-") else "calling thread"
-        file = "/".join(Path(filename).parts[-2:])
+        parts = Path(filename).parts
+        file = "/".join(parts[parts.index("pydist") :] if "pydist" in parts else parts[-2:])
         self.found[f"{file}:{lineno}, {where}"] += 1
 
 

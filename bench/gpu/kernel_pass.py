@@ -22,7 +22,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 from pydist import _C, environment, selfcheck
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.lion import LionOptions
 from pydist.selfcheck import HostMemory, KernelRunner, backends, cases
 from pydist.selfcheck import blocks as block_cases
 from pydist.selfcheck import elias as elias_cases

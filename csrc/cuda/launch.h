@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "../cpu/kernels.h"
 
@@ -20,9 +19,6 @@ struct Rows {
   int64_t count;     // rows; 0 with no table is an empty tensor
   int64_t words;     // payload words of all rows together (the work there is)
   Row only;
-
-  Rows(uint64_t table_address, int64_t n_rows, int64_t total_words,
-       const std::vector<int64_t>& inline_row);
 };
 
 std::string build_description();  // CUDA version and the architectures compiled for

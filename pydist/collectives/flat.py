@@ -29,7 +29,7 @@ from pydist.encoding.choose import (
 from pydist.errors import PydistError
 from pydist.formats import wire
 from pydist.kernels import checks
-from pydist.kernels.operators import check_storage, dense_of, written
+from pydist.kernels.torch_tensors import check_storage, dense_of, written
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.communicator import Call, Communicator, communicator, counter_of
 from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Road, Route, choose_algorithm

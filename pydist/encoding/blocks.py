@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.formats import wire
 from pydist.formats.blocks import SCALE_BYTES, BlockFormat
-from pydist.kernels import block_kernels, checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.block_kernels import EncodeOptions
-from pydist.kernels.operators import target_of
+from pydist.kernels import block_formats, checks
+from pydist.kernels.block_formats import EncodeOptions
+from pydist.kernels.launch import LaunchTarget, launch
+from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import NoPrologue, Stage, Worker, spans, spoil
 
 
@@ -55,7 +54,7 @@ class BlockCoder(NoPrologue):
         self.unit_bytes = form.block_bytes + SCALE_BYTES
         self.result = result
         self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
-        self._cpu = kernels.Target(threads=worker.threads)
+        self._cpu = LaunchTarget(threads=worker.threads)
         self._divisor = worker.divisor if mean else 1
         rank, step = worker.rank, worker.step
         self._own = EncodeOptions((rank + step) % 2, seed, rank, 0, step)
@@ -87,7 +86,7 @@ class BlockCoder(NoPrologue):
 
     # ----------------------------------------------------------------- kernels
 
-    def target(self, x: Tensor) -> kernels.Target:
+    def target(self, x: Tensor) -> LaunchTarget:
         """Where kernels on ``x`` run."""
         return target_of(x) if x.is_cuda else self._cpu
 
@@ -102,22 +101,21 @@ class BlockCoder(NoPrologue):
         """The elements of blocks ``begin`` … ``end`` of a flat segment."""
         return x[begin * self.form.block : end * self.form.block]
 
-    def _room(self, out: Tensor, units: int, used: int, options: EncodeOptions) -> _C.EncodeArgs:
+    def _room(self, out: Tensor, units: int, used: int, options: EncodeOptions) -> object:
         """Where an encoder writes ``used`` of a row's ``units`` blocks; the others become zeros."""
         codes = self.code_bytes(units)
         self.clear(out, units, used)
         return options.native(self.form, out.data_ptr(), out.data_ptr() + codes, codes)
 
-    def _source(self, messages: Tensor, units: int, divisor: int) -> _C.DecodeArgs:
+    def _source(self, messages: Tensor, units: int, divisor: int) -> object:
         """Where decoders find the rows of ``messages``, one a rank."""
         address = messages.data_ptr()
-        return _C.DecodeArgs(
-            block_kernels.native_format(self.form), address, address + self.code_bytes(units),
+        return block_formats.decode_args(self.form, address, address + self.code_bytes(units),
             messages.stride(0), len(messages), divisor,
         )  # fmt: skip
 
     def _launch(self, kernel: str, x: Tensor, rows: wire.IntArray, *args: object) -> None:
-        kernels.launch(self.target(x), kernel, rows, *args, unit=self.form.block)
+        launch(self.target(x), kernel, rows, *args, unit=self.form.block)
 
     def quantize(
         self, x: Tensor, row: Tensor, units: int, span: tuple[int, int], ordinal: int = 0

@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.encoding.shares import Part, Piece, Shares
 from pydist.encoding.signs import VoteRule
 from pydist.formats import wire
 from pydist.formats.blocks import SCALE_BYTES, BlockFormat
 from pydist.formats.wire import IntArray
-from pydist.kernels import block_kernels, checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels import block_formats, checks
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.kernels.checks import FLOATS
-from pydist.kernels.operators import target_of
+from pydist.kernels.launch import LaunchTarget
+from pydist.kernels.launch import launch as launch_kernel
+from pydist.kernels.raw import sum_args
+from pydist.kernels.signs import unpack_args, vote_args
+from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import Worker
 
 FLOAT32 = FLOATS["float32"]
@@ -119,9 +121,9 @@ class Bucket:
         """The buffer's type as kernels count them."""
         return FLOATS[str(self.flat.dtype)[6:]]
 
-    def target(self, x: Tensor) -> kernels.Target:
+    def target(self, x: Tensor) -> LaunchTarget:
         """Where kernels on ``x`` run."""
-        return target_of(x) if x.is_cuda else kernels.Target(threads=self.worker.threads)
+        return target_of(x) if x.is_cuda else LaunchTarget(threads=self.worker.threads)
 
     def addressed(self, rows: IntArray) -> IntArray:
         """The rows, with the addresses of their elements in the buffer."""
@@ -174,7 +176,7 @@ def launch(
     bucket: Bucket, near: Tensor, kernel: str, rows: IntArray, *args: object, unit: int
 ) -> None:
     """Calls a kernel on rows of ``unit`` elements a unit of work, where ``near`` is."""
-    kernels.launch(bucket.target(near), kernel, wire.number_rows(rows, unit), *args, unit=unit)
+    launch_kernel(bucket.target(near), kernel, wire.number_rows(rows, unit), *args, unit=unit)
 
 
 # --------------------------------------------------------------------------- blocks
@@ -238,8 +240,7 @@ class BlockSection:
         """Decodes, sums in rank order, divides for a mean, adds the owner's residual, encodes."""
         out.zero_()
         size, block = piece.room * self.form.block_bytes, self.form.block
-        source = _C.DecodeArgs(
-            block_kernels.native_format(self.form), messages.data_ptr(),
+        source = block_formats.decode_args(self.form, messages.data_ptr(),
             messages.data_ptr() + size, messages.stride(0), len(messages), bucket.divisor,
         )  # fmt: skip
         room = self._options(bucket, 1).native(
@@ -265,9 +266,7 @@ class BlockSection:
         """Codes and scales of all owners side by side, then one pass."""
         size = piece.room * self.form.block_bytes
         codes, scales = shards[:, :size].contiguous(), shards[:, size:].contiguous()
-        source = _C.DecodeArgs(
-            block_kernels.native_format(self.form), codes.data_ptr(), scales.data_ptr(), 0, 1, 1
-        )
+        source = block_formats.decode_args(self.form, codes.data_ptr(), scales.data_ptr(), 0, 1, 1)
         rows = bucket.addressed(piece.rows)
         launch(bucket, bucket.flat, "dequantize", rows, bucket.dtype, source, unit=self.form.block)
 
@@ -308,7 +307,7 @@ class VoteSection:
         """Counts the votes, as bit planes one behind the other."""
         out.zero_()
         size = piece.room * wire.WORD_BYTES
-        args = _C.VoteArgs(
+        args = vote_args(
             messages.data_ptr(), messages.stride(0), len(messages), out.data_ptr(), size,
             checks.TIES["hash"], bucket.seed, bucket.worker.step, 0,
         )  # fmt: skip
@@ -318,7 +317,7 @@ class VoteSection:
         """The counts as values."""
         planes = shards.reshape(len(shards), self.planes, -1).transpose(0, 1)
         planes = planes.reshape(self.planes, -1).contiguous()
-        args = _C.Unpack(
+        args = unpack_args(
             planes.data_ptr(), planes.stride(0), self.planes, bucket.worker.ranks, bucket.divisor
         )
         rows = bucket.addressed(piece.rows)
@@ -359,7 +358,7 @@ class RawSection:
         self, bucket: Bucket, source: Tensor, rows: IntArray, to: int, divisor: int, flags: int
     ) -> None:
         """Writes the sum of the rows of ``source``, over ``divisor``, to where ``rows`` say."""
-        args = _C.SumArgs(source.data_ptr(), source.stride(0), len(source), divisor)
+        args = sum_args(source.data_ptr(), source.stride(0), len(source), divisor)
         kinds = FLOATS[str(self.dtype)[6:]], to
         launch(bucket, source, "sum_values", rows, *kinds, args, flags, unit=UNIT)
 
@@ -367,7 +366,7 @@ class RawSection:
         """The values, rounded to the wire's type, zeros behind them."""
         values = self.gathered(bucket, len(out), piece)
         sent = torch.empty(values.shape, dtype=self.dtype, device=out.device)
-        args = _C.SumArgs(values.data_ptr(), 0, 1, 1)
+        args = sum_args(values.data_ptr(), 0, 1, 1)
         rows = wire.one_row(sent.data_ptr(), sent.numel())
         kinds = bucket.dtype, FLOATS[str(self.dtype)[6:]]
         flags = bucket.flags.data_ptr()

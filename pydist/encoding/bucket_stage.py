@@ -14,7 +14,7 @@ from pydist.encoding.shares import Piece
 from pydist.formats import elias, wire
 from pydist.formats.blocks import SCALE_BYTES
 from pydist.formats.wire import IntArray
-from pydist.kernels import elias_kernels
+from pydist.kernels.elias import native_args
 from pydist.transport.coder import Span
 
 LENGTH_BYTES = 4
@@ -74,7 +74,7 @@ class _Coded:
         """Runs ``elias_encode`` or ``elias_decode`` between a row and a payload."""
         if not len(self.rows):
             return
-        args = elias_kernels.native_args(
+        args = native_args(
             self.form, (row[self.begin :].data_ptr(), self.code_bytes), payload.data_ptr(),
             payload.numel(), elias.count_blocks(self.table, self.form), result.data_ptr(),
         )  # fmt: skip

@@ -10,8 +10,8 @@ from torch import Tensor
 from pydist.encoding.blocks import BlockCoder
 from pydist.formats import blocks, elias, wire
 from pydist.formats.wire import IntArray
-from pydist.kernels import elias_kernels
-from pydist.kernels import signs as kernels
+from pydist.kernels.elias import native_args
+from pydist.kernels.launch import launch
 from pydist.transport.coder import Span
 
 
@@ -44,11 +44,11 @@ class EliasStage:
         if begin == end:
             return
         rows = blocks.rows_of(self._table(span), self.form)
-        args = elias_kernels.native_args(
+        args = native_args(
             self.form, (row.data_ptr(), self.coder.code_bytes(units)), message.data_ptr(),
             message.numel(), end - begin, result.data_ptr(),
         )  # fmt: skip
-        kernels.launch(self.coder.target(row), kernel, rows, args, unit=self.form.block)
+        launch(self.coder.target(row), kernel, rows, args, unit=self.form.block)
 
     def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:
         """The rows as they travel; on CUDA this waits for the device, to learn their lengths."""

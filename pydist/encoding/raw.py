@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.formats import wire
 from pydist.kernels import checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.operators import target_of
+from pydist.kernels.launch import LaunchTarget, launch
+from pydist.kernels.raw import sum_args
+from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import NoPrologue, Worker, spans, spoil
 
 UNIT = wire.WORD_BITS
@@ -42,7 +42,7 @@ class RawCoder(NoPrologue):
         self.unit_bytes = UNIT * self.width
         self.result = result
         self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
-        self._cpu = kernels.Target(threads=worker.threads)
+        self._cpu = LaunchTarget(threads=worker.threads)
         self._divisor = worker.divisor if mean else 1
 
     def message_bytes(self, units: int) -> int:
@@ -72,9 +72,9 @@ class RawCoder(NoPrologue):
     ) -> None:
         """Writes the sum of the rows of ``values`` over ``divisor`` to address ``out``."""
         if n:
-            args = _C.SumArgs(values.data_ptr(), values.stride(0), len(values), divisor)
+            args = sum_args(values.data_ptr(), values.stride(0), len(values), divisor)
             target = target_of(values) if values.is_cuda else self._cpu
-            kernels.launch(target, "sum_values", wire.one_row(out, n), source, to, args, flags)
+            launch(target, "sum_values", wire.one_row(out, n), source, to, args, flags)
 
     def _elements(self, span: tuple[int, int]) -> slice:
         """The elements of a span of units."""

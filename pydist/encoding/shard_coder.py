@@ -19,7 +19,7 @@ from pydist.encoding.shard_topk import ScatterShardTopKCoder
 from pydist.formats.blocks import BlockFormat
 from pydist.formats.ternary import UNIT
 from pydist.kernels import checks
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.transport.coder import Coder, Worker, spoil
 
 WEIGHT_PHASE = 2

@@ -12,8 +12,8 @@ from pydist.encoding.blocks import BlockCoder
 from pydist.encoding.shard_layout import ShardPlan
 from pydist.formats import elias, wire
 from pydist.formats.wire import IntArray
-from pydist.kernels import elias_kernels
-from pydist.kernels import signs as kernels
+from pydist.kernels.elias import native_args
+from pydist.kernels.launch import launch
 from pydist.transport.coder import Span
 
 
@@ -55,11 +55,11 @@ class ShardStage:
         rows, table = blocks
         if not len(rows):
             return
-        args = elias_kernels.native_args(
+        args = native_args(
             self.form, (row.data_ptr(), self.coder.code_bytes(units)), message.data_ptr(),
             message.numel(), elias.count_blocks(table, self.form), result.data_ptr(),
         )  # fmt: skip
-        kernels.launch(self.coder.target(row), kernel, rows, args, unit=self.form.block)
+        launch(self.coder.target(row), kernel, rows, args, unit=self.form.block)
 
     def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:
         """The rows as they travel; on CUDA this waits for the device, to learn their lengths."""

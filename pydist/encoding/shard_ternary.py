@@ -11,7 +11,7 @@ from pydist.encoding.ternary import TernaryCoder
 from pydist.formats import wire
 from pydist.formats.ternary import UNIT_BYTES
 from pydist.formats.wire import IntArray
-from pydist.kernels.ternary_kernels import PAYLOADS
+from pydist.kernels.ternary import PAYLOADS
 from pydist.transport.coder import Worker
 
 

@@ -8,7 +8,8 @@ from pydist.encoding.shard_layout import Residuals, ShardPlan
 from pydist.encoding.topk import TopKCoder
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
-from pydist.kernels import checks, topk_kernels
+from pydist.kernels import checks
+from pydist.kernels.topk import Payloads, run_decoder
 from pydist.transport.coder import Worker
 
 
@@ -71,10 +72,8 @@ class ScatterShardTopKCoder(TopKCoder):
         rows = self.plan.part(self.worker.rank, self.flat, begin, end)
         table = rows[:, [wire.WORD, wire.N, wire.ORDINAL, wire.FIRST]]
         table[:, 0] *= self.form.block
-        source = topk_kernels.Payloads(
-            messages.data_ptr(), messages.stride(0), len(messages), self.form, table
-        )
-        topk_kernels.run_decoder(
+        source = Payloads(messages.data_ptr(), messages.stride(0), len(messages), self.form, table)
+        run_decoder(
             self.target(self.flat), "topk_scatter", rows,
             checks.FLOATS[str(self.flat.dtype)[6:]], source.native(divisor=self._divisor),
             payloads=source, flags=self.flags.data_ptr(), sums=source.ranks > 1,

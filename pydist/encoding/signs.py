@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.operators import target_of
+from pydist.kernels.launch import LaunchTarget, launch
+from pydist.kernels.signs import unpack_args, vote_args
+from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import NoPrologue, Worker, spans, spoil
 
 OPS = ("vote", "mean", "sum")
@@ -63,11 +63,11 @@ class VoteCoder(NoPrologue):
         self.rows = wire.rows_of(table)
         self.units = wire.segments_words(table)
         self.worker = worker
-        self._cpu = kernels.Target(threads=worker.threads)
+        self._cpu = LaunchTarget(threads=worker.threads)
         self.bits = rule.planes(worker.ranks)
         self.device = device
 
-    def target(self, x: Tensor) -> kernels.Target:
+    def target(self, x: Tensor) -> LaunchTarget:
         """Where kernels on ``x`` run, with the caller's number of CPU threads."""
         return target_of(x) if x.is_cuda else self._cpu
 
@@ -108,12 +108,12 @@ class VoteCoder(NoPrologue):
         size = units * wire.WORD_BYTES
         rows = wire.cut_rows(self.rows, begin, end)
         rows[:, wire.WORD] -= begin
-        args = _C.VoteArgs(
+        args = vote_args(
             messages.data_ptr(), messages.stride(0), len(messages), out.data_ptr(), size,
             checks.TIES[self.rule.ties], self.rule.seed, self.worker.step, 0,
         )  # fmt: skip
         kernel = "count_votes" if self.rule.average else "majority_vote"
-        kernels.launch(self.target(messages), kernel, rows, args)
+        launch(self.target(messages), kernel, rows, args)
 
     def joined(self, shards: Tensor, begin: int, end: int) -> Tensor:
         """The shards' planes side by side: uint8 [planes, bytes of ``begin`` … ``end``]."""
@@ -161,7 +161,7 @@ class TensorVoteCoder(VoteCoder):
         """Writes the signs of ``x`` into ``payload``."""
         rows = wire.one_row(x.data_ptr(), x.numel())
         zero_bit = (self.worker.rank + self.worker.step) % 2
-        kernels.launch(
+        launch(
             self.target(x), "pack_signs", rows, checks.FLOATS[str(x.dtype)[6:]],
             payload.data_ptr(), zero_bit, self.flags.data_ptr(),
         )  # fmt: skip
@@ -170,11 +170,9 @@ class TensorVoteCoder(VoteCoder):
         """Writes what the reduced ``planes`` say into ``out``."""
         ranks = self.worker.ranks if self.rule.average else 0
         divisor = self.worker.ranks if self.mean else 1
-        args = _C.Unpack(planes.data_ptr(), planes.stride(0), len(planes), ranks, divisor)
+        args = unpack_args(planes.data_ptr(), planes.stride(0), len(planes), ranks, divisor)
         rows = wire.one_row(out.data_ptr(), out.numel())
-        kernels.launch(
-            self.target(out), "unpack_votes", rows, checks.FLOATS[str(out.dtype)[6:]], args
-        )
+        launch(self.target(out), "unpack_votes", rows, checks.FLOATS[str(out.dtype)[6:]], args)
 
     def packed(self, begin: int, end: int) -> Tensor:
         """The signs of the elements behind words ``begin`` … ``end``."""

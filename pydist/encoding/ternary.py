@@ -10,14 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.formats import ternary, wire
 from pydist.formats.ternary import SUM_SEGMENT, UNIT, UNIT_BYTES
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
-from pydist.kernels import signs as kernels
-from pydist.kernels.operators import target_of
-from pydist.kernels.ternary_kernels import PAYLOADS, SUMS, WARP_UNITS, launch_reading
+from pydist.kernels.launch import LaunchTarget, launch
+from pydist.kernels.ternary import (
+    PAYLOADS,
+    SUMS,
+    WARP_UNITS,
+    launch_reading,
+    pack_args,
+    scale_args,
+    source_args,
+)
+from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import NoPrologue, Worker, spans, spoil
 
 SCALER_BYTES = 4
@@ -65,7 +72,7 @@ class TernaryCoder(NoPrologue):
         self._place()
         self.flags = torch.zeros(1, dtype=torch.int32, device=data.device)
         self.seen = torch.zeros_like(self.flags)  # by what decodes
-        self._cpu = kernels.Target(threads=worker.threads)
+        self._cpu = LaunchTarget(threads=worker.threads)
 
     def _place(self) -> None:
         ternary.place_scalers(self.rows, self.scalers.data_ptr(), self.shared.data_ptr())
@@ -97,15 +104,15 @@ class TernaryCoder(NoPrologue):
         rows = ternary.scale_rows(self.rows)
         size = ternary.scratch_bytes(rows)
         scratch = torch.empty(size, dtype=torch.uint8, device=self.data.device)
-        kernels.launch(
+        launch(
             self.target(self.data), "ternary_scale", rows, self.dtype(self.data),
-            _C.TernaryScaleArgs(self.clip, scratch.data_ptr()), self.flags.data_ptr(),
+            scale_args(self.clip, scratch.data_ptr()), self.flags.data_ptr(),
             unit=SUM_SEGMENT,
         )  # fmt: skip
 
     # ----------------------------------------------------------------- kernels
 
-    def target(self, x: Tensor) -> kernels.Target:
+    def target(self, x: Tensor) -> LaunchTarget:
         """Where kernels on ``x`` run, with the caller's number of CPU threads."""
         return target_of(x) if x.is_cuda else self._cpu
 
@@ -121,12 +128,12 @@ class TernaryCoder(NoPrologue):
         if int((-(-part[:, wire.N] // UNIT)).sum()) * UNIT_BYTES < message.numel():
             message.zero_()  # units past the data, or between segments
         worker = self.worker
-        args = _C.TernaryPackArgs(
-            message.data_ptr(), message.numel(), self.seed, worker.rank << 2,
-            worker.step % 2**32, 0,
+        args = pack_args(
+            message.data_ptr(), message.numel(),
+            seed=self.seed, rank=worker.rank, step=worker.step,
         )  # fmt: skip
         work = WARP_UNITS * UNIT
-        kernels.launch(
+        launch(
             self.target(self.data), "ternary_pack", wire.number_rows(part, work),
             self.dtype(self.data), args, self.flags.data_ptr(), unit=work,
         )  # fmt: skip
@@ -136,7 +143,7 @@ class TernaryCoder(NoPrologue):
     ) -> None:
         """Decodes what ``source`` holds, one row a rank or sums, into the rows of ``out``."""
         ranks = len(source) if kernel == "ternary_unpack" else self.worker.ranks
-        args = _C.TernarySource(source.data_ptr(), size, source.stride(0), ranks, self.divisor)
+        args = source_args(source.data_ptr(), size, source.stride(0), ranks, self.divisor)
         launch_reading(
             self.target(out), kernel, rows, self.dtype(out), args,
             flags=self.seen.data_ptr(), what=what,
@@ -204,7 +211,7 @@ class TensorTernaryCoder(TernaryCoder):
             out.zero_()
         rows = wire.cut_rows(self.rows, begin, end, unit=UNIT)
         rows[:, wire.WORD] -= begin
-        source = _C.TernarySource(
+        source = source_args(
             messages.data_ptr(), self.message_bytes(units), messages.stride(0), len(messages), 1
         )
         launch_reading(

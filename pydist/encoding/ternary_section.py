@@ -7,13 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.encoding.bucket_sections import Bucket, Feedback, launch
 from pydist.encoding.shares import Part, Piece, Shares
 from pydist.formats import ternary, wire
 from pydist.formats.ternary import SUM_SEGMENT, UNIT, UNIT_BYTES
 from pydist.formats.wire import IntArray
-from pydist.kernels.ternary_kernels import PAYLOADS, SUMS, WARP_UNITS, launch_reading
+from pydist.kernels.ternary import (
+    PAYLOADS,
+    SUMS,
+    WARP_UNITS,
+    launch_reading,
+    pack_args,
+    scale_args,
+    source_args,
+)
 
 
 class TernarySection:
@@ -50,7 +57,7 @@ class TernarySection:
         rows = ternary.scale_rows(rows)
         size = ternary.scratch_bytes(rows)
         scratch = torch.empty(size, dtype=torch.uint8, device=found.device)
-        args = _C.TernaryScaleArgs(self.clip, scratch.data_ptr())
+        args = scale_args(self.clip, scratch.data_ptr())
         launch(
             bucket, bucket.flat, "ternary_scale", rows, bucket.dtype, args,
             bucket.flags.data_ptr(), unit=SUM_SEGMENT,
@@ -69,9 +76,10 @@ class TernarySection:
         """The trits of all owners' shares in one pass, then dealt out to their rows."""
         trits = torch.zeros(out.shape, dtype=torch.uint8, device=out.device)
         worker = bucket.worker
-        args = _C.TernaryPackArgs(
-            trits.data_ptr(), trits.numel(), bucket.seed, worker.rank << 2, worker.step % 2**32, 0
-        )
+        args = pack_args(
+            trits.data_ptr(), trits.numel(),
+            seed=bucket.seed, rank=worker.rank, step=worker.step,
+        )  # fmt: skip
         launch(
             bucket, out, "ternary_pack", self._rows(bucket, piece), bucket.dtype, args,
             bucket.flags.data_ptr(), unit=WARP_UNITS * UNIT,
@@ -90,7 +98,7 @@ class TernarySection:
         """Adds trits: exact, whatever the number of ranks."""
         out.zero_()
         size = piece.room * UNIT_BYTES
-        source = _C.TernarySource(messages.data_ptr(), size, messages.stride(0), len(messages), 1)
+        source = source_args(messages.data_ptr(), size, messages.stride(0), len(messages), 1)
         launch_reading(
             bucket.target(messages), "ternary_sum", wire.number_rows(piece.rows.copy(), UNIT),
             source, out.data_ptr(), flags=flags.data_ptr(), what=PAYLOADS,
@@ -99,7 +107,7 @@ class TernarySection:
     def decode(self, bucket: Bucket, shards: Tensor, piece: Piece) -> None:
         """Sums times the scaler, divided for a mean."""
         sums = shards.contiguous()
-        source = _C.TernarySource(
+        source = source_args(
             sums.data_ptr(), sums.numel(), sums.numel(), bucket.worker.ranks, bucket.divisor
         )
         launch_reading(

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pydist import _C
 from pydist.encoding.blocks import BlockCoder, GatherBlockCoder, ScatterBlockCoder, TensorBlockCoder
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
-from pydist.kernels import checks, topk_kernels
+from pydist.kernels import checks
+from pydist.kernels.topk import Payloads, encode_args, run_decoder
 from pydist.transport.coder import spoil
 
 
@@ -34,7 +34,7 @@ class TopKCoder(BlockCoder):
     def __init__(self, form: TopKFormat, codec: int, worker: Any, **options: Any) -> None:
         super().__init__(form, codec, worker, **options)  # type: ignore[arg-type]
         self.unit_bytes = form.block_bytes
-        self._ties = options["seed"], worker.step % 2**32
+        self._seed = options["seed"]
 
     def code_bytes(self, units: int) -> int:
         """Bytes of a row of ``units`` blocks; a tensor of less than that is as short as it is."""
@@ -50,21 +50,18 @@ class TopKCoder(BlockCoder):
 
     # ----------------------------------------------------------------- kernels
 
-    def _place(self, out: Tensor, units: int, used: int) -> _C.TopKEncode:
+    def _place(self, out: Tensor, units: int, used: int) -> object:
         """Where an encoder writes ``used`` of a row's ``units`` blocks; the others become zeros."""
         size = self.code_bytes(units)
         end = min(used * self.form.block_bytes, size)
         out[end:] = 0
-        native = topk_kernels.native_format(self.form)
-        return _C.TopKEncode(native, out.data_ptr(), end, *self._ties, 0)
+        return encode_args(self.form, out.data_ptr(), end, seed=self._seed, step=self.worker.step)
 
-    def _payloads(self, messages: Tensor, n: int, first: int) -> topk_kernels.Payloads:
+    def _payloads(self, messages: Tensor, n: int, first: int) -> Payloads:
         """The rows of ``messages``, one a rank, with n elements from ``first`` on."""
         table = wire.one_segment(n)
         table[:, 3] = first
-        return topk_kernels.Payloads(
-            messages.data_ptr(), messages.stride(0), len(messages), self.form, table
-        )
+        return Payloads(messages.data_ptr(), messages.stride(0), len(messages), self.form, table)
 
     def quantize(
         self, x: Tensor, row: Tensor, units: int, span: tuple[int, int], ordinal: int = 0
@@ -86,7 +83,7 @@ class TopKCoder(BlockCoder):
         part = self._part(out, *span)
         if part.numel():
             source = self._payloads(rows_of_ranks, part.numel(), span[0] * self.form.block)
-            topk_kernels.run_decoder(
+            run_decoder(
                 self.target(out), "topk_scatter", wire.one_row(part.data_ptr(), part.numel()),
                 checks.FLOATS[str(out.dtype)[6:]], source.native(divisor=divisor),
                 payloads=source, flags=self.flags.data_ptr(), sums=source.ranks > 1,
@@ -102,7 +99,7 @@ class TopKCoder(BlockCoder):
             n = min(end * self.form.block, self.numel) - first
             source = self._payloads(messages, n, first)
             rows = wire.one_row(0, n, first=self.worker.first + first)
-            topk_kernels.run_decoder(
+            run_decoder(
                 self.target(messages), "topk_reduce", rows,
                 source.native(divisor=self._divisor), place,
                 payloads=source, flags=flags.data_ptr(), sums=True,

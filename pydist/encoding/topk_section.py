@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pydist import _C
 from pydist.encoding.bucket_sections import FLOAT32, Bucket, Feedback, launch
 from pydist.encoding.shares import Part, Piece, Shares
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
 from pydist.formats.wire import IntArray
-from pydist.kernels import topk_kernels
 from pydist.kernels.checks import FLOATS
+from pydist.kernels.topk import Payloads, encode_args, run_decoder
 
 
 class TopKSection:
@@ -29,18 +28,16 @@ class TopKSection:
         self.shares = Shares([parts[i] for i in indices], form.block, owners)
         self.unit_bytes = self.reduced_unit_bytes = form.block_bytes
 
-    def _place(self, bucket: Bucket, out: Tensor) -> _C.TopKEncode:
-        native = topk_kernels.native_format(self.form)
-        step = bucket.worker.step % 2**32
-        return _C.TopKEncode(native, out.data_ptr(), out.numel(), bucket.seed, step, 0)
+    def _place(self, bucket: Bucket, out: Tensor) -> object:
+        return encode_args(
+            self.form, out.data_ptr(), out.numel(), seed=bucket.seed, step=bucket.worker.step
+        )
 
-    def _payloads(self, messages: Tensor, rows: IntArray) -> topk_kernels.Payloads:
+    def _payloads(self, messages: Tensor, rows: IntArray) -> Payloads:
         """The rows of ``messages``, one a rank, which hold the blocks that ``rows`` say."""
         table = rows[:, [wire.WORD, wire.N, wire.ORDINAL, wire.FIRST]]
         table[:, 0] *= self.form.block
-        return topk_kernels.Payloads(
-            messages.data_ptr(), messages.stride(0), len(messages), self.form, table
-        )
+        return Payloads(messages.data_ptr(), messages.stride(0), len(messages), self.form, table)
 
     def _select(
         self,
@@ -49,7 +46,7 @@ class TopKSection:
         dtype: int,
         rows: IntArray,
         feedback: Feedback | None,
-        place: _C.TopKEncode,
+        place: object,
         flags: Tensor,
     ) -> None:
         """Encodes rows, with their residuals where there is ``feedback``."""
@@ -80,7 +77,7 @@ class TopKSection:
         """Zeros in the rows' elements where ``blocks`` have entries (momentum factor masking)."""
         rows = wire.number_rows(rows, self.form.block)
         payloads = self._payloads(blocks.view(1, -1), rows)
-        topk_kernels.run_decoder(
+        run_decoder(
             bucket.target(blocks), "topk_scatter", rows, dtype, payloads.native(clear=True),
             payloads=payloads, flags=bucket.flags.data_ptr(), sums=False,
         )  # fmt: skip
@@ -103,14 +100,14 @@ class TopKSection:
         rows = wire.number_rows(rows, self.form.block)
         if feedback is None or feedback.owner is None:
             rows[:, wire.X] = 0
-            topk_kernels.run_decoder(
+            run_decoder(
                 target, "topk_reduce", rows, source, place,
                 payloads=payloads, flags=raised, sums=True,
             )  # fmt: skip
             return
         total = messages.new_empty(int(rows[:, wire.N].sum()), dtype=torch.float32)
         wire.dense_addresses(rows, wire.X, total.data_ptr(), total.element_size())
-        topk_kernels.run_decoder(
+        run_decoder(
             target, "topk_scatter", rows, FLOAT32, source,
             payloads=payloads, flags=raised, sums=payloads.ranks > 1,
         )  # fmt: skip
@@ -124,7 +121,7 @@ class TopKSection:
         line = shards.reshape(1, -1)
         rows = wire.number_rows(bucket.addressed(piece.rows), self.form.block)
         payloads = self._payloads(line, piece.rows)
-        topk_kernels.run_decoder(
+        run_decoder(
             bucket.target(bucket.flat), "topk_scatter", rows, bucket.dtype, payloads.native(),
             payloads=payloads, flags=bucket.seen.data_ptr(), sums=False,
         )  # fmt: skip

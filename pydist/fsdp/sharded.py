@@ -19,7 +19,7 @@ from pydist.fsdp import private
 from pydist.fsdp.parameters import Parameter, choose
 from pydist.fsdp.state import ShardedState, submit
 from pydist.fsdp.stats import Direction
-from pydist.kernels.operators import normal
+from pydist.kernels.torch_tensors import normal
 from pydist.training.options import Choice, Options
 from pydist.training.reducer import in_backward
 from pydist.transport.coder import Coder, Worker

@@ -28,22 +28,19 @@ def _is_int(value: object) -> bool:
     return True
 
 
+def _is_tensor(value: object) -> bool:
+    """Whether something is a tensor; torch need not be there."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "torch.Tensor" for kind in type(value).mro())
+
+
 def _is_array(value: object) -> bool:
-    return hasattr(value, "__array_interface__") or hasattr(value, "__cuda_array_interface__")
-
-
-def _is(name: str) -> Callable[[object], bool]:
-    """Whether something is of a class of torch, which need not be there."""
-    return lambda value: any(
-        f"{kind.__module__}.{kind.__name__}" == name for kind in type(value).mro()
-    )
+    interfaces = ("__array_interface__", "__cuda_array_interface__")
+    return any(hasattr(value, name) for name in interfaces) or _is_tensor(value)
 
 
 # What an annotation asks for, and whether a value is that. Others are not looked at.
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "Tensor": ("a torch.Tensor", _is("torch.Tensor")),
-    "torch.dtype": ("a torch.dtype", _is("torch.dtype")),
-    "Array": ("a NumPy or CuPy array", _is_array),
+    "A": ("a tensor, or a NumPy or CuPy array", _is_array),
     "int": ("an int", _is_int),
     "float": ("a number", lambda value: isinstance(value, Real | np.number)),
     "bool": ("a bool", lambda value: isinstance(value, bool | np.bool_)),
@@ -73,13 +70,20 @@ def wrong_argument(function: Callable[..., Any], args: Any, options: Any) -> str
             continue
         if not any(_KINDS[kind][1](value) for kind in kinds):
             wanted = " or ".join(_KINDS[kind][0] for kind in kinds if kind != "None")
-            scalar = not {"Tensor", "Array"} & set(kinds) or value is None
+            scalar = "A" not in kinds or value is None
             got = shown(value) if scalar else type(value).__name__
             return f"{name} must be {wanted}, got {got}"
         layout = str(getattr(value, "layout", "torch.strided"))
         if layout != "torch.strided":
             return f"{name} must be dense, got layout {layout}"
     return ""
+
+
+def explain(function: Callable[..., Any], args: Any, options: Any, error: Exception) -> None:
+    """Raises TypeError where an argument of a call that failed has a wrong type."""
+    wrong = wrong_argument(function, args, options)
+    if wrong and wrong != str(error):
+        raise TypeError(wrong) from error
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
@@ -94,9 +98,7 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **options)
         except Exception as error:
-            wrong = wrong_argument(function, args, options)
-            if wrong and wrong != str(error):
-                raise TypeError(wrong) from error
+            explain(function, args, options, error)
             raise
 
     return call

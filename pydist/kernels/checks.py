@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,32 +17,37 @@ MAX_FLOAT = float(np.finfo(np.float32).max)
 TIES = {"hash": 0, "zero": 1, "positive": 2}
 
 
-class View(NamedTuple):
+class ArrayInfo:
     """A contiguous array: what the checks need to know of it.
 
-    Attributes:
+    Args:
         name: The argument's name, for messages.
         address: First byte.
         shape: Its shape.
         dtype: Name of its dtype.
-        device: Such as ``"cpu"`` or ``"cuda:0"``.
+        device: Such as ``"cpu"`` or ``"cuda:0"``, or an object that is printed so.
+        array: What owns the memory; it lives as long as this.
+
+    Attributes:
+        size: Number of elements.
+        end: One past the last byte.
     """
 
-    name: str
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-    device: str
+    __slots__ = ("address", "array", "device", "dtype", "end", "name", "shape", "size")
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def end(self) -> int:
-        """One past the last byte."""
-        return self.address + self.size * ITEMSIZE[self.dtype]
+    def __init__(
+        self,
+        name: str,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: str,
+        device: object,
+        array: Any = None,
+    ) -> None:
+        self.name, self.address, self.shape = name, address, shape
+        self.dtype, self.device, self.array = dtype, device, array
+        self.size = shape[0] if len(shape) == 1 else math.prod(shape)
+        self.end = address + self.size * ITEMSIZE.get(dtype, 1)
 
 
 def check_rates(lr: float, weight_decay: float) -> None:
@@ -78,7 +83,7 @@ def check_step(step: int) -> None:
         raise ValueError(f"step must be in [0, 2**63), got {step}")
 
 
-def check_step_at(step: View, like: View) -> None:
+def check_step_at(step: ArrayInfo, like: ArrayInfo) -> None:
     """Raises unless a step that lies in memory is int64[1] on the device of the other arrays."""
     check_dtype(step, ("int64",))
     check_size(step, 1, "a step in memory")
@@ -98,20 +103,20 @@ def check_ties(ties: str) -> None:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
 
 
-def check_dtype(view: View, allowed: tuple[str, ...]) -> None:
+def check_dtype(view: ArrayInfo, allowed: tuple[str, ...]) -> None:
     """Raises TypeError unless the view has one of the dtypes."""
     if view.dtype not in allowed:
         raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view.dtype}")
 
 
-def check_size(view: View, size: int, why: str) -> None:
+def check_size(view: ArrayInfo, size: int, why: str) -> None:
     """Raises ValueError unless the view has ``size`` elements."""
     if view.size != size:
         unit = "bytes" if view.dtype == "uint8" else "elements"
         raise ValueError(f"{view.name} must have {size} {unit} ({why}), got {view.size}")
 
 
-def check_device(*views: View | None) -> None:
+def check_device(*views: ArrayInfo | None) -> None:
     """Raises ValueError unless all views are on the first one's device."""
     present = [view for view in views if view is not None]
     for view in present[1:]:
@@ -122,7 +127,7 @@ def check_device(*views: View | None) -> None:
             )
 
 
-def check_disjoint(a: View, b: View, *, may_be_same: bool = False) -> None:
+def check_disjoint(a: ArrayInfo, b: ArrayInfo, *, may_be_same: bool = False) -> None:
     """Raises ValueError where two views share memory (unless they are the same memory)."""
     if may_be_same and a.address == b.address:
         return
@@ -130,7 +135,7 @@ def check_disjoint(a: View, b: View, *, may_be_same: bool = False) -> None:
         raise ValueError(f"{a.name} and {b.name} overlap in memory")
 
 
-def check_out(out: View, dtype: str, shape: tuple[int, ...], *inputs: View) -> None:
+def check_out(out: ArrayInfo, dtype: str, shape: tuple[int, ...], *inputs: ArrayInfo) -> None:
     """Raises unless ``out`` has the dtype and shape of the result, and memory of its own."""
     check_dtype(out, (dtype,))
     if out.shape != shape:
@@ -140,21 +145,20 @@ def check_out(out: View, dtype: str, shape: tuple[int, ...], *inputs: View) -> N
         check_disjoint(out, view)
 
 
-def check_state(x: View, state: View, state_out: View, out: View, flags: View | None) -> None:
-    """Raises unless ``x`` can be encoded into ``out`` while ``state`` becomes ``state_out``."""
+def check_state(x: ArrayInfo, state: ArrayInfo, state_out: ArrayInfo) -> None:
+    """Raises unless ``x`` can be encoded while ``state`` becomes ``state_out``."""
     check_dtype(x, tuple(FLOATS))
     check_dtype(state, MOMENTA)
     check_dtype(state_out, (state.dtype,))
     check_size(state, x.size, f"as {x.name}")
     check_size(state_out, x.size, f"as {x.name}")
-    check_flags(flags, x, state, state_out, out)
-    check_device(x, state, state_out, flags)
+    check_device(x, state, state_out)
     check_disjoint(x, state)
     check_disjoint(x, state_out)
     check_disjoint(state, state_out, may_be_same=True)
 
 
-def check_flags(flags: View | None, *others: View) -> None:
+def check_flags(flags: ArrayInfo | None, *others: ArrayInfo) -> None:
     """Raises unless ``flags`` is absent, or int32[1] apart from the other views."""
     if flags is not None:
         check_dtype(flags, ("int32",))
@@ -163,7 +167,7 @@ def check_flags(flags: View | None, *others: View) -> None:
             check_disjoint(flags, other)
 
 
-def check_payloads(payloads: View) -> tuple[int, int]:
+def check_payloads(payloads: ArrayInfo) -> tuple[int, int]:
     """Ranks and bytes of a payload matrix; raises where it is none."""
     check_dtype(payloads, ("uint8",))
     if len(payloads.shape) != 2:
@@ -176,7 +180,7 @@ def check_payloads(payloads: View) -> tuple[int, int]:
     return ranks, size
 
 
-def check_rows(values: View) -> tuple[int, int]:
+def check_rows(values: ArrayInfo) -> tuple[int, int]:
     """Ranks and elements of a matrix of values; raises where it is none."""
     check_dtype(values, tuple(FLOATS))
     if len(values.shape) != 2:
@@ -187,7 +191,7 @@ def check_rows(values: View) -> tuple[int, int]:
     return ranks, n
 
 
-def check_planes(planes: View, ranks: int | None) -> tuple[int, int]:
+def check_planes(planes: ArrayInfo, ranks: int | None) -> tuple[int, int]:
     """Planes and bytes of a plane matrix; raises where it does not fit ``ranks``."""
     check_dtype(planes, ("uint8",))
     if len(planes.shape) != 2:
@@ -257,9 +261,3 @@ def vote_table(table: IntArray | None, n: int | None, size: int) -> IntArray:
             f"got {size}"
         )
     return table
-
-
-def vote_gaps(table: IntArray | None, n: int | None, size: int) -> bool:
-    """Whether payloads of ``size`` bytes have words that no segment of a vote covers; checked."""
-    table = vote_table(table, n, size)
-    return wire.has_gaps(table) or wire.segments_words(table) * wire.WORD_BYTES != size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydist.formats import wire
 from pydist.kernels import checks
-from pydist.kernels.operators import check_storage
+from pydist.kernels.torch_tensors import check_storage
 from pydist.optim.shards import check_placements, part_of
 from pydist.training.dtensor import is_sharded, local_of
 from pydist.transport.communicator import Call

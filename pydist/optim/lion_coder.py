@@ -18,10 +18,10 @@ from pydist.encoding.signs import VoteCoder, VoteRule
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
-from pydist.kernels import signs as kernels
 from pydist.kernels.checks import FLOATS
-from pydist.kernels.operators import on_device_of
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.launch import launch
+from pydist.kernels.lion import LionOptions, lion_apply_args
+from pydist.kernels.torch_tensors import on_device_of
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
 from pydist.transport.coder import Worker
 
@@ -59,7 +59,7 @@ class Scalars:
         rank: This rank.
         ranks: Number of voters.
         step: Step of the vote.
-        binarization_range: See :class:`pydist.kernels.signs.LionOptions`.
+        binarization_range: See :class:`pydist.kernels.lion.LionOptions`.
         threads: CPU threads.
         ask_usage: Ranks may lack gradients, so they tell each other which they have; where they
             cannot (DDP without ``find_unused_parameters``), nothing is asked.
@@ -184,12 +184,12 @@ class LionCoder(VoteCoder):
             part[:, wire.WORD] -= begin
             target, flags = self.target(payload), self.flags.data_ptr()
             if momentum:
-                kernels.launch(
+                launch(
                     target, "lion_pack", part, FLOATS[grad], FLOATS[momentum], payload.data_ptr(),
                     options.native(), flags,
                 )  # fmt: skip
             else:
-                kernels.launch(
+                launch(
                     target, "pack_signs", part, FLOATS[grad], payload.data_ptr(),
                     options.zero_bit, flags,
                 )  # fmt: skip
@@ -247,12 +247,10 @@ class LionCoder(VoteCoder):
         ranks = self.worker.ranks if self.rule.average else None
         address = 0 if skip is None else skip.data_ptr()
         for (dtype, lr, weight_decay), indices in groups.items():
-            args = kernels.lion_apply_args(
-                lr, weight_decay, self.bits, self.units * wire.WORD_BYTES, ranks
-            )
+            args = lion_apply_args(lr, weight_decay, self.bits, self.units * wire.WORD_BYTES, ranks)
             rows = wire.number_rows(self.rows[indices])
             with on_device_of(self.planes):
-                kernels.launch(
+                launch(
                     self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
                     self.planes.data_ptr(), args, address,
                 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pydist.kernels.operators import check_storage
+from pydist.kernels.torch_tensors import check_storage
 from pydist.optim.layout import FLOATS, check_count, check_finite
 from pydist.optim.shards import like
 from pydist.training.dtensor import is_sharded, local_of

@@ -7,7 +7,7 @@ kernel and its reference on the same input and raises :class:`DifferenceError` w
 
 from __future__ import annotations
 
-from pydist.selfcheck.backends import HostMemory, KernelRunner, Memory, Runner, runners
+from pydist.selfcheck.backends import HostMemory, KernelRunner, Memory, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, assert_same_bits, storage_of, store, widen
 from pydist.selfcheck.cases import KERNELS, check_all
 from pydist.selfcheck.compare import (
@@ -18,6 +18,7 @@ from pydist.selfcheck.compare import (
     check_pack_signs,
     check_unpack_votes,
 )
+from pydist.selfcheck.runner import Runner
 
 __all__ = [
     "KERNELS",

@@ -1,30 +1,29 @@
 """Every backend behind one interface of NumPy arrays.
 
-Backends are called through :mod:`pydist.kernels.signs`, below both doors, on raw memory: so
-bfloat16 is checked without a package that knows it, and a difference is the kernel's.
+Arrays of stored bits stand for arrays of a library (:class:`Stored`), so bfloat16 is checked
+without a package that knows it, and kernels are those that people call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 
 from pydist import _C, environment
-from pydist.formats import blocks, wire
-from pydist.formats.blocks import BlockFormat
-from pydist.kernels import block_kernels
-from pydist.kernels import signs as kernels
-from pydist.kernels.block_kernels import EncodeOptions
-from pydist.kernels.checks import View
-from pydist.kernels.signs import LionOptions, Target
-from pydist.reference import signs as reference
-from pydist.reference.signs import U8, Storage
-from pydist.selfcheck.bits import Bits, storage_of, store
-from pydist.selfcheck.elias import EliasKernels
-from pydist.selfcheck.ternary_backend import TernaryKernels
-from pydist.selfcheck.topk_backend import TopKKernels
+from pydist.kernels import blocks, elias, lion, raw, signs, ternary, topk
+from pydist.kernels.checks import ArrayInfo
+from pydist.kernels.launch import LaunchTarget
+from pydist.kernels.libraries import LIBRARIES
+from pydist.kernels.register import KERNELS
+from pydist.selfcheck.bits import Bits
+from pydist.selfcheck.runner import Runner
+
+FAMILIES = (signs, lion, blocks, elias, ternary, topk, raw)
+"""Modules whose import fills the list of kernels."""
 
 
 class Memory(Protocol):
@@ -44,7 +43,7 @@ class Memory(Protocol):
     def device(self) -> str:
         """Name of the device, for the kernels' checks."""
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         """Where kernels on it run."""
 
 
@@ -66,16 +65,16 @@ class HostMemory:
 
     def address(self, array: Bits) -> int:
         """Its first byte."""
-        return int(array.__array_interface__["data"][0])
+        return _C.address_of(array)
 
     def device(self) -> str:
         """Its name."""
         return "cpu"
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         """Where kernels run."""
         _C.select_isa(self.isa)
-        return Target(threads=self.threads)
+        return LaunchTarget(threads=self.threads)
 
 
 class TorchMemory:
@@ -105,12 +104,12 @@ class TorchMemory:
         """Its name."""
         return str(self._device)
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         """Where kernels run."""
-        from pydist.kernels import operators
+        from pydist.kernels import torch_tensors
 
         self._torch.cuda.set_device(self._device)
-        return operators.target_of(self._torch.empty(0, device=self._device))
+        return torch_tensors.target_of(self._torch.empty(0, device=self._device))
 
 
 class CuPyMemory:
@@ -141,280 +140,117 @@ class CuPyMemory:
         """Its name."""
         return f"cuda:{self._index}"
 
-    def target(self) -> Target:
+    def target(self) -> LaunchTarget:
         """Where kernels run."""
-        from pydist.kernels import array_backends
+        from pydist.kernels import libraries
 
         self._cupy.cuda.Device(self._index).use()
-        return array_backends.cupy_target()
+        return libraries.cupy_target()
 
 
-class Runner(Protocol):
-    """The kernels of one backend on NumPy arrays of stored bits; none of them changes its input."""
+class Stored:
+    """An array of stored bits in some memory, as kernels see arrays of a library.
 
-    name: str
+    Args:
+        memory: Where it is.
+        bits: The array there, of integers in the place of bfloat16.
+        dtype: Name of the dtype that the bits are of.
+    """
 
-    def pack_signs(
-        self, x: Bits, *, zero_bit: int, segments: wire.IntArray | None
-    ) -> tuple[U8, int]:
-        """Payload and flags."""
+    def __init__(self, memory: Memory, bits: Any, dtype: str) -> None:
+        self.memory, self.bits, self.dtype = memory, bits, dtype
+        self.shape = tuple(bits.shape)
 
-    def unpack_votes(
-        self, planes: U8, n: int, *, ranks: int | None, mean: bool, storage: Storage
-    ) -> Bits:
-        """Values of a vote."""
+    def __getitem__(self, index: Any) -> Stored | int:
+        part = self.bits[index]
+        return int(part) if isinstance(index, int) else Stored(self.memory, part, self.dtype)
 
-    def count_votes(self, payloads: U8) -> U8:
-        """Count planes."""
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.bits[index] = value.bits if isinstance(value, Stored) else value
 
-    def majority_vote(
-        self,
-        payloads: U8,
-        *,
-        ties: reference.Ties,
-        seed: int,
-        step: int,
-        n: int | None,
-        segments: wire.IntArray | None,
-    ) -> U8:
-        """Sign plane, or sign and non-zero planes."""
-
-    def lion_pack(
-        self, grad: Bits, momentum: Bits, options: LionOptions, segments: wire.IntArray | None
-    ) -> tuple[U8, Bits, int]:
-        """Payload, new momentum and flags."""
-
-    def lion_apply(
-        self, param: Bits, planes: U8, *, lr: float, weight_decay: float, ranks: int | None
-    ) -> Bits:
-        """New parameters."""
+    def host(self) -> Bits:
+        """A copy in host memory; waits for the kernels."""
+        return self.memory.get(self.bits)
 
 
-class BlockRunner(Protocol):
-    """The kernels of block formats of one backend; none of them changes its input."""
+class _StoredLibrary:
+    """:class:`pydist.kernels.libraries.Library` of such arrays, which are all contiguous."""
 
-    name: str
+    kind = "stored"
 
-    def quantize(
-        self, x: Bits, form: BlockFormat, options: EncodeOptions, segments: wire.IntArray | None
-    ) -> tuple[U8, int]:
-        """Payload and flags."""
+    def holds(self, x: Any) -> bool:
+        return isinstance(x, Stored)
 
-    def quantize_feedback(
-        self,
-        x: Bits,
-        residual: Bits,
-        form: BlockFormat,
-        options: EncodeOptions,
-        segments: wire.IntArray | None,
-    ) -> tuple[U8, Bits, int]:
-        """Payload, new residual and flags."""
+    def info(self, name: str, x: Stored, *, written: bool = False) -> ArrayInfo:
+        memory = x.memory
+        return ArrayInfo(name, memory.address(x.bits), x.shape, x.dtype, memory.device(), x)
 
-    def reduce_quantized(
-        self,
-        payloads: U8,
-        n: int,
-        form: BlockFormat,
-        options: EncodeOptions,
-        *,
-        mean: bool,
-        segments: wire.IntArray | None,
-    ) -> tuple[U8, int]:
-        """Payload and flags."""
+    def is_contiguous(self, x: Stored) -> bool:
+        return True
 
-    def sum_quantized(
-        self,
-        payloads: U8,
-        n: int,
-        form: BlockFormat,
-        *,
-        mean: bool,
-        storage: Storage,
-        segments: wire.IntArray | None,
-    ) -> Bits:
-        """The sum, or the mean, of what payloads hold."""
+    def contiguous(self, x: Stored) -> Stored:
+        return x
+
+    def writable(self, name: str, x: Stored) -> Stored:
+        return x
+
+    def written(self, x: Stored, dense: Stored) -> None: ...
+
+    def may_overlap(self, a: Stored, b: Stored) -> bool:
+        return a.bits is b.bits
+
+    def empty(self, like: Stored, shape: tuple[int, ...], dtype: str) -> Stored:
+        kind = "uint16" if dtype == "bfloat16" else dtype
+        size = math.prod(shape)
+        filled = np.full(size * np.dtype(kind).itemsize, 0xA5, dtype=np.uint8).view(kind)
+        return Stored(like.memory, like.memory.put(filled.reshape(shape)), dtype)
+
+    def dtype_name(self, dtype: Any) -> str:
+        return str(dtype)
+
+    def zero(self, x: Stored) -> None:
+        x[...] = 0
+
+    def on_device(self, x: Stored) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def target(self, x: Stored, threads: int | None) -> LaunchTarget:
+        return x.memory.target()
 
 
-class KernelRunner(EliasKernels, TernaryKernels, TopKKernels):
-    """Calls :mod:`pydist.kernels.signs`, below both doors, on arrays in some memory."""
+LIBRARIES[Stored] = _StoredLibrary()
+
+
+class KernelRunner(Runner):
+    """Runs kernels on arrays in some memory."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.name = memory.name
 
-    def _put(self, name: str, array: Bits, storage: str | None = None) -> tuple[Any, View]:
-        there = self.memory.put(np.ascontiguousarray(array))
-        dtype = storage or array.dtype.name
-        view = View(name, self.memory.address(there), array.shape, dtype, self.memory.device())
-        return there, view
+    def put(self, array: Bits) -> Stored:
+        """A copy of an array there; uint16 stands for bfloat16."""
+        array = np.ascontiguousarray(array)
+        dtype = "bfloat16" if array.dtype == np.uint16 else array.dtype.name
+        return Stored(self.memory, self.memory.put(array), dtype)
 
-    def _put_values(self, name: str, bits: Bits) -> tuple[Any, View]:
-        return self._put(name, bits, storage_of(bits))
-
-    def _payload(self, n: int, segments: wire.IntArray | None) -> tuple[Any, View]:
-        words = wire.words_for(n) if segments is None else wire.segments_words(segments)
-        return self._put("payload", np.zeros(4 * words, dtype=np.uint8))
-
-    def pack_signs(
-        self, x: Bits, *, zero_bit: int, segments: wire.IntArray | None
-    ) -> tuple[U8, int]:
-        """:func:`pydist.kernels.signs.pack_signs` into fresh arrays."""
-        _x, x_view = self._put_values("x", x)
-        payload, payload_view = self._payload(x.size, segments)
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        kernels.pack_signs(
-            self.memory.target(), x_view, payload_view,
-            zero_bit=zero_bit, flags=flags_view, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(payload), int(self.memory.get(flags)[0])
-
-    def unpack_votes(
-        self, planes: U8, n: int, *, ranks: int | None, mean: bool, storage: Storage
-    ) -> Bits:
-        """:func:`pydist.kernels.signs.unpack_votes` into fresh arrays."""
-        _planes, planes_view = self._put("planes", planes)
-        out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
-        kernels.unpack_votes(self.memory.target(), planes_view, out_view, ranks=ranks, mean=mean)
-        return self.memory.get(out)
-
-    def count_votes(self, payloads: U8) -> U8:
-        """:func:`pydist.kernels.signs.count_votes` into fresh arrays."""
-        _payloads, view = self._put("payloads", payloads)
-        shape = (wire.planes_for(payloads.shape[0]), payloads.shape[1])
-        planes, planes_view = self._put("planes", np.zeros(shape, dtype=np.uint8))
-        kernels.count_votes(self.memory.target(), view, planes_view)
-        return self.memory.get(planes)
-
-    def majority_vote(
-        self,
-        payloads: U8,
-        *,
-        ties: reference.Ties,
-        seed: int,
-        step: int,
-        n: int | None,
-        segments: wire.IntArray | None,
-    ) -> U8:
-        """:func:`pydist.kernels.signs.majority_vote` into fresh arrays."""
-        _payloads, view = self._put("payloads", payloads)
-        shape = (2 if ties == "zero" else 1, payloads.shape[1])
-        planes, planes_view = self._put("planes", np.zeros(shape, dtype=np.uint8))
-        kernels.majority_vote(
-            self.memory.target(), view, planes_view,
-            ties=ties, seed=seed, step=step, n=n, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(planes)
-
-    def lion_pack(
-        self, grad: Bits, momentum: Bits, options: LionOptions, segments: wire.IntArray | None
-    ) -> tuple[U8, Bits, int]:
-        """:func:`pydist.kernels.signs.lion_pack` into fresh arrays."""
-        _grad, grad_view = self._put_values("grad", grad)
-        new, new_view = self._put_values("momentum", momentum)
-        payload, payload_view = self._payload(grad.size, segments)
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        kernels.lion_pack(
-            self.memory.target(), grad_view, new_view, new_view, payload_view, options,
-            flags=flags_view, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(payload), self.memory.get(new), int(self.memory.get(flags)[0])
-
-    def lion_apply(
-        self, param: Bits, planes: U8, *, lr: float, weight_decay: float, ranks: int | None
-    ) -> Bits:
-        """:func:`pydist.kernels.signs.lion_apply` into fresh arrays."""
-        new, view = self._put_values("param", param)
-        _planes, planes_view = self._put("planes", planes)
-        kernels.lion_apply(
-            self.memory.target(), view, planes_view,
-            lr=lr, weight_decay=weight_decay, ranks=ranks, skip=None, segments=None,
-        )  # fmt: skip
-        return self.memory.get(new)
-
-    def sum_values(self, values: Bits, *, mean: bool, storage: Storage) -> tuple[Bits, int]:
-        """:func:`pydist.kernels.signs.sum_values` into fresh arrays."""
-        _values, view = self._put_values("values", values)
-        zeros = np.zeros(values.shape[1], dtype=np.float32)
-        out, out_view = self._put_values("out", store(zeros, storage))
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        kernels.sum_values(self.memory.target(), view, out_view, mean=mean, flags=flags_view)
-        return self.memory.get(out), int(self.memory.get(flags)[0])
-
-    def _block_payload(
-        self, n: int, form: BlockFormat, segments: wire.IntArray | None
-    ) -> tuple[Any, View]:
-        table = wire.one_segment(n) if segments is None else segments
-        return self._put("payload", np.zeros(blocks.table_bytes(table, form), dtype=np.uint8))
-
-    def quantize(
-        self, x: Bits, form: BlockFormat, options: EncodeOptions, segments: wire.IntArray | None
-    ) -> tuple[U8, int]:
-        """:func:`pydist.kernels.block_kernels.quantize` into fresh arrays."""
-        _x, x_view = self._put_values("x", x)
-        payload, payload_view = self._block_payload(x.size, form, segments)
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        block_kernels.quantize(
-            self.memory.target(), x_view, payload_view, form, options,
-            flags=flags_view, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(payload), int(self.memory.get(flags)[0])
-
-    def quantize_feedback(
-        self,
-        x: Bits,
-        residual: Bits,
-        form: BlockFormat,
-        options: EncodeOptions,
-        segments: wire.IntArray | None,
-    ) -> tuple[U8, Bits, int]:
-        """:func:`pydist.kernels.block_kernels.quantize_feedback` into fresh arrays."""
-        _x, x_view = self._put_values("x", x)
-        new, new_view = self._put_values("residual", residual)
-        payload, payload_view = self._block_payload(x.size, form, segments)
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        block_kernels.quantize_feedback(
-            self.memory.target(), x_view, new_view, new_view, payload_view, form, options,
-            flags=flags_view, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(payload), self.memory.get(new), int(self.memory.get(flags)[0])
-
-    def reduce_quantized(
-        self,
-        payloads: U8,
-        n: int,
-        form: BlockFormat,
-        options: EncodeOptions,
-        *,
-        mean: bool,
-        segments: wire.IntArray | None,
-    ) -> tuple[U8, int]:
-        """:func:`pydist.kernels.block_kernels.reduce_quantized` into fresh arrays."""
-        _payloads, view = self._put("payloads", payloads)
-        payload, payload_view = self._block_payload(n, form, segments)
-        flags, flags_view = self._put("flags", np.zeros(1, dtype=np.int32))
-        block_kernels.reduce_quantized(
-            self.memory.target(), view, n, payload_view, form, options,
-            mean=mean, flags=flags_view, segments=segments,
-        )  # fmt: skip
-        return self.memory.get(payload), int(self.memory.get(flags)[0])
-
-    def sum_quantized(
-        self,
-        payloads: U8,
-        n: int,
-        form: BlockFormat,
-        *,
-        mean: bool,
-        storage: Storage,
-        segments: wire.IntArray | None,
-    ) -> Bits:
-        """:func:`pydist.kernels.block_kernels.dequantize` into fresh arrays."""
-        _payloads, view = self._put("payloads", payloads)
-        out, out_view = self._put_values("out", store(np.zeros(n, dtype=np.float32), storage))
-        block_kernels.dequantize(
-            self.memory.target(), view, out_view, form, mean=mean, segments=segments
-        )
-        return self.memory.get(out)
+    def run(self, name: str, *args: Any, **options: Any) -> Any:
+        """Calls a kernel on copies; see :meth:`pydist.selfcheck.runner.Runner.run`."""
+        entry = KERNELS[name]
+        there = [self.put(x) if isinstance(x, np.ndarray) else x for x in args]
+        if "shared" in options:
+            options["shared"] = self.put(options["shared"])
+        changed = [
+            there[i] for i, key in enumerate(entry.parameters[: len(there)]) if key in entry.writes
+        ]
+        if "flags" in entry.writes:
+            options["flags"] = flags = self.put(np.zeros(1, dtype=np.int32))
+        result = entry.function(*there, **options)
+        found = [result.host()] if entry.result is not None else []
+        found += [x.host() for x in changed]
+        if "flags" in entry.writes:
+            found.append(int(flags.host()[0]))
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 def runners(device: str | None = None) -> Iterator[KernelRunner]:

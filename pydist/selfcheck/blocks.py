@@ -9,10 +9,9 @@ import numpy as np
 
 from pydist.formats import blocks, wire
 from pydist.formats.blocks import BlockFormat
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.reference import blocks as reference
 from pydist.reference.signs import F32, U8, Storage
-from pydist.selfcheck.backends import BlockRunner
 from pydist.selfcheck.bits import (
     Bits,
     assert_same_bits,
@@ -21,6 +20,7 @@ from pydist.selfcheck.bits import (
     store,
     widen,
 )
+from pydist.selfcheck.runner import Runner
 from pydist.selfcheck.segments import some_block_segments as some_segments
 
 FORMATS = [
@@ -46,7 +46,7 @@ def _draws(options: EncodeOptions) -> reference.Draws:
 
 
 def check_quantize(
-    run: BlockRunner,
+    run: Runner,
     x: Bits,
     form: BlockFormat,
     options: EncodeOptions = EncodeOptions(),  # noqa: B008  (frozen)
@@ -64,7 +64,7 @@ def check_quantize(
 
 
 def check_quantize_feedback(
-    run: BlockRunner,
+    run: Runner,
     x: Bits,
     residual: Bits,
     form: BlockFormat,
@@ -88,7 +88,7 @@ def check_quantize_feedback(
 
 
 def check_sum(
-    run: BlockRunner,
+    run: Runner,
     payloads: U8,
     n: int,
     form: BlockFormat,
@@ -105,7 +105,7 @@ def check_sum(
 
 
 def check_reduce(
-    run: BlockRunner,
+    run: Runner,
     payloads: U8,
     n: int,
     form: BlockFormat,
@@ -188,7 +188,7 @@ def _forms(rng: np.random.Generator) -> Iterator[BlockFormat]:
         yield BlockFormat(form.scheme, form.bits, block, form.norm, form.stochastic)
 
 
-def quantize_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
+def quantize_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every format; lengths and types in turn."""
     for n in LENGTHS:
         for i, form in enumerate(_forms(rng)):
@@ -198,7 +198,7 @@ def quantize_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
             yield partial(check_quantize, run, x, form, some_options(rng), table)
 
 
-def feedback_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
+def feedback_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every format; lengths and types in turn."""
     storages: tuple[Storage, ...] = ("float32", "bfloat16")
     for n in LENGTHS:
@@ -209,7 +209,7 @@ def feedback_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
             yield partial(check_quantize_feedback, run, x, residual, form, some_options(rng), table)
 
 
-def sum_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
+def sum_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every format; lengths, types and numbers of ranks in turn."""
     for n in LENGTHS:
         for i, form in enumerate(_forms(rng)):
@@ -221,7 +221,7 @@ def sum_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
             )  # fmt: skip
 
 
-def reduce_cases(run: BlockRunner, rng: np.random.Generator) -> Cases:
+def reduce_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every format; lengths and numbers of ranks in turn."""
     for n in LENGTHS:
         for i, form in enumerate(_forms(rng)):

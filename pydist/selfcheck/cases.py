@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from pydist.formats import wire
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.lion import LionOptions
 from pydist.reference import signs as reference
 from pydist.reference.signs import F32, U8, Storage, Ties
 from pydist.selfcheck import blocks as block_cases
@@ -17,8 +17,9 @@ from pydist.selfcheck import elias as elias_cases
 from pydist.selfcheck import raw as raw_cases
 from pydist.selfcheck import ternary as ternary_cases
 from pydist.selfcheck import topk as topk_cases
-from pydist.selfcheck.backends import KernelRunner, Runner, runners
+from pydist.selfcheck.backends import KernelRunner, runners
 from pydist.selfcheck.bits import Bits, DifferenceError, store, widen
+from pydist.selfcheck.runner import Runner
 
 Cases = Iterator[Callable[[], None]]
 """Comparisons, each of which raises DifferenceError where a bit differs."""

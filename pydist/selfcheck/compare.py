@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pydist.formats import wire
-from pydist.kernels.signs import LionOptions
+from pydist.kernels.lion import LionOptions
 from pydist.reference import signs as reference
 from pydist.reference.signs import U8, Storage
-from pydist.selfcheck.backends import Runner
 from pydist.selfcheck.bits import (
     Bits,
     assert_same_bits,
@@ -15,6 +14,7 @@ from pydist.selfcheck.bits import (
     store,
     widen,
 )
+from pydist.selfcheck.runner import Runner
 
 
 def check_pack_signs(

@@ -4,83 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 
-from pydist.formats import blocks, elias, wire
+from pydist.formats import blocks, wire
 from pydist.formats.blocks import BlockFormat
 from pydist.formats.elias import MalformedError
-from pydist.kernels import elias_kernels
-from pydist.kernels.checks import View
 from pydist.reference import blocks as block_reference
 from pydist.reference import elias as reference
 from pydist.reference.signs import U8
 from pydist.selfcheck.bits import DifferenceError, assert_same_bits
+from pydist.selfcheck.runner import Runner
 from pydist.selfcheck.segments import some_block_segments
 
 LENGTHS = (0, 1, 31, 33, 64, 1001)
 BLOCKS = (32, 64, 480, 1056)
 
 
-class EliasRunner(Protocol):
-    """The two kernels of one backend; neither changes its input."""
-
-    name: str
-
-    def elias_encode(
-        self, payload: U8, n: int, form: BlockFormat, segments: wire.IntArray | None
-    ) -> U8:
-        """The payload of variable length."""
-
-    def elias_decode(
-        self, payload: U8, n: int, form: BlockFormat, segments: wire.IntArray | None
-    ) -> U8:
-        """The payload of fixed length; raises MalformedError, or ValueError for its length."""
-
-
-class EliasKernels:
-    """Calls :mod:`pydist.kernels.elias_kernels`, below both doors; a part of ``KernelRunner``."""
-
-    memory: Any
-    _put: Callable[..., tuple[Any, View]]
-
-    def _run(
-        self, kernel: Callable[..., None], payload: U8, size: int, preset: int, *rest: object
-    ) -> tuple[Any, int]:
-        _payload, view = self._put("payload", payload)
-        out, out_view = self._put("out", np.zeros(size, dtype=np.uint8))
-        result, result_view = self._put("result", np.full(1, preset, dtype=np.int64))
-        kernel(self.memory.target(), view, out_view, result_view, *rest)
-        return self.memory.get(out), int(self.memory.get(result)[0])
-
-    def elias_encode(
-        self, payload: U8, n: int, form: BlockFormat, segments: wire.IntArray | None
-    ) -> U8:
-        """:func:`pydist.kernels.elias_kernels.encode` into fresh arrays."""
-        table = elias_kernels.table_of(segments, n, form)
-        size = elias.longest_bytes(table, form)
-        out, streams = self._run(elias_kernels.encode, payload, size, 0, form, table)
-        coded: U8 = out[: elias.payload_bytes(table, form, streams)]
-        return coded
-
-    def elias_decode(
-        self, payload: U8, n: int, form: BlockFormat, segments: wire.IntArray | None
-    ) -> U8:
-        """:func:`pydist.kernels.elias_kernels.decode` into fresh arrays."""
-        table = elias_kernels.table_of(segments, n, form)
-        size, preset = blocks.table_bytes(table, form), elias.NO_FAULT
-        out, fault = self._run(elias_kernels.decode, payload, size, preset, form, table)
-        elias.check_fault(fault)
-        fixed: U8 = out
-        return fixed
-
-
 # --------------------------------------------------------------------------- comparisons
 
 
 def check_elias(
-    run: EliasRunner,
+    run: Runner,
     payload: U8,
     n: int,
     form: BlockFormat,
@@ -104,7 +49,7 @@ def verdict(decode: Callable[[], U8]) -> tuple[U8 | None, str]:
 
 
 def check_malformed(
-    run: EliasRunner,
+    run: Runner,
     payload: U8,
     n: int,
     form: BlockFormat,
@@ -176,7 +121,7 @@ def _forms(rng: np.random.Generator) -> Iterator[BlockFormat]:
         yield BlockFormat("levels", bits, int(rng.choice(BLOCKS)), "max")
 
 
-def elias_cases(run: EliasRunner, rng: np.random.Generator) -> Cases:
+def elias_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every number of bits; lengths and segments in turn."""
     for i, n in enumerate(LENGTHS):
         for form in _forms(rng):
@@ -185,7 +130,7 @@ def elias_cases(run: EliasRunner, rng: np.random.Generator) -> Cases:
             yield partial(check_elias, run, payload, n, form, table)
 
 
-def malformed_cases(run: EliasRunner, rng: np.random.Generator) -> Cases:
+def malformed_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Payloads with a few bytes changed."""
 
     def case(form: BlockFormat, n: int, payload: U8) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -18,21 +17,13 @@ from pydist.selfcheck.bits import (
     store,
     widen,
 )
+from pydist.selfcheck.runner import Runner
 
 LENGTHS = (0, 1, 7, 31, 32, 33, 1001, 4099)
 STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16")
 
 
-class RawRunner(Protocol):
-    """The kernel of plain values of one backend; it does not change its input."""
-
-    name: str
-
-    def sum_values(self, values: Bits, *, mean: bool, storage: Storage) -> tuple[Bits, int]:
-        """The sum, or the mean, of the rows, and flags."""
-
-
-def check_sum_values(run: RawRunner, values: Bits, *, mean: bool, storage: Storage) -> None:
+def check_sum_values(run: Runner, values: Bits, *, mean: bool, storage: Storage) -> None:
     """Raises DifferenceError unless ``sum_values`` equals its reference."""
     what = (
         f"sum_values on {run.name} ({storage_of(values)} to {storage}, "
@@ -62,7 +53,7 @@ def some_rows(
     return store(x, storage)
 
 
-def sum_values_cases(run: RawRunner, rng: np.random.Generator) -> Iterator[Callable[[], None]]:
+def sum_values_cases(run: Runner, rng: np.random.Generator) -> Iterator[Callable[[], None]]:
     """Every pair of types; lengths and numbers of ranks in turn."""
     for i, n in enumerate(LENGTHS):
         for j, source in enumerate(STORAGES):

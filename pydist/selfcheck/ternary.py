@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from pydist.formats import ternary, wire
-from pydist.kernels.block_kernels import EncodeOptions
+from pydist.kernels.block_formats import EncodeOptions
 from pydist.reference import ternary as reference
 from pydist.reference.blocks import Draws
 from pydist.reference.signs import F32, U8, Storage
@@ -21,7 +21,7 @@ from pydist.selfcheck.bits import (
     widen,
 )
 from pydist.selfcheck.blocks import some_options, some_values
-from pydist.selfcheck.ternary_backend import TernaryRunner
+from pydist.selfcheck.runner import Runner
 
 LENGTHS = (0, 1, 7, 31, 33, 160, 161, 1001, 4096, 9001)
 STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16")
@@ -33,7 +33,7 @@ RANKS = (1, 2, 3, 4, 127, 128, 300)
 
 
 def check_scale(
-    run: TernaryRunner, x: Bits, clip: float | None, segments: wire.IntArray | None = None
+    run: Runner, x: Bits, clip: float | None, segments: wire.IntArray | None = None
 ) -> None:
     """Raises DifferenceError unless ``ternary_scale`` equals its reference."""
     what = f"ternary_scale on {run.name} ({storage_of(x)}, n={x.size}, clip={clip})"
@@ -44,7 +44,7 @@ def check_scale(
 
 
 def check_pack(
-    run: TernaryRunner,
+    run: Runner,
     x: Bits,
     scalers: F32,
     shared: F32,
@@ -63,9 +63,7 @@ def check_pack(
     assert_same_flags(flags, raised, what)
 
 
-def check_sum(
-    run: TernaryRunner, payloads: U8, n: int, segments: wire.IntArray | None = None
-) -> None:
+def check_sum(run: Runner, payloads: U8, n: int, segments: wire.IntArray | None = None) -> None:
     """Raises DifferenceError unless ``ternary_sum`` equals its reference."""
     what = f"ternary_sum on {run.name} (ranks={len(payloads)}, n={n})"
     sums, flags = run.ternary_sum(payloads, n, segments)
@@ -74,7 +72,7 @@ def check_sum(
 
 
 def check_unpack(
-    run: TernaryRunner,
+    run: Runner,
     payloads: U8,
     scalers: F32,
     n: int,
@@ -151,7 +149,7 @@ def _tables(rng: np.random.Generator, n: int) -> Iterator[wire.IntArray | None]:
     yield some_segments(rng, n)
 
 
-def scale_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
+def scale_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every type and clip; lengths in turn."""
     for n in LENGTHS:
         for storage in STORAGES:
@@ -162,7 +160,7 @@ def scale_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
                     yield partial(check_scale, run, x, clip, table)
 
 
-def pack_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
+def pack_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every type; scalers of the values, and any others."""
     for n in LENGTHS:
         for storage in STORAGES:
@@ -176,7 +174,7 @@ def pack_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
                 yield partial(check_pack, run, x, own, shared, options, table)
 
 
-def sum_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
+def sum_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every number of ranks."""
     for n in LENGTHS[:-2]:
         for ranks in RANKS:
@@ -185,7 +183,7 @@ def sum_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
                 yield partial(check_sum, run, payloads, n, table)
 
 
-def unpack_cases(run: TernaryRunner, rng: np.random.Generator) -> Cases:
+def unpack_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Every type; numbers of ranks in turn."""
     for n in LENGTHS:
         for i, storage in enumerate(STORAGES):

@@ -20,8 +20,8 @@ from pydist.selfcheck.bits import (
     store,
     widen,
 )
+from pydist.selfcheck.runner import Order, Runner
 from pydist.selfcheck.segments import some_block_segments as some_segments
-from pydist.selfcheck.topk_backend import Order, TopKRunner
 
 FORMATS = [
     TopKFormat(density, block, values)
@@ -37,7 +37,7 @@ STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16")
 
 
 def check_select(
-    run: TopKRunner,
+    run: Runner,
     x: Bits,
     form: TopKFormat,
     order: Order = Order(),  # noqa: B008  (frozen)
@@ -61,7 +61,7 @@ def check_select(
 
 
 def check_feedback(
-    run: TopKRunner,
+    run: Runner,
     x: Bits,
     residual: Bits,
     form: TopKFormat,
@@ -85,7 +85,7 @@ def check_feedback(
 
 
 def check_scatter(
-    run: TopKRunner,
+    run: Runner,
     payloads: U8,
     n: int,
     form: TopKFormat,
@@ -103,7 +103,7 @@ def check_scatter(
 
 
 def check_reduce(
-    run: TopKRunner,
+    run: Runner,
     payloads: U8,
     n: int,
     form: TopKFormat,
@@ -188,14 +188,14 @@ def _inputs(
             yield i, n, form, table
 
 
-def select_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
+def select_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Formats, lengths and types in turn."""
     for i, n, form, table in _inputs(rng):
         x = some_bits(rng, n, form, STORAGES[(i // 2 + n) % 3])
         yield partial(check_select, run, x, form, some_order(rng), table)
 
 
-def feedback_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
+def feedback_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Formats, lengths and types in turn."""
     storages: tuple[Storage, ...] = ("float32", "bfloat16")
     for i, n, form, table in _inputs(rng):
@@ -204,7 +204,7 @@ def feedback_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
         yield partial(check_feedback, run, x, residual, form, some_order(rng), table)
 
 
-def scatter_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
+def scatter_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Formats, lengths, types and numbers of ranks in turn."""
     for i, n, form, table in _inputs(rng):
         payloads = some_payloads(rng, (1, 2, 3, 5)[i % 4], n, form, table)
@@ -214,7 +214,7 @@ def scatter_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
         )  # fmt: skip
 
 
-def reduce_cases(run: TopKRunner, rng: np.random.Generator) -> Cases:
+def reduce_cases(run: Runner, rng: np.random.Generator) -> Cases:
     """Formats, lengths and numbers of ranks in turn."""
     for i, n, form, table in _inputs(rng):
         payloads = some_payloads(rng, (1, 2, 3, 5)[i % 4], n, form, table)

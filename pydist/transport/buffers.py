@@ -36,6 +36,11 @@ class Staging:
     @property
     def in_use(self) -> int:
         """Bytes of the buffers that are out."""
+        with self._lock:
+            return self._out_bytes()
+
+    def _out_bytes(self) -> int:
+        # With the lock: a weak dictionary drops dead entries as it is read, under other readers.
         return sum(storage.nbytes() for storage in list(self._out.values()))
 
     def take(self, rows: int, columns: int) -> Tensor:
@@ -51,7 +56,7 @@ class Staging:
                 buffer = self._idle.pop(place)
                 self.idle -= buffer.numel()
             self._out[buffer.data_ptr()] = buffer.untyped_storage()
-            self.peak = max(self.peak, self.in_use + self.idle)
+            self.peak = max(self.peak, self._out_bytes() + self.idle)
         return buffer[:size].view(rows, columns)
 
     def give(self, taken: Tensor) -> None:
@@ -71,4 +76,4 @@ class Staging:
         """Lets go of what waits here, and forgets the peak."""
         with self._lock:
             self._idle.clear()
-            self.idle, self.peak = 0, self.in_use
+            self.idle, self.peak = 0, self._out_bytes()

@@ -326,8 +326,13 @@ class SumArgs:
         return [values, self.stride, self.ranks, bits_of(self.divisor)]
 
 
-def rows_at(address: int, n: int) -> np.ndarray:
-    return np.frombuffer(bytearray(ctypes.string_at(address, 64 * n)), dtype=np.int64).reshape(n, 8)
+def rows_of(table: tuple[int, ...]) -> np.ndarray:
+    """A copy of the rows at (address, count); or of the one row whose eight numbers these are."""
+    if len(table) == 8:
+        return np.array([table], dtype=np.int64)
+    address, count = table
+    data = bytearray(ctypes.string_at(address, 64 * count))
+    return np.frombuffer(data, dtype=np.int64).reshape(count, 8)
 
 
 def payload_bytes(rows: np.ndarray) -> int:
@@ -353,6 +358,9 @@ class RemoteModule(ModuleType):
         self._isa = self.guest.isa
         self.cpu = SimpleNamespace(**{kernel: getattr(self, f"_{kernel}") for kernel in KERNELS})
 
+    def address_of(self, x: np.ndarray) -> int:
+        return x.__array_interface__["data"][0]
+
     def supported_isas(self) -> list[str]:
         return list(self.guest.isas)
 
@@ -369,16 +377,16 @@ class RemoteModule(ModuleType):
         numbers = self.guest.isas.index(self._isa), KERNELS.index(kernel)
         self.guest.request(CALL, *numbers, table, len(rows), threads, *args)
 
-    def _pack_signs(self, table, n, dtype, payload, zero_bit, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _pack_signs(self, table, dtype, payload, zero_bit, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype])
             out = arrays.array(payload, payload_bytes(rows), written=True)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "pack_signs", rows, threads, dtype, out, zero_bit, flag)
 
-    def _lion_pack(self, table, n, grad, momentum, payload, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _lion_pack(self, table, grad, momentum, payload, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[grad])
             arrays.column(rows, MOMENTUM, WIDTH[momentum])
@@ -387,42 +395,42 @@ class RemoteModule(ModuleType):
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "lion_pack", rows, threads, grad, momentum, out, *args.words, flag)
 
-    def _lion_apply(self, table, n, dtype, planes, args, skip, threads) -> None:
+    def _lion_apply(self, table, dtype, planes, args, skip, threads) -> None:
         if skip and struct.unpack("<i", ctypes.string_at(skip, 4))[0]:
             return  # as csrc/bindings.cpp does
-        rows = rows_at(table, n)
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             there = arrays.array(planes, args.plane_bytes)
             self._call(arrays, "lion_apply", rows, threads, dtype, there, *args.words)
 
-    def _unpack_votes(self, table, n, dtype, args, threads) -> None:
-        rows = rows_at(table, n)
+    def _unpack_votes(self, table, dtype, args, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             there = arrays.array(args.planes, args.size)
             self._call(arrays, "unpack_votes", rows, threads, dtype, there, *args.rest)
 
-    def _count_votes(self, table, n, args, threads) -> None:
+    def _count_votes(self, table, args, threads) -> None:
         with stage(self.guest) as arrays:
             words = args.words(arrays, args.ranks.bit_length())
-            self._call(arrays, "count_votes", rows_at(table, n), threads, *words)
+            self._call(arrays, "count_votes", rows_of(table), threads, *words)
 
-    def _majority_vote(self, table, n, args, threads) -> None:
+    def _majority_vote(self, table, args, threads) -> None:
         with stage(self.guest) as arrays:
             words = args.words(arrays, 2 if args.rest[1] == TIES_ZERO else 1)
-            self._call(arrays, "majority_vote", rows_at(table, n), threads, *words)
+            self._call(arrays, "majority_vote", rows_of(table), threads, *words)
 
-    def _quantize(self, table, n, dtype, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _quantize(self, table, dtype, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays, rows)
             arrays.column(rows, X, WIDTH[dtype])
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "quantize", rows, threads, dtype, *words, flag)
 
-    def _quantize_feedback(self, table, n, dtype, residual, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _quantize_feedback(self, table, dtype, residual, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays, rows)
             arrays.column(rows, X, WIDTH[dtype])
@@ -431,33 +439,33 @@ class RemoteModule(ModuleType):
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "quantize_feedback", rows, threads, dtype, residual, *words, flag)
 
-    def _reduce_quantized(self, table, n, source, to, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _reduce_quantized(self, table, source, to, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = source.words(arrays) + to.words(arrays, rows)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "reduce_quantized", rows, threads, *words, flag)
 
-    def _dequantize(self, table, n, dtype, args, threads) -> None:
-        rows = rows_at(table, n)
+    def _dequantize(self, table, dtype, args, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             self._call(arrays, "dequantize", rows, threads, dtype, *args.words(arrays))
 
-    def _elias_encode(self, table, n, args, threads) -> None:
-        rows = rows_at(table, n)
+    def _elias_encode(self, table, args, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays, rows, encodes=True)
             self._call(arrays, "elias_encode", rows, threads, *words)
 
-    def _elias_decode(self, table, n, args, threads) -> None:
-        rows = rows_at(table, n)
+    def _elias_decode(self, table, args, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays, rows, encodes=False)
             self._call(arrays, "elias_decode", rows, threads, *words)
 
-    def _ternary_scale(self, table, n, dtype, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _ternary_scale(self, table, dtype, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype])
             scalers(arrays, rows, MOMENTUM, written=True)
@@ -465,8 +473,8 @@ class RemoteModule(ModuleType):
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "ternary_scale", rows, threads, dtype, *words, flag)
 
-    def _ternary_pack(self, table, n, dtype, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _ternary_pack(self, table, dtype, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype])
             scalers(arrays, rows, MOMENTUM)
@@ -474,16 +482,16 @@ class RemoteModule(ModuleType):
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "ternary_pack", rows, threads, dtype, *args.words(arrays), flag)
 
-    def _ternary_sum(self, table, n, source, out, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _ternary_sum(self, table, source, out, flags, threads) -> None:
+        rows = rows_of(table)
         units = int((rows[:, WORD] - -rows[:, N] // TERNARY_UNIT).max())
         with stage(self.guest) as arrays:
             there = arrays.array(out, units * source.sum_bytes, written=True)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "ternary_sum", rows, threads, *source.words(arrays), there, flag)
 
-    def _ternary_values(self, kernel, table, n, dtype, source, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _ternary_values(self, kernel, table, dtype, source, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             arrays.column(rows, X, WIDTH[dtype], written=True)
             scalers(arrays, rows, MOMENTUM_OUT)
@@ -497,16 +505,16 @@ class RemoteModule(ModuleType):
     def _ternary_unpack_sums(self, *args) -> None:
         self._ternary_values("ternary_unpack_sums", *args)
 
-    def _topk_select(self, table, n, dtype, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _topk_select(self, table, dtype, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays)
             arrays.column(rows, X, WIDTH[dtype])
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "topk_select", rows, threads, dtype, *words, flag)
 
-    def _topk_feedback(self, table, n, dtype, residual, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _topk_feedback(self, table, dtype, residual, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays)
             arrays.column(rows, X, WIDTH[dtype])
@@ -515,22 +523,22 @@ class RemoteModule(ModuleType):
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "topk_feedback", rows, threads, dtype, residual, *words, flag)
 
-    def _topk_reduce(self, table, n, source, to, flags, threads) -> None:
+    def _topk_reduce(self, table, source, to, flags, threads) -> None:
         with stage(self.guest) as arrays:
             words = source.words(arrays) + to.words(arrays)
             flag = arrays.array(flags, 4, written=True)
-            self._call(arrays, "topk_reduce", rows_at(table, n), threads, *words, flag)
+            self._call(arrays, "topk_reduce", rows_of(table), threads, *words, flag)
 
-    def _topk_scatter(self, table, n, dtype, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _topk_scatter(self, table, dtype, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             words = args.words(arrays)
             arrays.column(rows, X, WIDTH[dtype], written=True)
             flag = arrays.array(flags, 4, written=True)
             self._call(arrays, "topk_scatter", rows, threads, dtype, *words, flag)
 
-    def _sum_values(self, table, n, source, to, args, flags, threads) -> None:
-        rows = rows_at(table, n)
+    def _sum_values(self, table, source, to, args, flags, threads) -> None:
+        rows = rows_of(table)
         with stage(self.guest) as arrays:
             end = int((32 * rows[:, WORD] + rows[:, N]).max()) * WIDTH[source]
             words = args.words(arrays, end)

@@ -1,0 +1,197 @@
+"""Tensors, as :mod:`pydist.kernels.libraries` has the arrays of other libraries."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydist.formats import wire
+from pydist.kernels.checks import ArrayInfo
+from pydist.kernels.launch import LaunchTarget
+from pydist.kernels.libraries import LIBRARIES
+
+_NAMES = {
+    getattr(torch, name): name
+    for name in ("float32", "float16", "bfloat16", "uint8", "int32", "int64")
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+class Torch:
+    """Dense tensors on the CPU or a CUDA device."""
+
+    kind = "torch"
+
+    def holds(self, x: Any) -> bool:
+        """Whether it is a tensor."""
+        return isinstance(x, Tensor)
+
+    def info(self, name: str, x: Tensor, *, written: bool = False) -> ArrayInfo:
+        """Describes a contiguous tensor.
+
+        Raises:
+            ValueError: Its storage was freed or made smaller behind its back.
+        """
+        dtype = x.dtype
+        info = ArrayInfo(
+            name, x.data_ptr(), x.shape, _NAMES.get(dtype) or str(dtype)[6:], x.device, x
+        )
+        storage = x.untyped_storage()
+        if info.end > storage.data_ptr() + storage.nbytes():
+            check_storage(name, x)
+        return info
+
+    def is_contiguous(self, x: Tensor) -> bool:
+        """Whether its memory holds its values, in order."""
+        return x.is_contiguous() and not x.is_neg()
+
+    def contiguous(self, x: Tensor) -> Tensor:
+        """The tensor itself; a copy where it is strided, or the negative of its memory."""
+        return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+
+    def writable(self, name: str, x: Tensor) -> Tensor:
+        """A contiguous tensor with its values."""
+        return dense_of(name, x)
+
+    def written(self, x: Tensor, dense: Tensor) -> None:
+        """Ends a write behind autograd's back."""
+        written(x, dense)
+
+    def may_overlap(self, a: Tensor, b: Tensor) -> bool:
+        """Whether strided tensors reach into each other's memory."""
+        spans = []
+        for x in (a, b):
+            reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            spans.append((x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()))
+        if not (a.numel() and b.numel()):
+            return False
+        return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+    def empty(self, like: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """An uninitialised tensor on the same device."""
+        return like.new_empty(shape, dtype=_DTYPES[dtype])
+
+    def dtype_name(self, dtype: Any) -> str:
+        """Name of a dtype, torch's own or a name itself."""
+        return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+    def zero(self, x: Tensor) -> None:
+        """Fills a tensor with zeros."""
+        x.zero_()
+
+    def on_device(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Makes its CUDA device the current one."""
+        return on_device_of(x)
+
+    def target(self, x: Tensor, threads: int | None) -> LaunchTarget:
+        """Its device's current stream; or as many CPU threads as asked for, or as torch has."""
+        if x.is_cuda:
+            return target_of(x)
+        if threads is None:
+            return _cpu_target(torch.get_num_threads())
+        if wire.as_int("threads", threads) < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        return _cpu_target(threads)
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_target(threads: int) -> LaunchTarget:
+    return LaunchTarget(threads=threads)
+
+
+def target_of(x: Tensor) -> LaunchTarget:
+    """Where kernels on this tensor run: its device's current stream, or torch's CPU threads."""
+    if x.is_cuda:
+        return LaunchTarget(
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            upload=lambda rows: _upload(rows, x.device),
+            scratch=lambda size: _scratch(size, x.device),
+        )
+    return _cpu_target(torch.get_num_threads())
+
+
+def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"segments has {len(rows)} rows: such a table is copied to the device in each call, "
+            "which a CUDA graph can't repeat; capture one segment a call"
+        )
+    # Not waited for: both allocators are stream-ordered, so the copy may outlive the two tensors,
+    # and so may the kernel once it is launched.
+    table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+    return table.data_ptr(), table
+
+
+def _scratch(size: int, device: torch.device) -> tuple[int, Tensor]:
+    room = torch.empty(size, dtype=torch.uint8, device=device)
+    return room.data_ptr(), room
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's CUDA device the current one, as launching on its streams needs."""
+    return torch.cuda.device(x.device) if x.is_cuda else _NOTHING
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def check_storage(name: str, x: Tensor) -> None:
+    """Raises ValueError where a tensor's storage is smaller than the tensor."""
+    held, reach = x.untyped_storage().nbytes(), x.numel()
+    if reach and not x.is_contiguous():
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if (x.storage_offset() + reach) * x.element_size() > held:
+        raise ValueError(
+            f"{name} has {x.numel()} elements, but its storage has {held} bytes: it was freed or "
+            "resized"
+        )
+
+
+def dense_of(name: str, x: Tensor) -> Tensor:
+    """A contiguous tensor with the values of one that is written in place."""
+    if x.is_contiguous() and not x.is_neg():
+        return normal(x)
+    if x.numel() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{name} has strides {list(x.stride())}: several elements share one place in memory, "
+            "so it cannot be written in place"
+        )
+    return normal(TORCH.contiguous(x))
+
+
+def normal(x: Tensor) -> Tensor:
+    """A tensor of the same memory that may be changed outside of inference mode, by any thread.
+
+    Modes of torch belong to threads, and a tensor made in inference mode can be changed in that
+    mode alone. Threads of pydist's own are in none.
+    """
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        same = torch.empty(0, dtype=x.dtype, device=x.device)
+        return same.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def written(target: Tensor, dense: Tensor) -> None:
+    """Ends a write behind autograd's back: copies ``dense`` back, or bumps the version.
+
+    A tensor that backward has saved is then known to have changed, as after any in-place operation.
+    """
+    if target is not dense and (
+        target.is_neg()
+        or dense.data_ptr() != target.data_ptr()
+        or dense.stride() != target.stride()
+    ):
+        with torch.inference_mode(target.is_inference()):
+            target.copy_(dense.view_as(target))
+    elif not target.is_inference():
+        torch.autograd.graph.increment_version(target)
+
+
+TORCH = Torch()
+LIBRARIES[Tensor] = LIBRARIES[torch.nn.Parameter] = TORCH
