@@ -1,8 +1,12 @@
-"""Codecs: frozen values that say how numbers become bytes. No process group, no state, no torch."""
+"""Codecs: frozen values that say how numbers become bytes. No process group, no state, no torch.
+
+:class:`Codec` is what all of them are, and the protocol of codecs written in Python.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pydist.formats.blocks import BlockFormat, check_bits, check_block, check_choice
 from pydist.formats.elias import ENTROPIES
@@ -14,8 +18,83 @@ __all__ = ["QSGD", "BlockFloat", "BlockInt", "Codec", "Raw", "Sign", "Ternary", 
 RAW_DTYPES = ("float32", "float16", "bfloat16")
 
 
+class Codec:
+    """What all codecs are; and the base of a codec of your own, in one Python file.
+
+    A codec of your own is a frozen dataclass below this class with the three methods. It works in
+    ``pydist.all_reduce``, ``reduce_scatter`` and ``all_gather``, in ``ddp.compress`` and
+    ``fsdp.compress`` with error feedback, and in ``pydist.simulate``. The owner of a share decodes
+    the payloads of all ranks, adds them in rank order in float32, and encodes the sum again::
+
+        @dataclass(frozen=True)
+        class Half(pydist.Codec):
+            def payload_bytes(self, n):
+                return 2 * n
+
+            def encode(self, x):
+                return x.half().view(torch.uint8)
+
+            def decode(self, payload, n):
+                return payload.view(torch.float16).float()
+
+    Elements travel in blocks of :attr:`block`. Where a tensor is cut into messages depends on its
+    length and on the number of ranks, always between blocks; so a block must be encoded alike
+    whatever is before or behind it. The last block of a parameter may be shorter.
+
+    Attributes:
+        block: Elements that are encoded together: of a scale, of a bit field.
+        contracts: ``|x - decode(encode(x))|`` is below ``|x|``: error feedback then helps, and
+            ``error_feedback="auto"`` keeps residuals. Without it, residuals may grow with each
+            step.
+    """
+
+    block = 1024
+    contracts = False
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """What the kernels are told of a codec with blocks and scales; ``None`` of others."""
+        return None
+
+    def payload_bytes(self, n: int) -> int:
+        """Bytes of the payload of ``n`` elements, of any number of blocks."""
+        raise NotImplementedError(f"{type(self).__name__} is encoded by kernels: pydist.ops")
+
+    def encode(self, x: Any) -> Any:
+        """Makes a payload of elements.
+
+        A codec that rounds at random takes another argument, ``draws``:
+        ``draws.uniform()`` is a number from 0 to 1 for each element, a function of (seed, rank,
+        step, parameter, element), so that results repeat.
+
+        Args:
+            x: float32 tensor [n], contiguous, on the data's device; not to be changed.
+
+        Returns:
+            uint8 tensor (or NumPy array) [payload_bytes(n)].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is encoded by kernels: pydist.ops")
+
+    def decode(self, payload: Any, n: int) -> Any:
+        """Makes elements of a payload.
+
+        Args:
+            payload: uint8 tensor [payload_bytes(n)], contiguous; not to be changed.
+            n: Elements.
+
+        Returns:
+            float32 tensor (or NumPy array) [n].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is decoded by kernels: pydist.ops")
+
+
+def is_custom(codec: Codec) -> bool:
+    """Whether a codec is encoded in Python, by methods of its own."""
+    return type(codec).encode is not Codec.encode
+
+
 @dataclass(frozen=True)
-class Sign:
+class Sign(Codec):
     """Signs, bare or with a scale a block.
 
     Attributes:
@@ -42,7 +121,7 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class QSGD:
+class QSGD(Codec):
     """Quantized SGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132): unbiased.
 
     A value is rounded up or down to one of ``2**bits - 1`` levels between ± the norm, at random and
@@ -81,7 +160,7 @@ class QSGD:
 
 
 @dataclass(frozen=True)
-class BlockInt:
+class BlockInt(Codec):
     """Symmetric integers: ± the largest magnitude of a block in ``2**bits - 1`` equal steps.
 
     The largest magnitude decodes to itself. With ``rounding="nearest"`` what was decoded encodes to
@@ -114,7 +193,7 @@ class BlockInt:
 
 
 @dataclass(frozen=True)
-class BlockFloat:
+class BlockFloat(Codec):
     """8-bit floats times a power of two (OCP microscaling, with a float32 scale).
 
     The codes are those of torch's casts to ``float8_e4m3fn`` and ``float8_e5m2``: rounded to
@@ -143,7 +222,7 @@ class BlockFloat:
 
 
 @dataclass(frozen=True)
-class Ternary:
+class Ternary(Codec):
     """TernGrad (Wen et al., NeurIPS 2017, arXiv 1705.07878): unbiased but for the clipping.
 
     Values of a layer (a segment, or a bare tensor) are clipped, and then rounded at random to 0 or
@@ -176,7 +255,7 @@ class Ternary:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Codec):
     """The largest entries of every block; what is not sent belongs into a residual.
 
     The selection is exact, and every block sends the same number of entries: density · block, to
@@ -214,7 +293,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(Codec):
     """Values uncompressed: what other codecs are compared with, and what goes where links are fast.
 
     Every value travels as a float. The owner of a shard adds in float32, in rank order, divides
@@ -240,7 +319,3 @@ class Raw:
     def block_format(self) -> None:
         """No blocks."""
         return None
-
-
-Codec = Sign | QSGD | BlockInt | BlockFloat | Raw | Ternary | TopK
-"""Any codec, for annotations and ``isinstance``."""

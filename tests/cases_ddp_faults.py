@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from pydist import QSGD, Sign, Ternary, TopK
 from pydist.ddp import CompressionState, compress, compression_hook
-from pydist.encoding.bucket_coder import BucketCoder
+from pydist.encoding.bucket import BucketCoder
 from pydist.transport.communicator import Communicator
 
 CODECS: dict[str, Any] = {

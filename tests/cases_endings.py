@@ -18,7 +18,7 @@ from cases_faults import raised_by
 from torch.nn.parallel import DistributedDataParallel
 
 import pydist
-from pydist.encoding.blocks import TensorBlockCoder
+from pydist.encoding.coders import ReduceCoder
 
 QSGD = pydist.QSGD(4)
 
@@ -77,8 +77,8 @@ def fails_itself(rank: int, ranks: int, who: int, where: str) -> list[tuple[str,
         x = torch.ones(200_000)
         pydist.all_reduce(x, QSGD, group=group, step=step, algorithm="two_phase")
 
-    usual = getattr(TensorBlockCoder, where)
-    with mock.patch.object(TensorBlockCoder, where, broken if rank == who else usual):
+    usual = getattr(ReduceCoder, where)
+    with mock.patch.object(ReduceCoder, where, broken if rank == who else usual):
         return [raised_by(partial(reduced, step)) for step in (1, 2)]
 
 

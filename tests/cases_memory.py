@@ -10,8 +10,8 @@ import torch
 
 import pydist
 from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
-from pydist.encoding.blocks import TensorBlockCoder
 from pydist.encoding.choose import all_reduce_coder, reduce_scatter_coder
+from pydist.encoding.coders import ReduceCoder
 from pydist.formats import wire
 from pydist.transport import exchange as road
 from pydist.transport.buffers import IDLE_BYTES
@@ -100,9 +100,9 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
         xs[0][:n], QSGD(8), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0
     )
     chunk, _ = _sent(coder, ranks, True)
-    decode, held = TensorBlockCoder.decode, []
+    decode, held = ReduceCoder.decode, []
 
-    def late(self: TensorBlockCoder, *args: Any) -> None:
+    def late(self: ReduceCoder, *args: Any) -> None:
         deadline = time.monotonic() + 20
         while not held and not comm._chunks.full():  # the front thread has done what it may
             assert time.monotonic() < deadline, "the queue never fills"
@@ -110,7 +110,7 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
         held.append(comm.staging.in_use)
         decode(self, *args)
 
-    TensorBlockCoder.decode = late  # type: ignore[method-assign]
+    ReduceCoder.decode = late  # type: ignore[method-assign]
     whole, road.CHUNK_BYTES = road.CHUNK_BYTES, coder.units * coder.unit_bytes
     comm.staging.clear()
     try:
@@ -125,7 +125,7 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
             pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase", step=0)
         again = comm.staging.peak
     finally:
-        TensorBlockCoder.decode = decode  # type: ignore[method-assign]
+        ReduceCoder.decode = decode  # type: ignore[method-assign]
         road.CHUNK_BYTES = whole
     # Only now: a rank that raised earlier would leave the others waiting.
     assert all(bool((x == ranks).all()) for x in xs[1:]) and bool((xs[0] == ranks**4).all())

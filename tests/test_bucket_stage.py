@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydist import QSGD, Raw, Sign
-from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.bucket import BucketCoder, BucketPlan
 from pydist.encoding.shares import Part
 from pydist.transport.coder import Worker
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
-from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.bucket import BucketCoder, BucketPlan
 from pydist.encoding.shares import Part, Shares, share_of
 from pydist.formats import wire
 from pydist.reference import blocks as rb

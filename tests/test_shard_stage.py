@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from pydist import QSGD
-from pydist.encoding.shard_coder import ScatterShardCoder
-from pydist.encoding.shard_layout import ShardPlan, Shards
+from pydist.encoding.blocks import BlockRows
+from pydist.encoding.choose import staged
+from pydist.encoding.coders import ScatterCoder
+from pydist.encoding.plans import Plan, Shards
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.reference import elias as reference_elias
@@ -24,15 +26,16 @@ SHARDS = [  # the last rank has nothing of the second, and less of the first and
 RANGES = ((0, 5), (5, 12), (12, 26))
 
 
-def coder_of(rank: int) -> ScatterShardCoder:
+def coder_of(rank: int) -> ScatterCoder:
     data = torch.randn(RANKS * ROW, generator=torch.Generator().manual_seed(rank)) ** 3
-    return ScatterShardCoder(
-        torch.zeros(ROW), data, ShardPlan(SHARDS, FORM.block, RANKS), FORM,
-        wire.CODECS["qsgd_elias"], Worker(rank, RANKS, 6), mean=True, seed=2, entropy="elias",
+    coder = ScatterCoder(
+        torch.zeros(ROW), data, BlockRows(FORM, wire.CODECS["qsgd_elias"]),
+        Plan.of_shards(SHARDS, FORM.block, RANKS), Worker(rank, RANKS, 6), mean=True, seed=2,
     )  # fmt: skip
+    return staged(coder, CODEC)
 
 
-def encoded(coder: ScatterShardCoder, begin: int, end: int) -> Tensor:
+def encoded(coder: ScatterCoder, begin: int, end: int) -> Tensor:
     units = end - begin
     rows = torch.full((RANKS, coder.message_bytes(units)), 0xAA, dtype=torch.uint8)
     coder.encode(rows, units, begin, end)

@@ -16,7 +16,9 @@ from test_collectives import same_on_all_ranks
 
 from pydist import Ternary, ops, simulate
 from pydist.encoding.choose import all_reduce_coder
-from pydist.encoding.ternary import TensorTernaryCoder
+from pydist.encoding.coders import ReduceCoder
+from pydist.encoding.plans import Plan, Shards
+from pydist.encoding.ternary import TernaryRows
 from pydist.formats import ternary, wire
 from pydist.reference import ternary as rt
 from pydist.transport.coder import Coder, Worker
@@ -140,6 +142,9 @@ def test_bytes_of_shards() -> None:
 def test_malformed_messages_raise() -> None:
     x = torch.ones(400)
     coder = coder_of(x, Worker(0, 2, 0))
+    own = coder.prologue()
+    assert own is not None
+    coder.merge_prologue(torch.stack([own, own]))
     flags = torch.zeros(1, dtype=torch.int32)
     messages = torch.zeros(2, coder.message_bytes(3), dtype=torch.uint8)
     out = torch.zeros(1, coder.reduced_bytes(3), dtype=torch.uint8)
@@ -159,10 +164,14 @@ def test_a_coder_of_several_layers(ranks: int) -> None:
     lengths, seed, step = [200, 0, 33, 700, 1], 9, 4
     table = wire.segments(lengths, ordinals=[3, 1, 8, 2, 5], block=ternary.UNIT)
     tensors = inputs(ranks, sum(lengths), torch.float32, seed=2)
+    begins = np.cumsum(lengths) - lengths
+    layers = [
+        Shards(ordinal, (int(begin),), (n,))
+        for ordinal, begin, n in zip(table[:, 2].tolist(), begins, lengths, strict=True)
+    ]
+    plan, coding = Plan.of_shards(layers, ternary.UNIT, 1), TernaryRows(2.5, ranks)
     coders = [
-        TensorTernaryCoder(
-            x.clone(), 2.5, Worker(r, ranks, step), mean=True, seed=seed, table=table
-        )
+        ReduceCoder(x.clone(), coding, plan, Worker(r, ranks, step), mean=True, seed=seed)
         for r, x in enumerate(tensors)
     ]
     prologues = torch.stack([c.prologue() for c in coders])  # type: ignore[misc]
@@ -187,7 +196,7 @@ def test_a_coder_of_several_layers(ranks: int) -> None:
         ]
     )
     wanted, _ = rt.unpack(payloads, shared, sum(lengths), mean=True, segments=table)
-    assert coders[0].data.numpy().tobytes() == wanted.tobytes()
+    assert coders[0].flat.numpy().tobytes() == wanted.tobytes()
     assert not flags.any()
 
 

@@ -85,7 +85,7 @@ def inside_worker(node: int, local_rank: int, nodes: int, local: int, worker: Wo
     It draws like no other rank, and unlike those that go across, who are ranks 0 … nodes - 1.
     """
     rank = nodes + node * local + local_rank
-    return Worker(rank, local, worker.step, worker.threads)
+    return Worker(local_rank, local, worker.step, worker.threads, draws_as=rank)
 
 
 def across_worker(node: int, nodes: int, local: int, first: int, worker: Worker) -> Worker:

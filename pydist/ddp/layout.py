@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
 from pydist.ddp.parameters import Parameters
-from pydist.encoding.bucket_coder import BucketPlan
+from pydist.encoding.bucket import BucketPlan
 from pydist.encoding.shares import Part
 from pydist.training.buffers import real
 from pydist.training.options import Choice, Options

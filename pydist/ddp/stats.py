@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pydist.ddp.layout import Layout
-from pydist.encoding.bucket_coder import BucketCoder
-from pydist.encoding.bucket_sections import RawSection
+from pydist.encoding.bucket import BucketCoder
+from pydist.encoding.raw import RawRows
 from pydist.formats import wire
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.damage import Damage
@@ -69,7 +69,7 @@ class Stats:
         if not sent:
             return False
         coders = [coder for _, coder in sent]
-        if any(not isinstance(x, RawSection) for coder in coders for x in coder.plan.sections):
+        if any(not isinstance(x.codec, RawRows) for coder in coders for x in coder.plan.sections):
             self._sizes = [_size(coder) for coder in coders]
         flags = torch.stack([coder.not_finite.view(1) for _, coder in sent])
         bad = (flags & wire.FLAG_NON_FINITE).amax()
@@ -161,6 +161,6 @@ class Stats:
 
 
 def _size(coder: BucketCoder) -> BucketSize:
-    flat, plan = coder.bucket.flat, coder.plan
+    flat, plan = coder.flat, coder.plan
     size = plan.message_bytes(plan.units)
     return BucketSize(flat.numel() * flat.element_size(), size, len(plan.parts))

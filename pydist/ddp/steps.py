@@ -21,8 +21,7 @@ from pydist.ddp.layout import Layout, Layouts
 from pydist.ddp.parameters import Parameters
 from pydist.ddp.prepare import Prepared, StepOf, clip_limit
 from pydist.ddp.stats import Stats
-from pydist.encoding.bucket_coder import BucketCoder
-from pydist.encoding.bucket_sections import Feedback
+from pydist.encoding.bucket import BucketCoder, Feedback
 from pydist.errors import PydistError
 from pydist.training.buffers import result_of, spoiled, values_of
 from pydist.training.damage import LOOK_EVERY
@@ -286,8 +285,8 @@ class Steps:
                     result = spoiled(buffer)
                     return
                 sent.prepared.put_back()
-                sent.layout.hand_back(sent.coder.bucket.flat)
-                result = result_of(buffer, sent.coder.bucket.flat)
+                sent.layout.hand_back(sent.coder.flat)
+                result = result_of(buffer, sent.coder.flat)
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
         finally:

@@ -1,21 +1,36 @@
-"""From a codec and the arguments of a collective to the coder that goes the road."""
+"""From a codec and the arguments of a collective to its coder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from pydist.codecs import QSGD, BlockFloat, BlockInt, Codec, Raw, Sign, Ternary, TopK
-from pydist.encoding.blocks import BlockCoder, GatherBlockCoder, ScatterBlockCoder, TensorBlockCoder
-from pydist.encoding.elias import EliasStage
-from pydist.encoding.raw import GatherRawCoder, ScatterRawCoder, TensorRawCoder
-from pydist.encoding.signs import OPS, GatherVoteCoder, ScatterVoteCoder, TensorVoteCoder, VoteRule
-from pydist.encoding.ternary import GatherTernaryCoder, ScatterTernaryCoder, TensorTernaryCoder
-from pydist.encoding.topk import GatherTopKCoder, ScatterTopKCoder, TensorTopKCoder
-from pydist.formats import ternary, wire
-from pydist.formats.blocks import BlockFormat, check_choice
+from pydist.codecs import (
+    QSGD,
+    BlockFloat,
+    BlockInt,
+    Codec,
+    Raw,
+    Sign,
+    Ternary,
+    TopK,
+    is_custom,
+)
+from pydist.encoding.blocks import BlockRows
+from pydist.encoding.coders import GatherCoder, PlanCoder, ReduceCoder, ScatterCoder
+from pydist.encoding.custom import CustomRows, check_custom
+from pydist.encoding.entropy import EliasStage
+from pydist.encoding.plans import Plan
+from pydist.encoding.raw import RawRows
+from pydist.encoding.rows import RowCodec
+from pydist.encoding.signs import OPS, SignRows, VoteRule
+from pydist.encoding.ternary import TernaryRows
+from pydist.encoding.topk import TopKRows
+from pydist.formats import wire
+from pydist.formats.blocks import check_choice
 from pydist.kernels import checks
 from pydist.transport.coder import Coder, Worker
 
@@ -29,6 +44,8 @@ def check_codec(codec: object) -> None:
     """Raises TypeError unless ``codec`` is a codec."""
     if not isinstance(codec, Codec):
         raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
+    if is_custom(codec):
+        check_custom(codec)
 
 
 def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
@@ -42,84 +59,100 @@ def number_of(codec: Codec) -> int:
     """The codec's number in a header."""
     if isinstance(codec, QSGD) and codec.entropy == "elias":
         return wire.CODECS["qsgd_elias"]
+    if is_custom(codec):
+        return wire.CODECS["custom"]
     scaled = "sign" if codec.block_format is None else "scaled_sign"
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
 
 
-BlockCoders = TypeVar("BlockCoders", bound=BlockCoder)
+def rows_of(
+    codec: Codec | None,
+    dtype: torch.dtype,
+    ranks: int,
+    *,
+    rule: VoteRule | None = None,
+    numel: int | None = None,
+) -> RowCodec:
+    """The class of a codec on the wire.
+
+    Args:
+        codec: The codec; ``None`` for values as they are.
+        dtype: Of the data.
+        ranks: Ranks that take part.
+        rule: How bare signs become a result; default their mean, or their sum.
+        numel: Elements of a dense tensor, which travels as short as it is; ``None`` for whole
+            units.
+    """
+    if codec is None or isinstance(codec, Raw):
+        name = None if codec is None else codec.dtype
+        return RawRows(getattr(torch, name) if name else dtype, numel)
+    if isinstance(codec, Ternary):
+        return TernaryRows(codec.clip, ranks, numel)
+    if isinstance(codec, TopK):
+        return TopKRows(codec.topk_format, number_of(codec), numel)
+    if is_custom(codec):
+        return CustomRows(codec, numel)
+    if codec.block_format is None:
+        return SignRows(VoteRule(average=True) if rule is None else rule, ranks)
+    return BlockRows(codec.block_format, number_of(codec), numel)
 
 
-def _staged(coder: BlockCoders, codec: Codec) -> BlockCoders:
-    """The coder, with the entropy coding that its codec asks for."""
-    if isinstance(codec, QSGD) and codec.entropy == "elias":
-        coder.stage = EliasStage(coder)
-    return coder
+def bytes_in_bucket(codec: Codec, numel: int) -> int:
+    """Bytes of the messages of one parameter's whole units; 0 of codecs that are always smaller."""
+    coding = rows_of(codec, torch.float32, 1)
+    return (
+        0
+        if isinstance(coding, RawRows | SignRows)
+        else -(-numel // coding.unit) * coding.unit_bytes
+    )
 
 
 def unit_of(codec: Codec) -> int:
     """Elements that stay together: a block, a unit of trits, or a payload word of signs."""
-    if isinstance(codec, Ternary):
-        return ternary.UNIT
-    if isinstance(codec, TopK):
-        return codec.block
-    return wire.WORD_BITS if codec.block_format is None else codec.block_format.block
+    return rows_of(codec, torch.float32, 1).unit
 
 
-def _wire_dtype(codec: Raw, x: Tensor) -> str:
-    """Name of the dtype in which values of ``x`` travel."""
-    return codec.dtype or str(x.dtype)[6:]
+Coders = TypeVar("Coders", bound=PlanCoder)
 
 
-def _topk_format(codec: TopK) -> Any:
-    """The format, which coders of top-k take in the place of a format with a scale."""
-    return codec.topk_format
+def staged(coder: Coders, codec: Codec) -> Coders:
+    """The coder, with the entropy coding that its codec asks for."""
+    if isinstance(codec, QSGD) and codec.entropy == "elias":
+        assert isinstance(coder.rows, BlockRows)
+        coder.stage = EliasStage(coder, coder.rows)
+    return coder
 
 
-def _rule(codec: Codec, op: str, ties: str, seed: int) -> tuple[VoteRule, BlockFormat | None]:
-    """The rule of a vote, and the format of the codec; the arguments are checked in any case."""
+def _checked(
+    x: Tensor, codec: Codec, worker: Worker, numel: int, *, op: str, ties: str, seed: int
+) -> RowCodec:
+    """The codec on the wire of dense tensors; the arguments are checked in any case."""
     check_codec(codec)
     check_op(op, codec)
-    return VoteRule(average=op != "vote", ties=ties, seed=seed), codec.block_format
+    rule = VoteRule(average=op != "vote", ties=ties, seed=seed)
+    return rows_of(codec, x.dtype, worker.ranks, rule=rule, numel=numel)
 
 
 def all_reduce_coder(
     tensor: Tensor, codec: Codec, worker: Worker, *, op: str, ties: str, seed: int
 ) -> Coder:
     """The coder of an all-reduce in place; see :func:`pydist.all_reduce` for the arguments."""
-    rule, form = _rule(codec, op, ties, seed)
-    mean = op == "mean"
-    if isinstance(codec, Raw):
-        return TensorRawCoder(tensor, _wire_dtype(codec, tensor), worker, mean=mean)
-    if isinstance(codec, Ternary):
-        return TensorTernaryCoder(tensor, codec.clip, worker, mean=mean, seed=seed)
-    if isinstance(codec, TopK):
-        return TensorTopKCoder(
-            tensor, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
-        )
-    if form is None:
-        return TensorVoteCoder(tensor, rule, worker, mean=mean)
-    coder = TensorBlockCoder(tensor, form, number_of(codec), worker, mean=mean, seed=seed)
-    return _staged(coder, codec)
+    n = tensor.numel()
+    coding = _checked(tensor, codec, worker, n, op=op, ties=ties, seed=seed)
+    plan = Plan.dense(n, coding.unit, first=worker.first)
+    flat, mean = tensor.view(-1), op == "mean"
+    return staged(ReduceCoder(flat, coding, plan, worker, mean=mean, seed=seed), codec)
 
 
 def reduce_scatter_coder(
     output: Tensor, data: Tensor, codec: Codec, worker: Worker, *, op: str, ties: str, seed: int
 ) -> Coder:
     """The coder of a reduce-scatter of ``data`` into ``output``."""
-    rule, form = _rule(codec, op, ties, seed)
+    n = output.numel()
+    coding = _checked(data, codec, worker, n, op=op, ties=ties, seed=seed)
+    plan = Plan.dense(n, coding.unit, worker.ranks, worker.first)
     mean = op == "mean"
-    if isinstance(codec, Raw):
-        return ScatterRawCoder(output, data, _wire_dtype(codec, data), worker, mean=mean)
-    if isinstance(codec, Ternary):
-        return ScatterTernaryCoder(output, data, codec.clip, worker, mean=mean, seed=seed)
-    if isinstance(codec, TopK):
-        return ScatterTopKCoder(
-            output, data, _topk_format(codec), number_of(codec), worker, mean=mean, seed=seed
-        )
-    if form is None:
-        return ScatterVoteCoder(output, data, rule, worker, mean=mean)
-    coder = ScatterBlockCoder(output, data, form, number_of(codec), worker, mean=mean, seed=seed)
-    return _staged(coder, codec)
+    return staged(ScatterCoder(output, data, coding, plan, worker, mean=mean, seed=seed), codec)
 
 
 def all_gather_coder(
@@ -128,15 +161,7 @@ def all_gather_coder(
     """The coder of an all-gather of ``data`` into ``output``."""
     check_codec(codec)
     checks.check_seed(seed)
-    if isinstance(codec, Raw):
-        return GatherRawCoder(output, data, _wire_dtype(codec, data), worker)
-    if isinstance(codec, Ternary):
-        return GatherTernaryCoder(output, data, codec.clip, worker, seed=seed)
-    if isinstance(codec, TopK):
-        form = _topk_format(codec)
-        return GatherTopKCoder(output, data, form, number_of(codec), worker, seed=seed)
-    if codec.block_format is None:
-        return GatherVoteCoder(output, data, worker)
-    form = codec.block_format
-    coder = GatherBlockCoder(output, data, form, number_of(codec), worker, seed=seed)
-    return _staged(coder, codec)
+    n = data.numel()
+    coding = rows_of(codec, data.dtype, worker.ranks, rule=VoteRule(), numel=n)
+    plan = Plan.dense(n, coding.unit, worker.ranks, worker.first, alike=True)
+    return staged(GatherCoder(output, data, coding, plan, worker, seed=seed), codec)

@@ -1,186 +1,153 @@
-"""Plain values on their way through the road: float32 sums in rank order, by the owner."""
+"""Plain values on the wire: float sums in rank order, divided once, rounded once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pydist.encoding.rows import OWN, Job, Place, RowCodec, Source
 from pydist.formats import wire
+from pydist.formats.wire import IntArray
 from pydist.kernels import checks
-from pydist.kernels.launch import LaunchTarget, launch
 from pydist.kernels.raw import sum_args
-from pydist.kernels.torch_tensors import target_of
-from pydist.transport.coder import NoPrologue, Worker, spans, spoil
 
 UNIT = wire.WORD_BITS
 """Elements that stay together; the rows of a message then start on 4 bytes."""
 
 
-class RawCoder(NoPrologue):
-    """A tensor as floats of one dtype; which of them go where is up to the subclass.
+class RawRows(RowCodec):
+    """Values as floats of one dtype; a unit is 32 elements.
 
     Args:
-        dtype: Dtype on the wire.
-        worker: This rank.
-        numel: Elements of a segment.
-        mean: Divide sums by the number of ranks.
-        result: What the call overwrites, on the data's device.
+        dtype: Dtype on the wire: float32, float16 or bfloat16.
+        numel: Elements of a dense tensor, which travels as short as it is; ``None`` for whole
+            units.
     """
 
-    codec = wire.CODECS["raw"]
-    repeatable = True
+    number = wire.CODECS["raw"]
+    unit = UNIT
 
-    def __init__(
-        self, dtype: str, worker: Worker, *, numel: int, mean: bool, result: Tensor
-    ) -> None:
-        self.worker = worker
-        self.numel = numel
-        self.units = -(-numel // UNIT)
-        self.dtype = checks.FLOATS[dtype]
-        self.width = checks.ITEMSIZE[dtype]
+    def __init__(self, dtype: torch.dtype, numel: int | None = None) -> None:
+        self.dtype, self.width = dtype, dtype.itemsize
         self.bits = 8 * self.width
-        self.unit_bytes = UNIT * self.width
-        self.result = result
-        self.flags = torch.zeros(1, dtype=torch.int32, device=result.device)
-        self._cpu = LaunchTarget(threads=worker.threads)
-        self._divisor = worker.divisor if mean else 1
+        self.unit_bytes = self.reduced_unit_bytes = UNIT * self.width
+        self._bytes = None if numel is None else 4 * wire.words_for(8 * numel * self.width)
 
-    def message_bytes(self, units: int) -> int:
-        """Bytes of ``units`` units; a tensor of less than that travels as short as it is."""
-        whole = -(-self.numel * self.width // wire.WORD_BYTES) * wire.WORD_BYTES
-        return min(units * UNIT * self.width, whole)
+    def columns(self, units: int) -> tuple[int, ...]:
+        """Bytes of the values."""
+        size = units * self.unit_bytes
+        return (size if self._bytes is None else min(size, self._bytes),)
 
-    def reduced_bytes(self, units: int) -> int:
-        """Reduced values have the same dtype."""
-        return self.message_bytes(units)
+    @property
+    def _kind(self) -> int:
+        return checks.FLOATS[str(self.dtype)[6:]]
 
-    def extra(self) -> Tensor | None:
-        """No extra bytes."""
-        return None
+    def _side_by_side(self, x: Tensor, rows: IntArray, n: int) -> Tensor:
+        """The rows' elements in their units, ``n`` in all; zeros between them."""
+        line, base = x.new_zeros(n), x.data_ptr()
+        places = rows[:, [wire.X, wire.N, wire.WORD]].tolist()
+        begins = [(address - base) // x.element_size() for address, _, _ in places]
+        if places:
+            torch._foreach_copy_(
+                [line[UNIT * word : UNIT * word + n] for _, n, word in places],
+                [x[b : b + n] for b, (_, n, _) in zip(begins, places, strict=True)],
+            )
+        return line
 
-    def merge_extra(self, extras: Tensor) -> None:
-        """Nothing to merge."""
-
-    def finish(self, flags: Tensor) -> None:
-        """Overwrites the result with NaN where any rank's input was not finite."""
-        spoil(self.result, flags)
-
-    # ----------------------------------------------------------------- kernels
-
-    def _sum(
-        self, values: Tensor, source: int, out: int, to: int, n: int, divisor: int, flags: int
+    def encode(
+        self,
+        job: Job,
+        x: Tensor,
+        rows: IntArray,
+        dtype: int,
+        place: Place,
+        flags: Tensor,
+        *,
+        state: int | None = None,
+        phase: int = OWN,
     ) -> None:
-        """Writes the sum of the rows of ``values`` over ``divisor`` to address ``out``."""
-        if n:
-            args = sum_args(values.data_ptr(), values.stride(0), len(values), divisor)
-            target = target_of(values) if values.is_cuda else self._cpu
-            launch(target, "sum_values", wire.one_row(out, n), source, to, args, flags)
+        """The values, rounded to the wire's dtype, zeros behind them."""
+        n, base = place.size // self.width, int(rows[0, wire.X]) if len(rows) else 0
+        if len(rows) == 1 and rows[0, wire.WORD] == 0:
+            n = int(rows[0, wire.N])
+            place.bytes()[n * self.width :] = 0
+        else:
+            line = self._side_by_side(x, rows, n)
+            base = line.data_ptr()
+        to = wire.one_row(place.address(), n)
+        args = sum_args(base, 0, 1, 1)
+        job.launch(x, "sum_values", to, dtype, self._kind, args, flags.data_ptr(), unit=UNIT)
 
-    def _elements(self, span: tuple[int, int]) -> slice:
-        """The elements of a span of units."""
-        return slice(span[0] * UNIT, min(span[1] * UNIT, self.numel))
-
-    def write(self, x: Tensor, row: Tensor, span: tuple[int, int]) -> None:
-        """Rounds a span of the units of segment ``x`` into a row, the rest of which becomes 0."""
-        part = x[self._elements(span)].unsqueeze(0)
-        n = part.numel()
-        row[n * self.width :] = 0
-        dtype = checks.FLOATS[str(x.dtype)[6:]]
-        self._sum(part, dtype, row.data_ptr(), self.dtype, n, 1, self.flags.data_ptr())
-
-    def read(self, rows: Tensor, out: Tensor, span: tuple[int, int], divisor: int) -> None:
-        """Writes the sum of all rows over ``divisor`` into a span of the units of ``out``."""
-        part = out[self._elements(span)]
-        dtype = checks.FLOATS[str(out.dtype)[6:]]
-        self._sum(rows, self.dtype, part.data_ptr(), dtype, part.numel(), divisor, 0)
-
-    def reduce(
-        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
-    ) -> None:
+    def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean, rounds to the wire's dtype."""
-        part = self._elements((begin, end))
-        n = max(0, part.stop - part.start)
-        out[n * self.width :] = 0
-        self._sum(
-            messages, self.dtype, out.data_ptr(), self.dtype, n, self._divisor, flags.data_ptr()
-        )
+        to = wire.one_row(place.address(), place.size // self.width)
+        args = sum_args(source.address(), source.stride, source.ranks, job.divisor)
+        job.launch(
+            source.near, "sum_values", to, self._kind, self._kind, args, flags.data_ptr(),
+            unit=UNIT,
+        )  # fmt: skip
 
-
-class TensorRawCoder(RawCoder):
-    """A tensor that is reduced over all ranks, in its place.
-
-    Args:
-        tensor: float32, float16 or bfloat16, contiguous; read, then overwritten.
-        dtype: Dtype on the wire.
-        worker: This rank.
-        mean: Divide sums by the number of ranks.
-    """
-
-    def __init__(self, tensor: Tensor, dtype: str, worker: Worker, *, mean: bool) -> None:
-        super().__init__(dtype, worker, numel=tensor.numel(), mean=mean, result=tensor)
-        self.flat = tensor.view(-1)
-
-    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
-        """Each shard's values into its row."""
-        for row, span in zip(shards, spans(len(shards), units, begin, end), strict=True):
-            self.write(self.flat, row, span)
-
-    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
-        """The reduced shards into their places."""
-        shards = shards.to(self.flat.device)
-        for i, span in enumerate(spans(len(shards), units, begin, end)):
-            self.read(shards[i : i + 1], self.flat, span, 1)
-
-
-class ScatterRawCoder(RawCoder):
-    """This rank's share of the sum of all ranks' tensors. A unit is that of every share.
-
-    Args:
-        output: float32, float16 or bfloat16, contiguous; overwritten.
-        data: As many elements for every rank, contiguous.
-        dtype: Dtype on the wire.
-        worker: This rank.
-        mean: Divide sums by the number of ranks.
-    """
-
-    def __init__(
-        self, output: Tensor, data: Tensor, dtype: str, worker: Worker, *, mean: bool
+    def decode(
+        self,
+        job: Job,
+        x: Tensor,
+        rows: IntArray,
+        dtype: int,
+        source: Source,
+        divisor: int,
+        flags: Tensor,
     ) -> None:
-        super().__init__(dtype, worker, numel=output.numel(), mean=mean, result=output)
-        self.unit_bytes *= worker.ranks
-        self.flat, self.shares = output.view(-1), data.view(worker.ranks, output.numel())
+        """Sums in rank order, into their places."""
+        args = sum_args(source.address(), source.stride, source.ranks, divisor)
+        job.launch(x, "sum_values", rows, self._kind, dtype, args, 0, unit=UNIT)
 
-    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
-        """Every rank's share into the row that goes there."""
-        for share, row in zip(self.shares, shards, strict=True):
-            self.write(share, row, (begin, end))
 
-    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+class DoubleRows(RawRows):
+    """float64 values, which no kernel takes; sums are float64."""
+
+    @staticmethod
+    def _flag(flags: Tensor, values: Tensor) -> None:
+        flags |= (~values.isfinite()).any().to(torch.int32) * wire.FLAG_NON_FINITE
+
+    def encode(
+        self,
+        job: Job,
+        x: Tensor,
+        rows: IntArray,
+        dtype: int,
+        place: Place,
+        flags: Tensor,
+        *,
+        state: int | None = None,
+        phase: int = OWN,
+    ) -> None:
+        """The values, zeros behind them."""
+        values = self._side_by_side(x, rows, place.size // self.width)
+        self._flag(flags, values)
+        place.bytes().copy_(values.view(torch.uint8))
+
+    def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean."""
-        self.read(shards.to(self.flat.device), self.flat, (begin, end), self._divisor)
+        total = torch.zeros(0, dtype=torch.float32, device=source.near.device)
+        for rank, message in enumerate(source.rows()):  # bytes of a message start on 4, not on 8
+            values = message.clone().view(self.dtype)
+            total = total.add_(values) if rank else values
+        total.div_(job.divisor)
+        self._flag(flags, total)
+        place.bytes().copy_(total.view(torch.uint8))
 
-
-class GatherRawCoder(RawCoder):
-    """All ranks' tensors, one behind the other. A unit is that of every rank.
-
-    Args:
-        output: float32, float16 or bfloat16, contiguous; overwritten.
-        data: This rank's tensor, contiguous.
-        dtype: Dtype on the wire.
-        worker: This rank.
-    """
-
-    def __init__(self, output: Tensor, data: Tensor, dtype: str, worker: Worker) -> None:
-        super().__init__(dtype, worker, numel=data.numel(), mean=False, result=output)
-        self.unit_bytes *= worker.ranks
-        self.flat, self.shares = data.view(-1), output.view(worker.ranks, data.numel())
-
-    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
-        """This rank's values, for everyone."""
-        self.write(self.flat, shards[0], (begin, end))
-
-    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
-        """Every rank's values into their place."""
-        shards = shards.to(self.shares.device)
-        for i, share in enumerate(self.shares):
-            self.read(shards[i : i + 1], share, (begin, end), 1)
+    def decode(
+        self,
+        job: Job,
+        x: Tensor,
+        rows: IntArray,
+        dtype: int,
+        source: Source,
+        divisor: int,
+        flags: Tensor,
+    ) -> None:
+        """Reduced values into their places."""
+        values = source.rows().reshape(-1).clone().view(self.dtype)
+        for address, n, word in rows[:, [wire.X, wire.N, wire.WORD]].tolist():
+            begin = (address - x.data_ptr()) // x.element_size()
+            x[begin : begin + n] = values[UNIT * word : UNIT * word + n]

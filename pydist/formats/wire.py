@@ -37,7 +37,7 @@ FLAGS_AT, CHECKSUM_AT = 7, 8
 
 CODECS = {
     "sign": 1, "scaled_sign": 2, "qsgd": 3, "block_int": 4, "block_float": 5,
-    "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9, "bucket": 10,
+    "ternary": 6, "qsgd_elias": 7, "topk": 8, "raw": 9, "bucket": 10, "custom": 11,
     "confirmation": 254, "agreement": 255,
 }  # fmt: skip
 

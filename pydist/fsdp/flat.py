@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pydist.codecs import Codec
 from pydist.collectives.flat import check_tensor
-from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
+from pydist.encoding.bucket import BucketCoder, BucketPlan
 from pydist.encoding.choose import check_codec
-from pydist.encoding.shard_coder import scatter_coder
-from pydist.encoding.shard_layout import Layout, Shards
+from pydist.encoding.plans import Layout, Shards
+from pydist.encoding.sharded import scatter_coder
 from pydist.encoding.shares import Part
 from pydist.fsdp import private_flat as private
 from pydist.fsdp.parameters import Parameter, choose

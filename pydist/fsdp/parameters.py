@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydist.encoding.bucket_coder import bytes_in_bucket
-from pydist.encoding.shard_layout import Shards
+from pydist.encoding.choose import bytes_in_bucket
+from pydist.encoding.plans import Shards
 from pydist.training.kept import Place
 from pydist.training.names import named_parameters
 from pydist.training.options import Choice, Options

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pydist.codecs import Codec
-from pydist.encoding.shard_coder import gather_coder, scatter_coder
-from pydist.encoding.shard_layout import Layout, Shards
-from pydist.encoding.shard_reduce import reduce_coder
+from pydist.encoding.plans import Layout, Shards
+from pydist.encoding.sharded import gather_coder, reduce_coder, scatter_coder
 from pydist.fsdp import private
 from pydist.fsdp.parameters import Parameter, choose
 from pydist.fsdp.state import ShardedState, submit

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydist.codecs import Codec, TopK
+from pydist.codecs import Codec, TopK, is_custom
 from pydist.collectives.flat import refuse
-from pydist.encoding.shard_layout import Residuals as Places
-from pydist.encoding.shard_layout import Shards
+from pydist.encoding.plans import Residuals as Places
+from pydist.encoding.plans import Shards
 from pydist.encoding.shares import Part
 from pydist.fsdp.parameters import Parameter, Parameters
 from pydist.fsdp.stats import Direction
@@ -90,7 +90,7 @@ class ShardedState:
         codec, asked = options.codec, options.error_feedback
         self.feedback = bool(
             isinstance(codec, Codec)
-            and (codec.block_format is not None or isinstance(codec, TopK))
+            and (codec.block_format is not None or isinstance(codec, TopK) or is_custom(codec))
             and (contracts(codec) if asked == "auto" else asked)
         )
         self.group: dist.ProcessGroup | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -138,6 +139,34 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 # --------------------------------------------------------------------------- memory
+
+
+class _DeviceMemory:
+    """Bytes in device memory, as ``torch.as_tensor`` takes them without a copy."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+def tensor_at(address: int, n: int, dtype: str, device: torch.device) -> Tensor:
+    """A tensor [n] of memory that is there already; it does not keep the memory alive.
+
+    Args:
+        address: First byte.
+        n: Elements.
+        dtype: Name of their dtype.
+        device: Where the memory is.
+    """
+    kind = _DTYPES[dtype]
+    if n == 0:
+        return torch.empty(0, dtype=kind, device=device)
+    size = n * kind.itemsize
+    if device.type == "cuda":
+        return torch.as_tensor(_DeviceMemory(address, size), device=device).view(kind)
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    return torch.frombuffer(memory, dtype=kind)
 
 
 def check_storage(name: str, x: Tensor) -> None:

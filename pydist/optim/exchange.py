@@ -1,7 +1,7 @@
 """Means over the ranks of a list of tensors, compressed with error feedback on both sides.
 
 What the 1-bit optimizers send: momenta, or raw gradients while they warm up, all in one call. The
-road, the messages and the residuals are those of the DDP hook (:mod:`pydist.encoding.bucket_coder`,
+road, the messages and the residuals are those of the DDP hook (:mod:`pydist.encoding.bucket`,
 :mod:`pydist.training.residuals`).
 """
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pydist.codecs import Codec, Raw
-from pydist.encoding.bucket_coder import BucketCoder, BucketPlan
-from pydist.encoding.bucket_sections import Feedback
+from pydist.encoding.bucket import BucketCoder, BucketPlan, Feedback
 from pydist.encoding.shares import Part
 from pydist.optim.layout import Layout, any_rank_has, shaped, which_has
 from pydist.optim.unsent import Unsent, digest_of, flattened

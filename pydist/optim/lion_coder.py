@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pydist.encoding.signs import VoteCoder, VoteRule
+from pydist.encoding.rows import Job
+from pydist.encoding.signs import SignRows, VoteRule
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
@@ -23,7 +25,7 @@ from pydist.kernels.launch import launch
 from pydist.kernels.lion import LionOptions, lion_apply_args
 from pydist.kernels.torch_tensors import on_device_of
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
-from pydist.transport.coder import Worker
+from pydist.transport.coder import NoPrologue, Worker, spans
 
 
 @dataclass
@@ -78,7 +80,7 @@ def dtype_name(x: Tensor) -> str:
     return str(x.dtype)[6:]
 
 
-class LionCoder(VoteCoder):
+class LionCoder(NoPrologue):
     """The votes of a list of parameters.
 
     Every rank also says which of the parameters it has a gradient for (one bit each); a parameter
@@ -95,6 +97,8 @@ class LionCoder(VoteCoder):
         flags: int32[1]: flags of this rank, then of all ranks.
     """
 
+    codec = SignRows.number
+    unit_bytes = SignRows.unit_bytes
     repeatable = False  # packing moves the momenta
 
     def __init__(self, entries: Sequence[Entry], rule: VoteRule, scalars: Scalars) -> None:
@@ -105,9 +109,14 @@ class LionCoder(VoteCoder):
         )
         device = self.entries[0].param.device if self.entries else torch.device("cpu")
         worker = Worker(scalars.rank, scalars.ranks, scalars.step, scalars.threads)
-        super().__init__(rule, table, worker, device)
-        self.scalars = scalars
-        self.flags = torch.zeros(1, dtype=torch.int32, device=device)
+        self.rule, self.scalars, self.worker, self.device = rule, scalars, worker, device
+        self.rows = wire.rows_of(table)
+        self.units = wire.segments_words(table)
+        self.job = Job(worker, False, rule.seed, device)
+        self.signs = SignRows(rule, scalars.ranks)
+        self.bits = self.signs.bits
+        self.message_bytes, self.reduced_bytes = self.signs.row_bytes, self.signs.reduced_bytes
+        self.flags = self.job.flags
         self._memory = [memory_of(entry.param) for entry in self.entries]
         self._with_grad = np.array([entry.grad is not None for entry in self.entries], dtype=bool)
         self.used: np.ndarray = self._with_grad
@@ -182,7 +191,7 @@ class LionCoder(VoteCoder):
             widths = (checks.ITEMSIZE[grad], checks.ITEMSIZE[momentum] if momentum else 0)
             part = wire.cut_rows(rows, begin, end, widths)
             part[:, wire.WORD] -= begin
-            target, flags = self.target(payload), self.flags.data_ptr()
+            target, flags = self.job.target(payload), self.flags.data_ptr()
             if momentum:
                 launch(
                     target, "lion_pack", part, FLOATS[grad], FLOATS[momentum], payload.data_ptr(),
@@ -194,6 +203,37 @@ class LionCoder(VoteCoder):
                     options.zero_bit, flags,
                 )  # fmt: skip
         return payload
+
+    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """Packs the votes at once and deals them out to the shards."""
+        payload = self.packed(begin, end)
+        for row, (first, last) in zip(
+            shards, spans(len(shards), units, 0, end - begin), strict=True
+        ):
+            size = (last - first) * wire.WORD_BYTES
+            row[:size] = payload[first * wire.WORD_BYTES :][:size]
+            row[size:] = 0
+
+    def reduce(
+        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
+    ) -> None:
+        """Counts the votes of a shard, or finds the majority."""
+        rows = wire.cut_rows(self.rows, begin, end)
+        rows[:, wire.WORD] -= begin
+        place = self.signs.reduced_place(out.unsqueeze(0), units, zero=True)
+        self.signs.reduce(self.job, rows, self.signs.source(messages, units), place, flags)
+
+    @cached_property
+    def planes(self) -> Tensor:
+        """The voted planes of the whole call, uint8 [planes, bytes]."""
+        shape = (self.bits, self.units * wire.WORD_BYTES)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """Keeps the planes."""
+        planes = self.signs.reduced_source(shards, units).rows()
+        begin, end = begin * wire.WORD_BYTES, end * wire.WORD_BYTES
+        self.planes[:, begin:end].copy_(planes[:, : end - begin], non_blocking=True)
 
     def finish(self, flags: Tensor) -> None:
         """Keeps the flags of all ranks; the optimizer applies the planes."""
@@ -251,7 +291,7 @@ class LionCoder(VoteCoder):
             rows = wire.number_rows(self.rows[indices])
             with on_device_of(self.planes):
                 launch(
-                    self.target(self.planes), "lion_apply", rows, FLOATS[dtype],
+                    self.job.target(self.planes), "lion_apply", rows, FLOATS[dtype],
                     self.planes.data_ptr(), args, address,
                 )  # fmt: skip
         for param, copied in copies:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pydist.codecs import Codec, Raw
-from pydist.encoding.bucket_coder import bytes_in_bucket, check_bucket_codec
-from pydist.encoding.choose import check_codec, check_op
+from pydist.encoding.choose import bytes_in_bucket, check_codec, check_op
 from pydist.formats import wire
 from pydist.kernels import checks
 from pydist.training.residuals import contracts, forbids
@@ -97,7 +96,6 @@ class Options:
                 continue
             check_codec(codec)
             check_op(self.op, codec, OPS)
-            check_bucket_codec(codec)
             reason = forbids(codec)
             if self.error_feedback in (True, "worker") and reason:
                 raise ValueError(f"error_feedback={self.error_feedback}: {reason}")

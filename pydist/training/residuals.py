@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist.codecs import Codec, Raw, Ternary, TopK
-from pydist.encoding.bucket_sections import Feedback, Section
+from pydist.codecs import Codec, Raw, Ternary, TopK, is_custom
+from pydist.encoding.bucket import Feedback, Section
 from pydist.encoding.shares import Part
 from pydist.training.momentum import Advanced, drop_damaged, is_damaged
 
@@ -35,6 +35,8 @@ def contracts(codec: Codec) -> bool:
     """
     if isinstance(codec, TopK):
         return True
+    if is_custom(codec):
+        return codec.contracts
     form = codec.block_format
     if form is None:
         return False
@@ -48,8 +50,8 @@ def forbids(codec: Codec) -> str | None:
     variance is ``min(m / s**2, sqrt(m) / s)`` (QSGD, arXiv 1610.02132); from 1 on the residual may
     grow with every step.
     """
-    if isinstance(codec, Raw | TopK):
-        return None  # Raw has nothing to keep
+    if isinstance(codec, Raw | TopK) or is_custom(codec):
+        return None  # Raw has nothing to keep; of others their authors know
     if isinstance(codec, Ternary):
         return (
             f"{codec} rounds at random to one level for a whole layer: its relative variance grows "

@@ -23,6 +23,7 @@ class Worker:
         first: Place of its data's first element in the whole, on which draws and ties depend; a
             multiple of the codec's unit.
         behind: Ranks whose sum each contribution is; a mean divides by all of them.
+        draws_as: Rank in its random draws, where that is another than its place in the group.
     """
 
     rank: int
@@ -31,6 +32,12 @@ class Worker:
     threads: int = 1
     first: int = 0
     behind: int = 1
+    draws_as: int | None = None
+
+    @property
+    def draws(self) -> int:
+        """The rank in random draws, which no other rank of the job has."""
+        return self.rank if self.draws_as is None else self.draws_as
 
     @property
     def divisor(self) -> int:

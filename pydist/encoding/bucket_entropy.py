@@ -9,23 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydist.encoding.bucket_sections import BlockSection, Bucket, Section, launch
-from pydist.encoding.shares import Piece
+from pydist.encoding.blocks import BlockRows
+from pydist.encoding.entropy import CodedBlocks
+from pydist.encoding.rows import Job, RowCodec
+from pydist.encoding.shares import Piece, Shares
 from pydist.formats import elias, wire
-from pydist.formats.blocks import SCALE_BYTES
-from pydist.formats.wire import IntArray
-from pydist.kernels.elias import native_args
+from pydist.formats.blocks import SCALE_BYTES, BlockFormat
 from pydist.transport.coder import Span
 
 LENGTH_BYTES = 4
 """A message begins with the length of each Elias payload in it, uint32."""
 
 
+class SectionLike(Protocol):
+    """A :class:`pydist.encoding.bucket.Section`."""
+
+    codec: RowCodec
+    shares: Shares
+    coded: bool
+
+
 class SlotLike(Protocol):
-    """A section's place in a row: a :class:`pydist.encoding.bucket_coder.Slot`."""
+    """A section's place in a row: a :class:`pydist.encoding.bucket.Slot`."""
 
     @property
-    def section(self) -> Section: ...  # noqa: D102
+    def section(self) -> SectionLike: ...  # noqa: D102
     @property
     def piece(self) -> Piece: ...  # noqa: D102
     @property
@@ -35,50 +43,26 @@ class SlotLike(Protocol):
 
 
 class PlanLike(Protocol):
-    """How sections share rows: a :class:`pydist.encoding.bucket_coder.BucketPlan`."""
+    """How sections share rows: a :class:`pydist.encoding.bucket.BucketPlan`."""
 
     owners: int
-    sections: list[Section]
+
+    @property
+    def sections(self) -> Sequence[SectionLike]: ...  # noqa: D102
 
     def message_bytes(self, units: int) -> int: ...  # noqa: D102
     def slots(self, begin: int, end: int, *, reduced: bool) -> Sequence[SlotLike]: ...  # noqa: D102
 
 
-def is_coded(section: Section) -> bool:
-    """Whether a section's rows travel as Elias codes."""
-    return isinstance(section, BlockSection) and section.entropy == "elias"
+def _form_of(section: SectionLike) -> BlockFormat:
+    assert isinstance(section.codec, BlockRows)
+    return section.codec.form
 
 
-class _Coded:
-    """The blocks of one section in one row, and the kernels between both of their forms."""
-
-    def __init__(self, slot: SlotLike, owner: int) -> None:
-        assert isinstance(slot.section, BlockSection)
-        self.form = slot.section.form
-        piece = slot.piece.of(owner)
-        self.rows = piece.rows
-        self.begin, self.end = slot.begin, slot.end
-        self.code_bytes = piece.room * self.form.block_bytes
-        self.table: IntArray = np.zeros((len(self.rows), 4), dtype=np.int64)
-        self.table[:, 1] = self.rows[:, wire.N]
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Fewest and most bytes of the Elias payload."""
-        least = elias.head_bytes(self.table, self.form)
-        return least, elias.longest_bytes(self.table, self.form)
-
-    def launch(
-        self, bucket: Bucket, kernel: str, row: Tensor, payload: Tensor, result: Tensor
-    ) -> None:
-        """Runs ``elias_encode`` or ``elias_decode`` between a row and a payload."""
-        if not len(self.rows):
-            return
-        args = native_args(
-            self.form, (row[self.begin :].data_ptr(), self.code_bytes), payload.data_ptr(),
-            payload.numel(), elias.count_blocks(self.table, self.form), result.data_ptr(),
-        )  # fmt: skip
-        launch(bucket, row, kernel, self.rows, args, unit=self.form.block)
+def _coded(slot: SlotLike, owner: int) -> CodedBlocks:
+    """The blocks of one section in one row."""
+    form, piece = _form_of(slot.section), slot.piece.of(owner)
+    return CodedBlocks(form, piece.rows, piece.room * form.block_bytes)
 
 
 class BucketStage:
@@ -90,12 +74,12 @@ class BucketStage:
 
     Args:
         plan: The bucket's layout.
-        bucket: The call's data.
+        job: The call.
     """  # noqa: D205
 
-    def __init__(self, plan: PlanLike, bucket: Bucket) -> None:
-        self.plan, self.bucket = plan, bucket
-        self._count = sum(is_coded(section) for section in plan.sections)
+    def __init__(self, plan: PlanLike, job: Job) -> None:
+        self.plan, self.job = plan, job
+        self._count = sum(section.coded for section in plan.sections)
 
     def _slots(
         self, row_bytes: int, units: int, spans: Sequence[Span]
@@ -109,7 +93,7 @@ class BucketStage:
         differ = len(spans) > 1 and spans[0] != spans[-1]
         found = []
         for i, (begin, _) in enumerate(spans):
-            owner = 0 if owners == 1 else i if differ else self.bucket.worker.rank
+            owner = 0 if owners == 1 else i if differ else self.job.worker.rank
             first = (begin - owner * units) // owners
             found.append((owner, self.plan.slots(first, first + units, reduced=reduced)))
         return found
@@ -123,12 +107,11 @@ class BucketStage:
             self.plan.slots(0, units, reduced=True),
             strict=True,
         ):
-            if not is_coded(sent.section):
+            if not sent.section.coded:
                 sizes = sent.end - sent.begin, reduced.end - reduced.begin
                 least, most = least + min(sizes), most + max(sizes)
                 continue
-            assert isinstance(sent.section, BlockSection)
-            form, room = sent.section.form, sent.piece.room
+            form, room = _form_of(sent.section), sent.piece.room
             streams = room * elias.stream_bytes(form.block, form)
             most += room * (elias.END_BYTES + SCALE_BYTES) + -(-streams // 4) * 4
         return least, most
@@ -139,25 +122,25 @@ class BucketStage:
         results = torch.zeros(shape, dtype=torch.int64, device=rows.device)
         laid_out, coded = self._slots(rows.shape[1], units, spans), []
         for row, (owner, slots), into in zip(rows, laid_out, results, strict=True):
-            mine = [_Coded(slot, owner) for slot in slots if is_coded(slot.section)]
+            packed = [slot for slot in slots if slot.section.coded]
+            mine = [_coded(slot, owner) for slot in packed]
             rooms = [row.new_empty(one.bounds[1]) for one in mine]
-            for one, room, result in zip(mine, rooms, into, strict=True):
-                one.launch(self.bucket, "elias_encode", row, room, result)
+            for slot, one, room, result in zip(packed, mine, rooms, into, strict=True):
+                one.launch(self.job, "elias_encode", row[slot.begin :], room, result)
             coded.append((mine, rooms))
         messages = []
         for row, (_, slots), (mine, rooms), streams in zip(
             rows, laid_out, coded, results.tolist(), strict=True
         ):
             payloads = [
-                room[: elias.payload_bytes(one.table, one.form, size)]
+                room[: one.payload_bytes(size)]
                 for one, room, size in zip(mine, rooms, streams, strict=True)
             ]
             lengths = np.array([x.numel() for x in payloads], dtype="<u4")
             parts = [torch.from_numpy(lengths.view(np.uint8)).to(row.device)]
             left = iter(payloads)
             parts += [
-                next(left) if is_coded(slot.section) else row[slot.begin : slot.end]
-                for slot in slots
+                next(left) if slot.section.coded else row[slot.begin : slot.end] for slot in slots
             ]
             messages.append(torch.cat(parts))
         return messages
@@ -191,24 +174,26 @@ class BucketStage:
         results: Tensor,
     ) -> str | None:
         """Writes one row; says what is wrong with the lengths in its message, if anything is."""
-        coded = [_Coded(slot, owner) for slot in slots if is_coded(slot.section)]
+        coded = [_coded(slot, owner) for slot in slots if slot.section.coded]
         for number, (one, length) in enumerate(zip(coded, lengths, strict=True)):
             least, most = one.bounds
             if not least <= length <= most or length % wire.WORD_BYTES:
                 return f"Elias payload {number} of {length} bytes, expected {least} to {most}"
-        plain = sum(slot.end - slot.begin for slot in slots if not is_coded(slot.section))
+        plain = sum(slot.end - slot.begin for slot in slots if not slot.section.coded)
         total = LENGTH_BYTES * self._count + plain + sum(lengths)
         if message.numel() != total:
             return f"{message.numel()} bytes, expected {total} by the lengths of its payloads"
         at, number = LENGTH_BYTES * self._count, 0
         for slot in slots:
-            if not is_coded(slot.section):
+            if not slot.section.coded:
                 size = slot.end - slot.begin
                 row[slot.begin : slot.end] = message[at : at + size]
                 at += size
                 continue
             payload = message[at : at + lengths[number]]
             row[slot.begin : slot.end] = 0
-            coded[number].launch(self.bucket, "elias_decode", row, payload, results[number])
+            coded[number].launch(
+                self.job, "elias_decode", row[slot.begin :], payload, results[number]
+            )
             at, number = at + lengths[number], number + 1
         return None

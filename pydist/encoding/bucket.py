@@ -1,0 +1,465 @@
+"""A bucket of gradients: parameters of several codecs, and raw ones, in one message.
+
+A *section* is the parameters of a bucket that one codec encodes. A unit on the wire is a *slice*:
+one of equally many pieces of every owner's share of every section. A message's row for an owner
+holds, section after section, the section's bytes of as many slices, padded to the same length for
+all owners.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydist.codecs import Codec
+from pydist.encoding.blocks import BlockRows
+from pydist.encoding.bucket_entropy import BucketStage
+from pydist.encoding.choose import rows_of
+from pydist.encoding.raw import DoubleRows
+from pydist.encoding.rows import REDUCED, Job, Place, RowCodec
+from pydist.encoding.shares import Part, Piece, Shares
+from pydist.encoding.ternary import TernaryRows
+from pydist.formats import wire
+from pydist.formats.wire import IntArray
+from pydist.kernels import checks
+from pydist.kernels.checks import FLOATS
+from pydist.transport.coder import Worker, spoil
+
+FLOAT32 = FLOATS["float32"]
+
+
+@dataclass
+class Feedback:
+    """Where a section's residuals are, by part.
+
+    Attributes:
+        worker: Address of each part's residual as if its element 0 were there.
+        worker_out: Where the new one goes; equal for in place.
+        owner: The same of what this rank keeps as the owner of a share; ``None`` without.
+        owner_out: Where the new one goes.
+        dtype: Storage of all of them.
+        used: Whether this rank's gradient is anything but zeros.
+        used_by_any: Whether any rank's is; known once all have said so.
+        keep: What must stay in memory for the addresses to hold.
+        values: Address of what is encoded instead of each part's gradient, of the residuals' type,
+            as if its element 0 were there; ``None`` encodes the gradients in the bucket.
+        masked: Where those values become zero as soon as a sparse codec has sent them.
+    """
+
+    worker: IntArray
+    worker_out: IntArray
+    owner: IntArray | None
+    owner_out: IntArray | None
+    dtype: str
+    used: np.ndarray
+    used_by_any: np.ndarray
+    keep: list[Tensor] = field(default_factory=list)
+    values: IntArray | None = None
+    masked: np.ndarray | None = None
+
+    def input_rows(self, rows: IntArray, part: IntArray, dtype: int) -> tuple[IntArray, int]:
+        """The rows with the addresses of what is encoded with residuals, and its type.
+
+        Args:
+            rows: Rows that are used, with the addresses of their elements in the bucket.
+            part: Which part each row is of.
+            dtype: The bucket's type, as kernels count them.
+        """
+        if self.values is None:
+            return rows, dtype
+        rows = rows.copy()
+        rows[:, wire.X] = self.values[part] + checks.ITEMSIZE[self.dtype] * rows[:, wire.FIRST]
+        return rows, FLOATS[self.dtype]
+
+    def place(self, rows: IntArray, part: IntArray, *, owner: bool) -> None:
+        """Fills in where the rows' residuals are."""
+        source, target = self.worker, self.worker_out
+        if owner:
+            assert self.owner is not None and self.owner_out is not None
+            source, target = self.owner, self.owner_out
+        skip = checks.ITEMSIZE[self.dtype] * rows[:, wire.FIRST]
+        rows[:, wire.MOMENTUM] = source[part] + skip
+        rows[:, wire.MOMENTUM_OUT] = target[part] + skip
+
+
+class Section:
+    """The parameters of a bucket that one codec encodes, with or without residuals.
+
+    Args:
+        parts: The bucket's parts.
+        indices: Which of them they are.
+        codec: Their codec on the wire.
+        owners: How many ranks own shares of them.
+        coded: Messages travel as Elias codes.
+
+    Attributes:
+        shares: How they are divided among the owners.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        indices: list[int],
+        codec: RowCodec,
+        owners: int,
+        *,
+        coded: bool = False,
+    ) -> None:
+        self.indices, self.codec, self.coded = indices, codec, coded
+        self._mine = [parts[i] for i in indices]
+        self.shares = Shares(self._mine, codec.unit, owners)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit in a message."""
+        return self.codec.unit_bytes
+
+    @property
+    def reduced_unit_bytes(self) -> int:
+        """Bytes of a unit after the reduction."""
+        return self.codec.reduced_unit_bytes
+
+    def _addressed(self, job: Job, flat: Tensor, piece: Piece) -> IntArray:
+        """A piece's rows with the addresses of their elements in the bucket."""
+        rows = piece.rows.copy()
+        rows[:, wire.X] = flat.data_ptr() + rows[:, wire.X] * flat.element_size()
+        self.codec.attach(job, rows, piece.part)
+        return rows
+
+    def scalers(self, job: Job, flat: Tensor) -> Tensor | None:
+        """This rank's own scaler of every parameter, float32; ``None`` where there are none."""
+        if not isinstance(self.codec, TernaryRows):
+            return None
+        piece = Shares(self._mine, self.codec.unit, 1).piece(0, 1, 1)  # whole parameters
+        rows = piece.rows.copy()
+        rows[:, wire.X] = flat.data_ptr() + rows[:, wire.X] * flat.element_size()
+        return self.codec.find_scalers(job, flat, rows, piece.part, len(self.indices))
+
+    def encode(
+        self, job: Job, flat: Tensor, feedback: Feedback | None, out: Tensor, piece: Piece
+    ) -> None:
+        """Writes a piece's bytes into ``out``, uint8 [owners, bytes], padding included."""
+        rows, dtype = self._addressed(job, flat, piece), FLOATS.get(str(flat.dtype)[6:], 0)
+        place = self.codec.place(out, piece.room, zero=True)
+        if feedback is not None:
+            feedback.place(rows, piece.part, owner=False)
+            used = feedback.used[piece.part]
+            self._encode_used(job, flat, feedback, rows[used], piece.part[used], dtype, place)
+            rows = rows[~used]
+        self.codec.encode(job, flat, rows, dtype, place, job.flags)
+        place.finish()
+
+    def _encode_used(
+        self,
+        job: Job,
+        flat: Tensor,
+        feedback: Feedback,
+        rows: IntArray,
+        part: IntArray,
+        dtype: int,
+        place: Place,
+    ) -> None:
+        """Rows of parameters that have a gradient, with their residuals."""
+        rows, dtype = feedback.input_rows(rows, part, dtype)
+        state = FLOATS[feedback.dtype]
+        self.codec.encode(job, flat, rows, dtype, place, job.flags, state=state)
+        if feedback.masked is not None:
+            self.codec.clear_sent(job, flat, rows[feedback.masked[part]], dtype, place, job.flags)
+
+    def reduce(
+        self,
+        job: Job,
+        feedback: Feedback | None,
+        messages: Tensor,
+        out: Tensor,
+        piece: Piece,
+        flags: Tensor,
+    ) -> None:
+        """Reduces one owner's ``piece``: uint8 [ranks, bytes] to uint8 [bytes], padding included.
+
+        Sums in rank order, divides for a mean, adds the owner's residual, encodes again. ``flags``,
+        int32[1], is raised where the result is not finite.
+        """
+        source = self.codec.source(messages, piece.room)
+        place = self.codec.reduced_place(out.unsqueeze(0), piece.room, zero=True)
+        rows = piece.rows.copy()
+        if feedback is None or feedback.owner is None:
+            self.codec.reduce(job, rows, source, place, flags)
+            return
+        total = messages.new_empty(int(rows[:, wire.N].sum()), dtype=torch.float32)
+        wire.dense_addresses(rows, wire.X, total.data_ptr(), total.element_size())
+        self.codec.decode(job, total, rows, FLOAT32, source, job.divisor, flags)
+        feedback.place(rows, piece.part, owner=True)
+        used, state = feedback.used_by_any[piece.part], FLOATS[feedback.dtype]
+        for chosen, kept in ((used, state), (~used, None)):
+            self.codec.encode(
+                job, total, rows[chosen], FLOAT32, place, flags, state=kept, phase=REDUCED
+            )
+
+    def decode(self, job: Job, flat: Tensor, shards: Tensor, piece: Piece) -> None:
+        """Writes a piece's values, from uint8 [owners, bytes], into the bucket."""
+        source = self.codec.reduced_source(shards, piece.room)
+        rows, dtype = self._addressed(job, flat, piece), FLOATS.get(str(flat.dtype)[6:], 0)
+        self.codec.decode_reduced(job, flat, rows, dtype, source, job.seen)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A section's place in a row of a message."""
+
+    section: Section
+    number: int
+    piece: Piece
+    begin: int
+    end: int
+
+
+class BucketPlan:
+    """How the parameters of a bucket share its messages; the same for many calls.
+
+    Args:
+        parts: The bucket's parameters.
+        codecs: Each part's codec; ``None`` travels raw.
+        feedback: Whether each part keeps residuals; parts of one section agree.
+        dtype: Type of the bucket's buffer.
+        ranks: Ranks that take part.
+        owners: ``ranks`` where each reduces a share, 1 where everyone reduces everything.
+
+    Attributes:
+        slices: Pieces that every owner's share is cut into.
+        sections: The sections, in the order of their bytes.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        codecs: Sequence[Codec | None],
+        feedback: Sequence[bool],
+        dtype: torch.dtype,
+        ranks: int,
+        owners: int,
+    ) -> None:
+        self.parts, self.feedback = list(parts), list(feedback)
+        self.dtype, self.ranks, self.owners = dtype, ranks, owners
+        groups: dict[tuple[Codec | None, bool], list[int]] = {}
+        for i, key in enumerate(zip(codecs, feedback, strict=True)):
+            groups.setdefault(key, []).append(i)
+        self.sections: list[Section] = [
+            self._section(codec, indices) for (codec, _), indices in groups.items()
+        ]
+        self.with_feedback = [keeps for _, keeps in groups]
+        self.slices = max((section.shares.most for section in self.sections), default=0)
+        self._slots: dict[tuple[int, int, bool], list[Slot]] = {}
+
+    def _section(self, codec: Codec | None, indices: list[int]) -> Section:
+        if codec is None and self.dtype == torch.float64:
+            return Section(self.parts, indices, DoubleRows(self.dtype), self.owners)
+        rows = rows_of(codec, self.dtype, self.ranks)
+        coded = isinstance(rows, BlockRows) and getattr(codec, "entropy", None) == "elias"
+        return Section(self.parts, indices, rows, self.owners, coded=coded)
+
+    @property
+    def units(self) -> int:
+        """Slices of all owners' shares."""
+        return self.slices * self.owners
+
+    def message_bytes(self, units: int) -> int:
+        """Bytes of one owner's row of ``units`` slices."""
+        return self._row_bytes(units, reduced=False)
+
+    def reduced_bytes(self, units: int) -> int:
+        """Bytes of a reduced row of ``units`` slices."""
+        return self._row_bytes(units, reduced=True)
+
+    def _row_bytes(self, slices: int, *, reduced: bool) -> int:
+        total = 0
+        for section in self.sections:
+            unit = section.reduced_unit_bytes if reduced else section.unit_bytes
+            size = section.shares.room(slices, self.slices) * unit
+            total += -(-size // wire.WORD_BYTES) * wire.WORD_BYTES
+        return total
+
+    def slots(self, begin: int, end: int, *, reduced: bool) -> list[Slot]:
+        """Where each section's bytes of slices ``begin`` … ``end`` stand in a row."""
+        key = (begin, end, reduced)
+        if key not in self._slots:
+            self._slots[key] = list(self._lay_out(begin, end, reduced))
+        return self._slots[key]
+
+    def _lay_out(self, begin: int, end: int, reduced: bool) -> Iterator[Slot]:
+        at = 0
+        for number, section in enumerate(self.sections):
+            piece = section.shares.piece(begin, end, self.slices)
+            unit = section.reduced_unit_bytes if reduced else section.unit_bytes
+            size = piece.room * unit
+            yield Slot(section, number, piece, at, at + size)
+            at += -(-size // wire.WORD_BYTES) * wire.WORD_BYTES
+
+
+class BucketCoder:
+    """A bucket's gradients, reduced over all ranks in their place.
+
+    Args:
+        plan: The bucket's layout.
+        flat: Its buffer: one-dimensional, contiguous; read, then overwritten.
+        worker: This rank.
+        mean: Divide sums by the number of ranks.
+        seed: Seed of stochastic rounding and the tie hash.
+        feedback: The residuals of each section that keeps any.
+        staged: New residuals go elsewhere, so encoding may be done in vain.
+
+    Attributes:
+        seconds: Time spent encoding, reducing and decoding (on CUDA: launching).
+        stage: What shortens the sections that are entropy coded; ``None`` where none is.
+        not_finite: int32[1], the flags of all ranks; known when the call is complete.
+    """
+
+    codec = wire.CODECS["bucket"]
+    bits = 0  # of several codecs
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        flat: Tensor,
+        worker: Worker,
+        *,
+        mean: bool,
+        seed: int,
+        feedback: Sequence[Feedback | None],
+        staged: bool,
+    ) -> None:
+        self.plan, self.feedback = plan, list(feedback)
+        self.flat, self.job = flat, Job(worker, mean, seed, flat.device)
+        self.flags = self.job.flags
+        coded = any(section.coded for section in plan.sections)
+        self.stage = BucketStage(plan, self.job) if coded else None
+        self.together = plan.owners
+        self.units = plan.units
+        self.message_bytes, self.reduced_bytes = plan.message_bytes, plan.reduced_bytes
+        row = plan.message_bytes(plan.slices)
+        self.unit_bytes = max(1, -(-row // max(1, plan.slices)))
+        self.repeatable = staged or not any(feedback)
+        self.seconds = {"encode": 0.0, "reduce": 0.0, "decode": 0.0}
+        self.not_finite = self.flags
+
+    # ----------------------------------------------------------------- who has a gradient
+
+    def _listed(self) -> Iterator[tuple[Feedback, slice]]:
+        """Feedback of the sections that keep residuals, and their place in the usage bits."""
+        at = 0
+        for section, feedback in zip(self.plan.sections, self.feedback, strict=True):
+            if feedback is not None and feedback.owner is not None:
+                yield feedback, slice(at, at + len(section.indices))
+                at += len(section.indices)
+
+    def extra(self) -> Tensor | None:
+        """One bit for each parameter with an owner's residual: is its gradient not all zeros?"""
+        bits = [torch.from_numpy(feedback.used) for feedback, _ in self._listed()]
+        if not bits:
+            return None
+        return _packed(torch.cat(bits))
+
+    def merge_extra(self, extras: Tensor) -> None:
+        """A parameter is used where any rank's gradient is not all zeros."""
+        bits = _unpacked(extras.cpu()).amax(0).bool().numpy()
+        for feedback, place in self._listed():
+            feedback.used_by_any = bits[place]
+
+    # ----------------------------------------------------------------- scalers
+
+    def prologue(self) -> Tensor | None:
+        """This rank's scalers of all parameters that have some, float32 as bytes."""
+        found = [section.scalers(self.job, self.flat) for section in self.plan.sections]
+        known = [scalers for scalers in found if scalers is not None]
+        return torch.cat(known).view(torch.uint8) if known else None
+
+    def merge_prologue(self, prologues: Tensor) -> None:
+        """Takes the largest scaler over ranks; NaN where one is."""
+        everyones, at = prologues.view(torch.float32), 0
+        for section in self.plan.sections:
+            if isinstance(section.codec, TernaryRows):
+                end = at + len(section.indices)
+                section.codec.share_scalers(self.job, everyones[:, at:end])
+                at = end
+
+    # ----------------------------------------------------------------- messages
+
+    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """This rank's bytes of slices ``begin`` … ``end``, a row for every owner."""
+        with _Timed(self.seconds, "encode"):
+            first = begin // self.plan.owners
+            for slot in self.plan.slots(first, first + units, reduced=False):
+                out = shards[:, slot.begin : slot.end]
+                if out.numel():
+                    feedback = self.feedback[slot.number]
+                    slot.section.encode(self.job, self.flat, feedback, out, slot.piece)
+
+    def reduce(
+        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
+    ) -> None:
+        """Sums in rank order, divides for a mean, adds the owner's residuals, encodes again."""
+        with _Timed(self.seconds, "reduce"):
+            owners = self.plan.owners
+            mine = self.job.worker.rank if owners > 1 else 0
+            first = (begin - mine * units) // owners
+            sent = self.plan.slots(first, first + units, reduced=False)
+            for slot, to in zip(
+                sent, self.plan.slots(first, first + units, reduced=True), strict=True
+            ):
+                rows, part = messages[:, slot.begin : slot.end], out[to.begin : to.end]
+                if part.numel():
+                    slot.section.reduce(
+                        self.job, self.feedback[slot.number], rows, part, slot.piece.of(mine),
+                        flags,
+                    )  # fmt: skip
+
+    def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """The reduced shards into the bucket."""
+        with _Timed(self.seconds, "decode"):
+            shards = shards.to(self.flat.device)
+            first = begin // self.plan.owners
+            for slot in self.plan.slots(first, first + units, reduced=True):
+                part = shards[:, slot.begin : slot.end]
+                if part.numel():
+                    slot.section.decode(self.job, self.flat, part, slot.piece)
+
+    def finish(self, flags: Tensor) -> None:
+        """Overwrites the bucket with NaN where any rank's input, or a value, was not finite."""
+        self.not_finite = flags | self.job.seen.to(flags.device)
+        spoil(self.flat, self.not_finite)
+
+
+class _Timed:
+    """Adds the time spent inside to one of several counters."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.name] += time.perf_counter() - self.began
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Booleans as bits, the first one lowest, padded to 4 bytes."""
+    size = wire.payload_bytes(bits.numel()) * 8
+    padded = torch.zeros(size, dtype=torch.uint8, device=bits.device)
+    padded[: bits.numel()] = bits
+    return (padded.view(-1, 8) << _places(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(rows: Tensor) -> Tensor:
+    """The inverse, row by row."""
+    bits = (rows.unsqueeze(2) >> _places(rows.device)) & 1
+    return bits.view(len(rows), -1)
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
