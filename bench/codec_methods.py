@@ -18,7 +18,7 @@ import pydist
 from pydist import simulate
 from pydist.codecs import Codec
 from pydist.encoding.choose import all_gather_coder
-from pydist.transport.coder import Worker, stage_of
+from pydist.transport.coder import Worker, entropy_coder_of
 
 Layers = list[Tensor]
 """One worker's gradient: a float32 tensor a parameter."""
@@ -107,14 +107,14 @@ class CodecMethod(Method):
 
     def _coder(self, out: Tensor, x: Tensor) -> Any:
         coder = all_gather_coder(out.view(1, -1), x, self.codec, Worker(0, 1, step=0), seed=0)
-        known = coder.prologue()
+        known = coder.scales()
         if known is not None:  # what workers tell each other before they encode
-            coder.merge_prologue(known[None])
+            coder.merge_scales(known[None])
         return coder
 
     def _pack(self, coder: Any, message: Tensor) -> list[Tensor]:
         """The message as it travels: of its own length, where a stage shortens it."""
-        stage = stage_of(coder)
+        stage = entropy_coder_of(coder)
         return [message] if stage is None else stage.pack(message, coder.units, [(0, coder.units)])
 
     def send(self, layers: Layers, history: Sequence[Layers] = ()) -> Sent:
@@ -122,7 +122,7 @@ class CodecMethod(Method):
         for i, x in enumerate(layers):
             slot = Slot(x=x.reshape(-1), out=torch.empty(x.numel()))
             self.encode(slot)
-            size += sum(part.numel() for part in slot.parcels)
+            size += sum(part.numel() for part in slot.messages)
             values.append(simulate.all_gather([x], self.codec, seed=i)[0].view(x.shape))
         return Sent(values, size)
 
@@ -139,13 +139,13 @@ class CodecMethod(Method):
         if not hasattr(slot, "message"):
             slot.message = torch.zeros(1, coder.message_bytes(units), dtype=torch.uint8)
         coder.encode(slot.message, units, 0, units)
-        slot.parcels = self._pack(coder, slot.message)
+        slot.messages = self._pack(coder, slot.message)
 
     def decode(self, slot: Slot) -> None:
         coder = self._coder(slot.out, slot.x)
-        stage = stage_of(coder)
+        stage = entropy_coder_of(coder)
         if stage is not None:
-            stage.unpack(slot.parcels, slot.message, coder.units, [(0, coder.units)])
+            stage.unpack(slot.messages, slot.message, coder.units, [(0, coder.units)])
         coder.decode(slot.message, coder.units, 0, coder.units)
 
 

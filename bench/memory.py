@@ -2,12 +2,12 @@
 
     python bench/memory.py --ranks 4 --numel 262144 16777216 --in-flight 1 16
 
-What the road holds at most is counted by the road. What the process grows by (the median of five
-runs) is the kernel's record of its peak, reset before the calls, so what gloo needs counts, too,
-and only pages that were touched. Large buffers are mapped afresh
-(``MALLOC_MMAP_THRESHOLD_``), so that none kept from earlier calls is left out; those that the road
-keeps for the next call are let go before. The payload of an all-gather is that of its whole output;
-the bound is two payloads and a shard of one call, however many there are.
+What the exchange holds at most is counted by the exchange. What the process grows by (the median of
+five runs) is the kernel's record of its peak, reset before the calls, so what gloo needs counts,
+too, and only pages that were touched. Large buffers are mapped afresh (``MALLOC_MMAP_THRESHOLD_``),
+so that none kept from earlier calls is left out; those that the exchange keeps for the next call
+are let go before. The payload of an all-gather is that of its whole output; the bound is two
+payloads and a shard of one call, however many there are.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def payload_bytes(codec: Any, numel: int) -> int:
 
 
 def peak(run: Callable[[], list[Any]]) -> tuple[int, int]:
-    """The most that the road held in a run, and what the process grew by at most."""
-    staging = communicator().staging
+    """The most that the exchange held in a run, and what the process grew by at most."""
+    buffers = communicator().buffers
     held, extra = 0, []
     for _ in range(REPEATS):
-        staging.clear()
+        buffers.clear()
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
         before = resident("VmRSS")
         for work in run():
             work.wait()
         extra.append(resident("VmHWM") - before)
-        held = max(held, staging.peak)
+        held = max(held, buffers.peak)
     return held, sorted(extra)[REPEATS // 2]
 
 

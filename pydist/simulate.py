@@ -132,7 +132,7 @@ def _all_reduce(
     receiver = all_reduce_coder(result, codec, workers[0], op=op, ties=ties, seed=seed)
     with on_device_of(result):
         flags = torch.zeros(1, dtype=torch.int32, device=result.device)
-        _share_prologues(senders, receiver)
+        _share_scales(senders, receiver)
         for begin, end, messages in _encoded(senders, rows=1):
             units = end - begin
             reduced = messages.new_empty((1, receiver.reduced_bytes(units)))
@@ -180,7 +180,7 @@ def reduce_scatter(
 
 def _reduce_scatter(coders: Sequence[Coder]) -> None:
     with on_device_of(coders[0].flags):
-        _share_prologues(coders)
+        _share_scales(coders)
         for begin, end, messages in _encoded(coders, rows=len(coders)):
             for rank, coder in enumerate(coders):
                 coder.decode(messages[:, rank], end - begin, begin, end)
@@ -237,14 +237,14 @@ def _dense(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().contiguous() for x in tensors]
 
 
-def _share_prologues(senders: Sequence[Coder], *receivers: Coder) -> None:
+def _share_scales(senders: Sequence[Coder], *receivers: Coder) -> None:
     """Gives all coders what the senders must know of each other before they encode."""
-    own = [coder.prologue() for coder in senders]
-    known = [prologue for prologue in own if prologue is not None]
+    own = [coder.scales() for coder in senders]
+    known = [scales for scales in own if scales is not None]
     if known:
         everyone = torch.stack(known)
         for coder in (*senders, *receivers):
-            coder.merge_prologue(everyone)
+            coder.merge_scales(everyone)
 
 
 def _encoded(coders: Sequence[Coder], rows: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -93,8 +93,8 @@ def attached_equals_plain(
         turns = 3 if kind == "accumulate" else 1
         for turn in range(turns):
             with ddp.no_sync() if turn < turns - 1 else nullcontext():
-                spoiled = kind == "not_finite" and step == 3 and rank == ranks - 1
-                factor = float("inf") if spoiled else 1.0
+                filled_with_nan = kind == "not_finite" and step == 3 and rank == ranks - 1
+                factor = float("inf") if filled_with_nan else 1.0
                 (factor * loss(ddp, rank, 10 * step + turn if turns > 1 else step)).backward()
             (factor * loss(bare, rank, 10 * step + turn if turns > 1 else step)).backward()
         attached.step()
@@ -326,13 +326,13 @@ def not_finite_keeps_momenta(rank: int, ranks: int, exact: bool, attach: bool) -
         if step >= 2:
             before = [bits(opt.state[p]["momentum"]) for p in params]
             start = [bits(p) for p in params]
-        spoiled = rank == 0 and step in (2, 4)
-        if spoiled:
+        filled_with_nan = rank == 0 and step in (2, 4)
+        if filled_with_nan:
             bad = torch.full_like(params[2], values[step // 4])
             handle = params[2].register_hook(lambda grad, bad=bad: bad)
         loss_of(net, rank, step).backward()
         opt.step()
-        if spoiled:
+        if filled_with_nan:
             handle.remove()
         if step in (2, 4):
             assert [bits(p) for p in params] == start

@@ -1,4 +1,4 @@
-"""What ranks do in tests/test_codecs.py: block codecs and votes on the road; see tests/ranks.py."""
+"""What ranks do in tests/test_codecs.py: block codecs and votes in messages; see tests/ranks.py."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pydist.reference import blocks as rb
 from pydist.reference import raw as reference_raw
 from pydist.reference import topk as rt
 from pydist.reference.signs import round_to
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 from pydist.transport.communicator import communicator
-from pydist.transport.variable import Parcels
+from pydist.transport.variable import VariableMessages
 
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
@@ -216,12 +216,12 @@ def equals_simulation(
         tensors = inputs(ranks, n * ranks, like["dtype"], seed=number)
         mine = tensors[rank].to(device)
         options = {"seed": 3, "step": number}
-        whole = road.CHUNK_BYTES
-        road.CHUNK_BYTES = 1 << 40
+        whole = exchange.CHUNK_BYTES
+        exchange.CHUNK_BYTES = 1 << 40
         wanted = simulate.all_reduce(tensors, codec, **options)
         share = simulate.reduce_scatter(tensors, codec, **options)[rank]
         gathered = simulate.all_gather([x[:n] for x in tensors], codec, **options)
-        road.CHUNK_BYTES = chunk or whole
+        exchange.CHUNK_BYTES = chunk or whole
         try:
             for algorithm in ("two_phase", "all_gather"):
                 x = mine.clone()
@@ -238,7 +238,7 @@ def equals_simulation(
             simulated = simulate.all_reduce(tensors, codec, **options)
             first_difference(simulated, wanted, f"simulated in chunks {codec}")
         finally:
-            road.CHUNK_BYTES = whole
+            exchange.CHUNK_BYTES = whole
     return results
 
 
@@ -247,8 +247,8 @@ def votes(
     device: str = "cpu", group: Any = None,
 ) -> None:  # fmt: skip
     """Simulated votes, and those of shares and gathered signs."""
-    codec, whole = Sign(scale=None), road.CHUNK_BYTES
-    road.CHUNK_BYTES = chunk or whole
+    codec, whole = Sign(scale=None), exchange.CHUNK_BYTES
+    exchange.CHUNK_BYTES = chunk or whole
     try:
         for n in sizes:
             tensors = inputs(ranks, n, torch.float32, seed=n)
@@ -277,14 +277,14 @@ def votes(
                     total = signs.roll(rank, 1).sum(0)
                     first_difference(out, total / ranks if op == "mean" else total, f"{op} {n}")
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
 
 
 def not_finite(
     rank: int, ranks: int, codecs: Any = None, device: str = "cpu", group: Any = None
 ) -> None:  # fmt: skip
     """On any rank, in any chunk, of any share: everything is NaN on all ranks."""
-    road.CHUNK_BYTES, whole = 512, road.CHUNK_BYTES
+    exchange.CHUNK_BYTES, whole = 512, exchange.CHUNK_BYTES
     n = 3001
     try:
         for codec in codecs or (*CODECS, Sign(None)):
@@ -305,7 +305,7 @@ def not_finite(
             pydist.all_reduce(y, codec, group=group)
             assert bool(y.isfinite().all()), "the flag of one call reached the next"
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
 
 
 def overflow(rank: int, ranks: int) -> None:
@@ -362,7 +362,7 @@ def shapes(rank: int, ranks: int) -> None:
     pydist.reduce_scatter(out, strided, codec, **options)
     first_difference(out, shares[rank], "strided input")
 
-    road.CHUNK_BYTES, whole = 100, road.CHUNK_BYTES  # what is written first is not read later
+    whole, exchange.CHUNK_BYTES = exchange.CHUNK_BYTES, 100  # what is written is not read later
     try:
         x = mine.clone()
         pydist.reduce_scatter(x[rank * n : (rank + 1) * n], x, codec, **options)
@@ -372,7 +372,7 @@ def shapes(rank: int, ranks: int) -> None:
         pydist.all_gather(everything, everything[rank], codec, **options)
         first_difference(everything, gathered, "gathered in place")
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
 
 
 def in_flight(rank: int, ranks: int, device: str = "cpu", group: Any = None) -> None:
@@ -484,9 +484,9 @@ def damaged_parcel(
     """Rank 1 sends a message whose blocks, or whose length, are wrong in one phase."""
     group = short_group(ranks)
     codec = QSGD(4, 64, "l2", entropy="elias")
-    announce = Parcels.announce
+    announce = VariableMessages.announce
 
-    def damaged(self: Parcels, *args: Any) -> None:
+    def damaged(self: VariableMessages, *args: Any) -> None:
         if self.phase == phase:
             pack = self.stage.pack
 
@@ -507,7 +507,7 @@ def damaged_parcel(
         x = torch.randn(1000, generator=torch.Generator().manual_seed(rank))
         pydist.all_reduce(x, codec, group=group, algorithm=algorithm)
 
-    with mock.patch.object(Parcels, "announce", damaged if rank == 1 else announce):
+    with mock.patch.object(VariableMessages, "announce", damaged if rank == 1 else announce):
         first = raised_by(call)
     second = raised_by(call)
     still_works(rank, ranks)

@@ -19,7 +19,7 @@ import pydist
 from pydist import Sign
 from pydist.collectives import flat as collectives
 from pydist.reference import signs as reference
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 from pydist.transport.communicator import communicator
 
 VOTES = Sign(scale=None)
@@ -89,8 +89,8 @@ def equals_reference(
     """Every combination of options; rank 0 compares with the reference, the test the ranks."""
     combinations = [("vote", ties) for ties in ("hash", "zero", "positive")]
     combinations += [("mean", "hash"), ("sum", "hash")]
-    whole = road.CHUNK_BYTES
-    road.CHUNK_BYTES = 4 * chunk if chunk else whole
+    whole = exchange.CHUNK_BYTES
+    exchange.CHUNK_BYTES = 4 * chunk if chunk else whole
     results = []
     try:
         for number, (op, ties) in enumerate(combinations):
@@ -107,7 +107,7 @@ def equals_reference(
                             check(x, tensors, f"{options}, {algorithm}, {n} {name}", **options)
                         results.append(bits(x))
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
     return results
 
 
@@ -184,7 +184,7 @@ def not_finite(rank: int, ranks: int) -> None:
 
 def not_finite_in_last_chunk(rank: int, ranks: int) -> None:
     """The flag comes with the last chunk, after the first ones were decoded."""
-    road.CHUNK_BYTES, whole = 64, road.CHUNK_BYTES
+    exchange.CHUNK_BYTES, whole = 64, exchange.CHUNK_BYTES
     try:
         for algorithm in ("two_phase", "all_gather"):
             x = torch.ones(16 * 32 * 30 + 5)
@@ -193,7 +193,7 @@ def not_finite_in_last_chunk(rank: int, ranks: int) -> None:
             pydist.all_reduce(x, VOTES, algorithm=algorithm)
             assert bool(x.isnan().all())
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
 
 
 # --------------------------------------------------------------------------- order

@@ -21,7 +21,7 @@ import pydist
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
 from pydist.ddp.state import CompressionState
 from pydist.training.options import Options
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 
 CODECS: dict[str, Any] = {
     "sign_l1": Sign("l1", block=64), "sign_l2": Sign("l2"), "votes": Sign(None),
@@ -167,12 +167,12 @@ def check_residuals(oracle: Oracle, everyone: list[dict[str, Any]], where: str) 
 
 @contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
-    usual = road.CHUNK_BYTES
-    road.CHUNK_BYTES = size or usual
+    usual = exchange.CHUNK_BYTES
+    exchange.CHUNK_BYTES = size or usual
     try:
         yield
     finally:
-        road.CHUNK_BYTES = usual
+        exchange.CHUNK_BYTES = usual
 
 
 def trained(

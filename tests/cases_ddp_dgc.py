@@ -118,14 +118,14 @@ def released(
     steps_of(net, opt, rank, range(3), ddp)
     before, norm = state.state_dict()["parameters"], state.stats()["residual_norm"]
     assert norm > 0
-    spoiled = rank == ranks - 1
-    handle = net[2].weight.register_hook(base.with_nan) if spoiled else None
+    filled_with_nan = rank == ranks - 1
+    handle = net[2].weight.register_hook(base.with_nan) if filled_with_nan else None
     opt.zero_grad()
     loss_of(ddp, rank, 3).backward()
     if handle is not None:
         handle.remove()
     # Without a subgroup nobody knows of another rank's NaN, and that one's residuals have arrived.
-    kept = spoiled or local_after is None or grouped
+    kept = filled_with_nan or local_after is None or grouped
     total = _unsent(state.state_dict()["parameters"], ranks)
     for name, wanted in _unsent(before, ranks).items():
         assert torch.equal(total[name], wanted) if kept else name not in total, name

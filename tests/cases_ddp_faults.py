@@ -227,7 +227,7 @@ def dawdling(dice: random.Random) -> Iterator[None]:
     places: list[tuple[Any, str]] = [(CompressionState, "reduce_bucket"), (Communicator, "agree")]
     places += [
         (BucketCoder, name)
-        for name in ("encode", "reduce", "decode", "prologue", "merge_prologue", "finish")
+        for name in ("encode", "reduce", "decode", "scales", "merge_scales", "finish")
     ]
     with ExitStack() as stack:
         for owner, name in places:

@@ -144,17 +144,17 @@ def skipped(
 def _spoil_once() -> Any:
     done = []
 
-    def spoil(grad: Tensor) -> Tensor:
+    def fill_nan(grad: Tensor) -> Tensor:
         if done:
             return grad
         done.append(True)
         return with_nan(grad)
 
-    return spoil
+    return fill_nan
 
 
 def with_nan(grad: Tensor) -> Tensor:
-    """A gradient with one element spoiled."""
+    """A gradient with one element filled_with_nan."""
     grad = grad.clone()
     grad.view(-1)[7] = float("nan")
     return grad

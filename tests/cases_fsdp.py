@@ -26,7 +26,7 @@ from pydist.reference import raw as reference_raw
 from pydist.reference import ternary as rt
 from pydist.reference import topk as rk
 from pydist.reference.signs import round_to
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 
 Options = dict[str, Any]
 
@@ -85,11 +85,11 @@ def loss_of(net: nn.Module, rank: int, step: int, *, side: bool = False, **kind:
 @contextmanager
 def chunks_of(size: int) -> Iterator[None]:
     """Cuts what is sent into chunks of so many bytes, so that even small models have several."""
-    usual, road.CHUNK_BYTES = road.CHUNK_BYTES, size
+    usual, exchange.CHUNK_BYTES = exchange.CHUNK_BYTES, size
     try:
         yield
     finally:
-        road.CHUNK_BYTES = usual
+        exchange.CHUNK_BYTES = usual
 
 
 def local(parameter: Any) -> Tensor:

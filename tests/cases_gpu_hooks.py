@@ -39,13 +39,13 @@ class Given(nn.Module):
         return sum((p * g).sum() for p, g in zip(self.parts, given, strict=True))
 
 
-def gradients(rank: int, step: int, spoiled: bool, dtype: torch.dtype) -> list[Tensor]:
+def gradients(rank: int, step: int, filled_with_nan: bool, dtype: torch.dtype) -> list[Tensor]:
     """Those of one step on one rank; some are zero, and in one step one holds a NaN."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     given = [torch.randn(shape, generator=generator) for shape in SHAPES]
     if step == 1:
         given[3].zero_()  # as of a parameter that was not used
-    if step == SPOILED and spoiled:
+    if step == SPOILED and filled_with_nan:
         given[2][5, 7] = float("nan")
     return [g.to(dtype) for g in given]
 

@@ -21,7 +21,7 @@ from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, simulat
 from pydist.collectives import hierarchical as hierarchy
 from pydist.collectives.flat import load_state_dict, state_dict
 from pydist.reference import raw as reference_raw
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 
 CODECS = [
     QSGD(4, block=64), BlockInt(8), BlockInt(4, 32, "stochastic"), BlockFloat(block=96),
@@ -52,7 +52,7 @@ def equals_simulation(
 ) -> list[bytes]:  # fmt: skip
     """Every codec, both ways of summing, other codecs inside; any length."""
     group, results = levels(ranks, local), []
-    whole, road.CHUNK_BYTES = road.CHUNK_BYTES, chunk or road.CHUNK_BYTES
+    whole, exchange.CHUNK_BYTES = exchange.CHUNK_BYTES, chunk or exchange.CHUNK_BYTES
     try:
         # Not equal to a flat call: every share has a scaler of its own.
         for number, codec in enumerate([*CODECS, Ternary()]):
@@ -73,7 +73,7 @@ def equals_simulation(
                             first_difference(x, wanted, f"{op} {codec} {n} {name} {inner}")
                             results.append(bits(x))
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
     return results
 
 

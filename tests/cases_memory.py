@@ -1,4 +1,4 @@
-"""What ranks do in tests/test_memory.py: how many bytes the road holds; see tests/ranks.py."""
+"""What ranks do in tests/test_memory.py: how many bytes the exchange holds; see tests/ranks.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
 from pydist.encoding.choose import all_reduce_coder, reduce_scatter_coder
 from pydist.encoding.coders import ReduceCoder
 from pydist.formats import wire
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 from pydist.transport.buffers import IDLE_BYTES
 from pydist.transport.coder import Worker
 from pydist.transport.communicator import IN_FLIGHT, communicator
@@ -35,7 +35,7 @@ def _sent(coder: Any, ranks: int, reduces: bool) -> tuple[int, int]:
 
     The counts of a vote are larger than what is counted: then the payload is the reduced one.
     """
-    total, size = 0, road.chunk_units(coder)
+    total, size = 0, exchange.chunk_units(coder)
     for begin in range(0, coder.units, size):
         units = min(size, coder.units - begin)
         shard = -(-units // ranks) if reduces else units
@@ -49,7 +49,7 @@ def _sent(coder: Any, ranks: int, reduces: bool) -> tuple[int, int]:
 def one_call(rank: int, ranks: int, n: int, chunk: int | None) -> list[tuple[str, int, int, int]]:
     """What each codec's calls held at most, their payload and a shard of it."""
     measured = []
-    whole, road.CHUNK_BYTES = road.CHUNK_BYTES, chunk or road.CHUNK_BYTES
+    whole, exchange.CHUNK_BYTES = exchange.CHUNK_BYTES, chunk or exchange.CHUNK_BYTES
     comm, worker = communicator(), Worker(rank, ranks, 0)
     x, share = torch.ones(n * ranks), torch.ones(n)
     try:
@@ -72,12 +72,12 @@ def one_call(rank: int, ranks: int, n: int, chunk: int | None) -> list[tuple[str
                 ),
             }
             for name, (call, (payload, shard)) in calls.items():
-                comm.staging.clear()
+                comm.buffers.clear()
                 call()
-                assert comm.staging.in_use == 0 and comm.staging.idle <= IDLE_BYTES
-                measured.append((f"{name} {codec}", comm.staging.peak, payload, shard))
+                assert comm.buffers.in_use == 0 and comm.buffers.idle <= IDLE_BYTES
+                measured.append((f"{name} {codec}", comm.buffers.peak, payload, shard))
     finally:
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
     return measured
 
 
@@ -86,9 +86,9 @@ def two_ranks_gather(rank: int, ranks: int, n: int) -> None:
     comm, x = communicator(), torch.ones(n)
     coder = all_reduce_coder(x, QSGD(4), Worker(rank, ranks, 0), op="sum", ties="hash", seed=0)
     payload, _ = _sent(coder, 1, True)
-    comm.staging.clear()
+    comm.buffers.clear()
     pydist.all_reduce(x, QSGD(4), step=0)
-    assert 2 * payload <= comm.staging.peak <= 3 * payload
+    assert 2 * payload <= comm.buffers.peak <= 3 * payload
 
 
 def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
@@ -107,12 +107,12 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
         while not held and not comm._chunks.full():  # the front thread has done what it may
             assert time.monotonic() < deadline, "the queue never fills"
             time.sleep(0.001)
-        held.append(comm.staging.in_use)
+        held.append(comm.buffers.in_use)
         decode(self, *args)
 
     ReduceCoder.decode = late  # type: ignore[method-assign]
-    whole, road.CHUNK_BYTES = road.CHUNK_BYTES, coder.units * coder.unit_bytes
-    comm.staging.clear()
+    whole, exchange.CHUNK_BYTES = exchange.CHUNK_BYTES, coder.units * coder.unit_bytes
+    comm.buffers.clear()
     try:
         works = [
             pydist.all_reduce(x, QSGD(8), op="sum", algorithm="two_phase", async_op=True, step=0)
@@ -120,16 +120,16 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
         ]
         for work in works:
             work.wait()
-        peak = comm.staging.peak
+        peak = comm.buffers.peak
         for _ in range(3):
             pydist.all_reduce(xs[0], QSGD(8), op="sum", algorithm="two_phase", step=0)
-        again = comm.staging.peak
+        again = comm.buffers.peak
     finally:
         ReduceCoder.decode = decode  # type: ignore[method-assign]
-        road.CHUNK_BYTES = whole
+        exchange.CHUNK_BYTES = whole
     # Only now: a rank that raised earlier would leave the others waiting.
     assert all(bool((x == ranks).all()) for x in xs[1:]) and bool((xs[0] == ranks**4).all())
-    assert comm.staging.in_use == 0
+    assert comm.buffers.in_use == 0
     # A full queue has a chunk in every place, or in every second one where each is followed by the
     # end of its call; each has a payload sent and one received.
     queued = 2 * (IN_FLIGHT if calls == 1 else IN_FLIGHT // 2) * chunk
@@ -150,5 +150,5 @@ def after_failures(rank: int, ranks: int) -> None:
         x = torch.ones(1000 + (rank == 0))
         with pytest.raises(pydist.MismatchError):
             pydist.all_reduce(x, QSGD(4), step=0)
-        assert comm.staging.in_use == 0
+        assert comm.buffers.in_use == 0
     pydist.all_reduce(x[:1000], QSGD(4), step=0)

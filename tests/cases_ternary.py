@@ -65,9 +65,9 @@ def refused(rank: int, ranks: int) -> Any:
     """A disagreement leaves data and group as they were; no scaler has been exchanged."""
     comm = communicator()
     x = torch.full((200,), float(rank))
-    before = comm.traffic.bytes_sent["prologue"]
+    before = comm.traffic.bytes_sent["scales"]
     result = raised_by(lambda: pydist.all_reduce(x, Ternary(2.5 if rank else None), step=1))
-    assert comm.traffic.bytes_sent["prologue"] == before
+    assert comm.traffic.bytes_sent["scales"] == before
     assert bool((x == rank).all())
     pydist.all_reduce(x, Ternary(None))
     assert np.isfinite(x.numpy()).all()

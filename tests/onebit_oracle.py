@@ -2,7 +2,7 @@
 
 Written from the equations in the optimizers' docstrings (arXiv 2102.02888, 2202.06009, 2104.06069)
 and the design's rules for missing and non-finite gradients. Of the package it uses the codecs'
-specification (``pydist.reference_blocks``), nothing else.
+specification (:mod:`pydist.reference.blocks`), nothing else.
 
 Every operation is one in float32, so equality to the bit can be asked for; sums over a layer add
 halves in double precision.

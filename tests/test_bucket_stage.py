@@ -42,39 +42,45 @@ def encoded(coder: BucketCoder, begin: int, end: int) -> tuple[Tensor, list[tupl
 @pytest.mark.parametrize("owners", [1, RANKS])
 def test_rows_come_back(owners: int) -> None:
     coder = coder_of(owners)
-    assert coder.stage is not None
+    assert coder.entropy_coder is not None
     for begin, end in ((0, coder.plan.slices), (1, 3), (coder.plan.slices - 1, coder.plan.slices)):
         rows, spans = encoded(coder, begin, end)
-        messages = coder.stage.pack(rows, end - begin, spans)
+        messages = coder.entropy_coder.pack(rows, end - begin, spans)
         for message, span in zip(messages, spans, strict=True):
-            least, most = coder.stage.bounds(span)
+            least, most = coder.entropy_coder.bounds(span)
             assert least <= message.numel() <= most and message.numel() % 4 == 0
         back = torch.full_like(rows, 0x55)
-        assert coder.stage.unpack(messages, back, end - begin, spans) is None
+        assert coder.entropy_coder.unpack(messages, back, end - begin, spans) is None
         assert torch.equal(back, rows)
         if owners > 1:  # what all ranks send of this rank's share; and its reduced row
             mine = [spans[RANK]] * RANKS
             back = torch.full_like(rows, 0x55)
-            assert coder.stage.unpack([messages[RANK]] * RANKS, back, end - begin, mine) is None
+            assert (
+                coder.entropy_coder.unpack([messages[RANK]] * RANKS, back, end - begin, mine)
+                is None
+            )
             assert all(torch.equal(row, rows[RANK]) for row in back)
-            (alone,) = coder.stage.pack(rows[RANK : RANK + 1], end - begin, mine[:1])
+            (alone,) = coder.entropy_coder.pack(rows[RANK : RANK + 1], end - begin, mine[:1])
             assert torch.equal(alone, messages[RANK])
     rows, spans = encoded(coder, 0, coder.plan.slices)
-    assert sum(x.numel() for x in coder.stage.pack(rows, coder.plan.slices, spans)) < rows.numel()
+    assert (
+        sum(x.numel() for x in coder.entropy_coder.pack(rows, coder.plan.slices, spans))
+        < rows.numel()
+    )
 
 
 def test_damaged_messages() -> None:
     """Every fault is named; nothing is read or written out of bounds, whatever the bytes are."""
     coder = coder_of(RANKS)
-    assert coder.stage is not None
+    assert coder.entropy_coder is not None
     rows, spans = encoded(coder, 0, coder.plan.slices)
     units = coder.plan.slices
-    good = coder.stage.pack(rows, units, spans)
+    good = coder.entropy_coder.pack(rows, units, spans)
 
     def fault(message: Tensor, at: int = 2) -> str:
         messages = list(good)
         messages[at] = message
-        wrong = coder.stage.unpack(messages, torch.empty_like(rows), units, spans)  # type: ignore[union-attr]
+        wrong = coder.entropy_coder.unpack(messages, torch.empty_like(rows), units, spans)  # type: ignore[union-attr]
         assert wrong is None or wrong[0] == at
         return wrong[1] if wrong else ""
 

@@ -16,7 +16,7 @@ from pydist.encoding.choose import all_reduce_coder
 from pydist.reference import blocks as rb
 from pydist.reference import raw as reference_raw
 from pydist.reference import topk as rt
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 from pydist.transport.coder import Worker
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
@@ -237,7 +237,7 @@ def test_a_small_tensor_travels_small() -> None:
 
 @pytest.mark.parametrize("codec", [QSGD(4, block=32), Sign(None), Raw(), Ternary()], ids=str)
 def test_simulated_nan(codec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(road, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(exchange, "CHUNK_BYTES", 100)
     tensors = [torch.ones(3000) for _ in range(3)]
     tensors[1][-1] = float("nan")
     assert bool(simulate.all_reduce(tensors, codec).isnan().all())

@@ -55,7 +55,7 @@ def test_gaps_up_to_a_whole_block(door: Door) -> None:
         codes = np.full(65536, form.levels, dtype=np.uint8)
         codes[place] = 0
         fixed = np.concatenate(
-            [pydist.reference_blocks.pack_codes(codes, 3), np.ones(1, "<f4").view(np.uint8)]
+            [pydist.reference.blocks.pack_codes(codes, 3), np.ones(1, "<f4").view(np.uint8)]
         )
         coded = door.elias_encode(fixed, 65536, form, None)
         wanted = 2 + 3 + len(reference.omega(place + 1)) + 1 + 3
@@ -94,7 +94,7 @@ def test_the_code_that_no_encoder_writes_travels_as_the_one_below(door: Door) ->
         codes = np.arange(40, dtype=np.uint8) % 3 + np.uint8(2**bits - 3)
         scales = np.ones(2, "<f4").view(np.uint8)
         fixed, held = (
-            np.concatenate([pydist.reference_blocks.pack_codes(c, bits), scales])
+            np.concatenate([pydist.reference.blocks.pack_codes(c, bits), scales])
             for c in (codes, np.minimum(codes, 2 * form.levels))
         )
         coded = door.elias_encode(fixed, 40, form, None)

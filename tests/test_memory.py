@@ -1,4 +1,4 @@
-"""How many bytes the road holds beside its tensors, and that it uses them again."""
+"""How many bytes the exchange holds beside its tensors, and that it uses them again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from ranks import Worlds
 
-from pydist.transport import buffers as staging
-from pydist.transport.buffers import Staging
+from pydist.transport import buffers
+from pydist.transport.buffers import BufferPool
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -41,7 +41,7 @@ def test_nothing_is_lost_with_failed_calls(worlds: Worlds) -> None:
 
 
 def test_a_buffer_serves_again() -> None:
-    room = Staging()
+    room = BufferPool()
     first, second = room.take(2, 50), room.take(1, 60)
     assert first.shape == (2, 50) and first.dtype == torch.uint8
     assert (room.in_use, room.idle, room.peak) == (160, 0, 160)
@@ -57,7 +57,7 @@ def test_a_buffer_serves_again() -> None:
 
 
 def test_what_is_too_small_makes_room() -> None:
-    room = Staging()
+    room = BufferPool()
     room.give(room.take(1, 100))
     larger = room.take(1, 101)
     assert (room.in_use, room.idle, room.peak) == (101, 0, 101)
@@ -69,15 +69,15 @@ def test_what_is_too_small_makes_room() -> None:
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "IDLE_BYTES", 250)
-    room = Staging()
+    monkeypatch.setattr(buffers, "IDLE_BYTES", 250)
+    room = BufferPool()
     for buffer in [room.take(1, 100) for _ in range(5)]:
         room.give(buffer)
     assert (room.in_use, room.idle) == (0, 200)
 
 
 def test_other_memory_is_let_be() -> None:
-    room = Staging()
+    room = BufferPool()
     taken = room.take(1, 10)
     room.give(torch.zeros(10, dtype=torch.uint8))
     assert (room.in_use, room.idle) == (10, 0)
@@ -87,7 +87,7 @@ def test_other_memory_is_let_be() -> None:
 
 
 def test_a_forgotten_buffer_is_freed() -> None:
-    room = Staging()
+    room = BufferPool()
     for _ in range(100):
         room.take(1, 1 << 22)
     assert (room.in_use, room.idle, room.peak) == (0, 0, 1 << 22)
@@ -96,7 +96,7 @@ def test_a_forgotten_buffer_is_freed() -> None:
 def test_the_address_of_a_forgotten_buffer_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room, memory = Staging(), bytearray(100)
+    room, memory = BufferPool(), bytearray(100)
     with monkeypatch.context() as patched:
         patched.setattr(
             torch, "empty", lambda *_, **__: torch.frombuffer(memory, dtype=torch.uint8)

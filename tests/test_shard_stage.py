@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pydist import QSGD
 from pydist.encoding.blocks import BlockRows
-from pydist.encoding.choose import staged
+from pydist.encoding.choose import with_entropy
 from pydist.encoding.coders import ScatterCoder
 from pydist.encoding.plans import Plan, Shards
 from pydist.formats import wire
@@ -32,7 +32,7 @@ def coder_of(rank: int) -> ScatterCoder:
         torch.zeros(ROW), data, BlockRows(FORM, wire.CODECS["qsgd_elias"]),
         Plan.of_shards(SHARDS, FORM.block, RANKS), Worker(rank, RANKS, 6), mean=True, seed=2,
     )  # fmt: skip
-    return staged(coder, CODEC)
+    return with_entropy(coder, CODEC)
 
 
 def encoded(coder: ScatterCoder, begin: int, end: int) -> Tensor:
@@ -64,8 +64,8 @@ def test_messages_are_those_of_the_reference() -> None:
         rows = [encoded(coder, begin, end) for coder in coders]
         messages = []
         for coder, mine in zip(coders, rows, strict=True):
-            assert coder.stage is not None
-            messages.append(coder.stage.pack(mine, units, spans))
+            assert coder.entropy_coder is not None
+            messages.append(coder.entropy_coder.pack(mine, units, spans))
         for to, coder in enumerate(coders):
             table, codes = table_of(to, begin, end), units * FORM.block_bytes
             arriving = [messages[rank][to] for rank in range(RANKS)]
@@ -81,12 +81,12 @@ def test_messages_are_those_of_the_reference() -> None:
                 else:
                     assert not message.numel()
                 sent, kept = sent + message.numel(), kept + row.numel()
-                assert coder.stage is not None
-                least, most = coder.stage.bounds((begin, end))
+                assert coder.entropy_coder is not None
+                least, most = coder.entropy_coder.bounds((begin, end))
                 assert least <= message.numel() <= most
             back = torch.full_like(rows[0], 0x55)
-            assert coder.stage is not None
-            assert coder.stage.unpack(arriving, back, units, spans) is None
+            assert coder.entropy_coder is not None
+            assert coder.entropy_coder.unpack(arriving, back, units, spans) is None
             assert torch.equal(back, torch.stack([one[to] for one in rows]))
     assert sent < 0.8 * kept
 
@@ -95,9 +95,11 @@ def test_damaged_message() -> None:
     """A fault names the rank that sent it, and the block."""
     coder, (begin, end) = coder_of(0), RANGES[1]
     rows, spans = encoded(coder, begin, end), [(begin, end)] * RANKS
-    assert coder.stage is not None
-    good = coder.stage.pack(rows, end - begin, spans)[0]
+    assert coder.entropy_coder is not None
+    good = coder.entropy_coder.pack(rows, end - begin, spans)[0]
     bad = good.clone()
     bad[4:8] = 0xFF  # where the second block's stream ends
-    wrong = coder.stage.unpack([good, bad, good], torch.empty_like(rows), end - begin, spans)
+    wrong = coder.entropy_coder.unpack(
+        [good, bad, good], torch.empty_like(rows), end - begin, spans
+    )
     assert wrong is not None and wrong[0] == 1 and "block 1" in wrong[1], wrong

@@ -1,4 +1,4 @@
-"""Ternary on the road: shared scalers, exact sums, what travels. More in test_codecs.py."""
+"""Ternary in messages: shared scalers, exact sums, what travels. More in test_codecs.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
     expected = {
         "agreement": 3 * (ranks - 1) * 16,
         # An all-reduce has one layer, a scatter n; each has a header.
-        "prologue": (ranks - 1) * (4 + 4 * ranks + 2 * 16),
+        "scales": (ranks - 1) * (4 + 4 * ranks + 2 * 16),
         "confirmation": 3 * (ranks - 1) * 16,
         "phase 1": 3 * trits + (ranks - 1) * 4,  # gathered trits have their scaler with them
         "phase 2": (ranks - 1) * (units * 160 * 3 // 8 + 16),
@@ -122,10 +122,10 @@ def test_bytes_of_shards() -> None:
     x = inputs(1, 7 * 160 + 5, torch.float32, seed=1)[0]
     coder = coder_of(x, Worker(1, 3, 6))
     own, _ = rt.scale(x.numpy(), 2.5)
-    prologue = coder.prologue()
-    assert prologue is not None and prologue.numpy().tobytes() == own.tobytes()
+    scales = coder.scales()
+    assert scales is not None and scales.numpy().tobytes() == own.tobytes()
     others = np.stack([own / 2, own, own * np.float32(1.5)])
-    coder.merge_prologue(torch.from_numpy(others).view(torch.uint8))
+    coder.merge_scales(torch.from_numpy(others).view(torch.uint8))
     assert coder.units == 8
     rows = torch.full((3, coder.message_bytes(3) + 16), 0xFF, dtype=torch.uint8)
     coder.encode(rows[:, 16:], 3, 0, coder.units)
@@ -142,9 +142,9 @@ def test_bytes_of_shards() -> None:
 def test_malformed_messages_raise() -> None:
     x = torch.ones(400)
     coder = coder_of(x, Worker(0, 2, 0))
-    own = coder.prologue()
+    own = coder.scales()
     assert own is not None
-    coder.merge_prologue(torch.stack([own, own]))
+    coder.merge_scales(torch.stack([own, own]))
     flags = torch.zeros(1, dtype=torch.int32)
     messages = torch.zeros(2, coder.message_bytes(3), dtype=torch.uint8)
     out = torch.zeros(1, coder.reduced_bytes(3), dtype=torch.uint8)
@@ -174,10 +174,10 @@ def test_a_coder_of_several_layers(ranks: int) -> None:
         ReduceCoder(x.clone(), coding, plan, Worker(r, ranks, step), mean=True, seed=seed)
         for r, x in enumerate(tensors)
     ]
-    prologues = torch.stack([c.prologue() for c in coders])  # type: ignore[misc]
+    all_scales = torch.stack([c.scales() for c in coders])  # type: ignore[misc]
     flags = torch.zeros(1, dtype=torch.int32)
     for coder in coders:
-        coder.merge_prologue(prologues)
+        coder.merge_scales(all_scales)
     for begin, end in ((0, 3), (3, 4), (4, coders[0].units)):
         units = end - begin
         messages = torch.full((ranks, coders[0].message_bytes(units)), 0xFF, dtype=torch.uint8)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK
 from pydist.codecs import Codec
-from pydist.encoding.bucket_coder import bytes_in_bucket
+from pydist.encoding.choose import bytes_in_bucket
 from pydist.transport.exchange import LATENCY_BYTES
 
 

@@ -32,19 +32,21 @@ from pydist.kernels import checks
 from pydist.kernels.torch_tensors import check_storage, dense_of, written
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.communicator import Call, Communicator, communicator, counter_of
-from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Road, Route, choose_algorithm
+from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Exchange, Route, choose_algorithm
 
 
 class Work:
     """A collective under way, as ``torch.distributed`` hands it out with ``async_op=True``."""
 
-    def __init__(self, road: Road | HierarchicalCall, tensor: Tensor, dense: Tensor) -> None:
-        self._road, self._tensor = road, tensor
+    def __init__(
+        self, exchange: Exchange | HierarchicalCall, tensor: Tensor, dense: Tensor
+    ) -> None:
+        self._exchange, self._tensor = exchange, tensor
         self._dense: Tensor | None = dense
 
     def is_completed(self) -> bool:
         """Whether the result is there."""
-        return self._road.future.done()
+        return self._exchange.future.done()
 
     def wait(self, timeout: float | None = None) -> Tensor:
         """Waits for the result (on CUDA: makes the current stream wait).
@@ -59,7 +61,7 @@ class Work:
             PydistError: The call failed; on every rank where ranks disagree.
             TimeoutError: It took longer than ``timeout``.
         """
-        self._road.wait(timeout)
+        self._exchange.wait(timeout)
         if self._dense is not None:
             written(self._tensor.detach(), self._dense)
             self._dense = None
@@ -132,7 +134,7 @@ def _start(
         fields: What must be equal on all ranks; ``prepare`` may add to it.
         prepare: Checks the arguments; returns the coder, the tensor that the user gave for the
             result, and the dense one that the coder writes.
-        route: See :class:`pydist.transport.exchange.Road`.
+        route: See :class:`pydist.transport.exchange.Exchange`.
         async_op: Return at once.
     """
     number, comm.step = comm.step, comm.step + 1  # counted on all ranks, whatever comes of it
@@ -141,13 +143,13 @@ def _start(
         coder, result, dense = prepare(
             Worker(comm.rank, comm.world_size, number, torch.get_num_threads())
         )
-        road = Road(comm, coder, Call(name, fields, number), route, dense.device)
+        exchange = Exchange(comm, coder, Call(name, fields, number), route, dense.device)
     except Exception as error:
         # The other ranks are about to wait for this one: they are told, then this one raises.
         refuse(comm, Call(name, {}, number, problem=str(error)))
         raise
-    comm.submit(road)
-    work = Work(road, result, dense)
+    comm.submit(exchange)
+    work = Work(exchange, result, dense)
     return work if async_op else work.wait()
 
 

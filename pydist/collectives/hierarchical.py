@@ -40,7 +40,7 @@ from pydist.transport.communicator import Call, Communicator, own_communicator
 from pydist.transport.exchange import (
     ALL_GATHER,
     REDUCE_SCATTER,
-    Road,
+    Exchange,
     Route,
     await_future,
     wait_for,
@@ -324,7 +324,7 @@ class HierarchicalCall:
         self.at = -1
         self._grid, self._name, self._fields, self._step = grid, name, fields, step
         self._plan, self._problem = plan, problem
-        self._road: Road | None = None
+        self._exchange: Exchange | None = None
         if plan is not None:
             self._cut(plan)
 
@@ -364,17 +364,17 @@ class HierarchicalCall:
 
     def enter(self, stage: int, comm: Communicator) -> None:
         """Issues a stage; where an earlier one failed, takes part in its agreement only."""
-        road, plan = None, self._plan
+        exchange, plan = None, self._plan
         if plan is not None and self._problem is None:
             try:
-                road = self._road_of(stage, comm, plan)
-                road.future.add_done_callback(self._ended(stage))
+                exchange = self._exchange_of(stage, comm, plan)
+                exchange.future.add_done_callback(self._ended(stage))
             except Exception as error:
                 self._fail(error)
-                road = None
+                exchange = None
         try:
-            if road is not None:
-                comm.submit(road)
+            if exchange is not None:
+                comm.submit(exchange)
             else:
                 call = Call(self._name, {}, self._step, problem=self._problem)
                 comm.refuse(call, self._ended(stage))
@@ -382,14 +382,14 @@ class HierarchicalCall:
             self._fail(error)
             self._grid.reached(self, stage + 1)
 
-    def _road_of(self, stage: int, comm: Communicator, plan: Plan) -> Road:
+    def _exchange_of(self, stage: int, comm: Communicator, plan: Plan) -> Exchange:
         worker = Worker(0, 1, self._step, plan.threads)
         call = Call(self._name, {**self._fields, "stage": STAGES[stage]}, self._step)
-        before, device = self._road, plan.tensor.device
+        before, device = self._exchange, plan.tensor.device
         with wait_for(before):  # on CUDA: in stream order after the stage before
             coder, route = self._builders[stage](plan, worker)
-            self._road = Road(comm, coder, call, route, device)
-        return self._road
+            self._exchange = Exchange(comm, coder, call, route, device)
+        return self._exchange
 
     def _ended(self, stage: int) -> Callable[[Future[None]], None]:
         def ended(future: Future[None]) -> None:
@@ -407,7 +407,7 @@ class HierarchicalCall:
             assert self._plan is not None
             flat = self._plan.tensor.view(-1)
             if self._shares.padded != flat.numel():
-                with wait_for(self._road):
+                with wait_for(self._exchange):
                     flat.copy_(self._padded[: flat.numel()])
             self.future.set_result(None)
         except Exception as error:
@@ -425,5 +425,5 @@ class HierarchicalCall:
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the result is there (on CUDA: makes the current stream wait)."""
         await_future(self.future, self._name, timeout)
-        if self._road is not None:
-            self._road.wait(timeout)  # has ended
+        if self._exchange is not None:
+            self._exchange.wait(timeout)  # has ended

@@ -17,7 +17,7 @@ from pydist.formats import wire
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.damage import Damage
 from pydist.training.kept import Kept
-from pydist.transport.exchange import Road
+from pydist.transport.exchange import Exchange
 
 
 class Stats:
@@ -54,7 +54,7 @@ class Stats:
         self.raw_bytes += ring * flat.numel() * flat.element_size()
         self._sent = [layout] if first else [*self._sent, layout]
 
-    def step_over(self, sent: Sequence[tuple[Road, BucketCoder]]) -> bool | Tensor:
+    def step_over(self, sent: Sequence[tuple[Exchange, BucketCoder]]) -> bool | Tensor:
         """Counts a step that is complete.
 
         Returns:
@@ -62,8 +62,10 @@ class Stats:
         """
         self.steps += 1
         self.layouts, seconds = self._sent, self.seconds.copy()
-        for road, coder in sent:
-            self.wire_bytes += road.bytes_sent + (road.comm.world_size - 1) * wire.HEADER_BYTES
+        for exchange, coder in sent:
+            self.wire_bytes += (
+                exchange.bytes_sent + (exchange.comm.world_size - 1) * wire.HEADER_BYTES
+            )
             seconds.update(coder.seconds)
         self.seconds = seconds
         if not sent:

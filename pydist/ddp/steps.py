@@ -23,16 +23,16 @@ from pydist.ddp.prepare import Prepared, StepOf, clip_limit
 from pydist.ddp.stats import Stats
 from pydist.encoding.bucket import BucketCoder, Feedback
 from pydist.errors import PydistError
-from pydist.training.buffers import result_of, spoiled, values_of
+from pydist.training.buffers import filled_with_nan, result_of, values_of
 from pydist.training.damage import LOOK_EVERY
 from pydist.training.kept import Kept, Memory
 from pydist.training.options import LOCAL
 from pydist.training.reducer import in_backward
 from pydist.training.replicas import checksums
+from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Worker
 from pydist.transport.communicator import Call, Communicator
-from pydist.transport.exchange import Road
-from pydist.transport.series import Series
+from pydist.transport.exchange import Exchange
 
 PATIENCE = 30.0
 """Seconds that a reader in another thread waits for the end of a step."""
@@ -42,7 +42,7 @@ PATIENCE = 30.0
 class _InFlight:
     """A bucket on its way, and afterwards what became of it."""
 
-    road: Road
+    exchange: Exchange
     coder: BucketCoder
     layout: Layout
     prepared: Prepared
@@ -82,7 +82,7 @@ class Steps:
         self._unsettled = False  # a step is over, and what became of it was not looked at
         self._in_flight: list[_InFlight] = []
         self._step_of = StepOf()
-        self._series = Series()  # the buckets of this step
+        self._call_group = CallGroup()  # the buckets of this step
         self._before: Memory | None = None  # what there was when the step began, to return to
         self._damage = ""  # what no step can go on with
         self._looked = 0  # non-finite steps when damage was last looked for, on CUDA
@@ -129,7 +129,7 @@ class Steps:
                 if kept.scale is not None and scale != kept.scale:
                     kept.multiply(scale / kept.scale)
                 kept.scale = scale
-            self._open, self._series, self._thread = True, Series(), threading.get_ident()
+            self._open, self._call_group, self._thread = True, CallGroup(), threading.get_ident()
             if self._options.exact_skip:
                 again = self.accumulation is not None and self.accumulation.continues
                 if again and self._before is not None:
@@ -164,10 +164,10 @@ class Steps:
             sent = self._start(bucket, buffer, running)
         except Exception as error:
             self._refuse(bucket, error)
-            future.set_result(spoiled(buffer))
+            future.set_result(filled_with_nan(buffer))
             return future
         self._in_flight.append(sent)
-        sent.road.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
+        sent.exchange.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
         return future
 
     def _prepare(self, bucket: GradBucket, flat: Tensor, running: bool) -> tuple[Layout, Prepared]:
@@ -213,11 +213,11 @@ class Steps:
             feedback=self._feedback(layout, flat, prepared), staged=self._options.exact_skip,
         )  # fmt: skip
         call = Call("compression_hook", fields, number)
-        road = Road(comm, coder, call, layout.algorithm, flat.device, self._series)
-        comm.submit(road)
+        exchange = Exchange(comm, coder, call, layout.algorithm, flat.device, self._call_group)
+        comm.submit(exchange)
         self.stats.sent(layout, flat, first=bucket.index() == 0)
         layout.agreed = True
-        return _InFlight(road, coder, layout, prepared)
+        return _InFlight(exchange, coder, layout, prepared)
 
     def _feedback(self, layout: Layout, flat: Tensor, prepared: Prepared) -> list[Feedback | None]:
         """Where the residuals of each section are."""
@@ -267,7 +267,7 @@ class Steps:
         fields, number = {"bucket": bucket.index()}, self.kept.step
         call = Call("compression_hook", fields, number, problem=str(error))
         try:
-            self.comm.refuse(call, series=self._series).result()
+            self.comm.refuse(call, call_group=self._call_group).result()
             self._failed(error)
         except PydistError as refused:
             self._failed(refused if not isinstance(error, PydistError) else error)
@@ -278,11 +278,11 @@ class Steps:
         """Runs when a bucket's job is over, in the thread that ended it."""
         result = buffer
         try:
-            error = sent.road.future.exception()
-            with sent.road.stream():
+            error = sent.exchange.future.exception()
+            with sent.exchange.stream():
                 if error is not None:
                     self._failed(error)
-                    result = spoiled(buffer)
+                    result = filled_with_nan(buffer)
                     return
                 sent.prepared.put_back()
                 sent.layout.hand_back(sent.coder.flat)
@@ -290,7 +290,7 @@ class Steps:
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
         finally:
-            with sent.road.stream():
+            with sent.exchange.stream():
                 future.set_result(result)
 
     # ----------------------------------------------------------------- the end of a step
@@ -319,7 +319,7 @@ class Steps:
     def _await(self) -> None:
         """Waits for the buckets on their way; DDP would, too, but deaf to Ctrl-C."""
         try:
-            concurrent.futures.wait([one.road.future for one in self._in_flight])
+            concurrent.futures.wait([one.exchange.future for one in self._in_flight])
         except BaseException:  # of a signal's handler
             self._abandon()
             raise
@@ -363,8 +363,8 @@ class Steps:
             sent, self._in_flight = self._in_flight, []
             step_of, self._step_of = self._step_of, StepOf()
             for one in sent:
-                one.road.wait()
-            bad = self.stats.step_over([(one.road, one.coder) for one in sent])
+                one.exchange.wait()
+            bad = self.stats.step_over([(one.exchange, one.coder) for one in sent])
             self.kept.loaded = False
             self._last_finite = not isinstance(bad, Tensor) and not bad
             self._drop_damage(bad)
@@ -437,7 +437,7 @@ class Steps:
                 self._changes.wait_for(lambda: not (self._open or self._unsettled), PATIENCE)
             for one in list(self._in_flight):
                 with contextlib.suppress(Exception):
-                    one.road.wait()
+                    one.exchange.wait()
             yield
 
     def replaced(self) -> None:

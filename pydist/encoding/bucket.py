@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pydist.codecs import Codec
 from pydist.encoding.blocks import BlockRows
-from pydist.encoding.bucket_entropy import BucketStage
+from pydist.encoding.bucket_entropy import BucketEliasCoder
 from pydist.encoding.choose import rows_of
 from pydist.encoding.raw import DoubleRows
 from pydist.encoding.rows import REDUCED, Job, Place, RowCodec
@@ -28,7 +28,7 @@ from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
 from pydist.kernels.checks import FLOATS
-from pydist.transport.coder import Worker, spoil
+from pydist.transport.coder import Worker, fill_nan
 
 FLOAT32 = FLOATS["float32"]
 
@@ -315,7 +315,7 @@ class BucketCoder:
 
     Attributes:
         seconds: Time spent encoding, reducing and decoding (on CUDA: launching).
-        stage: What shortens the sections that are entropy coded; ``None`` where none is.
+        entropy_coder: What shortens the sections that are entropy coded; ``None`` where none is.
         not_finite: int32[1], the flags of all ranks; known when the call is complete.
     """
 
@@ -337,7 +337,7 @@ class BucketCoder:
         self.flat, self.job = flat, Job(worker, mean, seed, flat.device)
         self.flags = self.job.flags
         coded = any(section.coded for section in plan.sections)
-        self.stage = BucketStage(plan, self.job) if coded else None
+        self.entropy_coder = BucketEliasCoder(plan, self.job) if coded else None
         self.together = plan.owners
         self.units = plan.units
         self.message_bytes, self.reduced_bytes = plan.message_bytes, plan.reduced_bytes
@@ -357,30 +357,30 @@ class BucketCoder:
                 yield feedback, slice(at, at + len(section.indices))
                 at += len(section.indices)
 
-    def extra(self) -> Tensor | None:
+    def metadata(self) -> Tensor | None:
         """One bit for each parameter with an owner's residual: is its gradient not all zeros?"""
         bits = [torch.from_numpy(feedback.used) for feedback, _ in self._listed()]
         if not bits:
             return None
         return _packed(torch.cat(bits))
 
-    def merge_extra(self, extras: Tensor) -> None:
+    def merge_metadata(self, all_metadata: Tensor) -> None:
         """A parameter is used where any rank's gradient is not all zeros."""
-        bits = _unpacked(extras.cpu()).amax(0).bool().numpy()
+        bits = _unpacked(all_metadata.cpu()).amax(0).bool().numpy()
         for feedback, place in self._listed():
             feedback.used_by_any = bits[place]
 
     # ----------------------------------------------------------------- scalers
 
-    def prologue(self) -> Tensor | None:
+    def scales(self) -> Tensor | None:
         """This rank's scalers of all parameters that have some, float32 as bytes."""
         found = [section.scalers(self.job, self.flat) for section in self.plan.sections]
         known = [scalers for scalers in found if scalers is not None]
         return torch.cat(known).view(torch.uint8) if known else None
 
-    def merge_prologue(self, prologues: Tensor) -> None:
+    def merge_scales(self, all_scales: Tensor) -> None:
         """Takes the largest scaler over ranks; NaN where one is."""
-        everyones, at = prologues.view(torch.float32), 0
+        everyones, at = all_scales.view(torch.float32), 0
         for section in self.plan.sections:
             if isinstance(section.codec, TernaryRows):
                 end = at + len(section.indices)
@@ -431,7 +431,7 @@ class BucketCoder:
     def finish(self, flags: Tensor) -> None:
         """Overwrites the bucket with NaN where any rank's input, or a value, was not finite."""
         self.not_finite = flags | self.job.seen.to(flags.device)
-        spoil(self.flat, self.not_finite)
+        fill_nan(self.flat, self.not_finite)
 
 
 class _Timed:

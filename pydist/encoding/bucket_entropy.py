@@ -65,9 +65,9 @@ def _coded(slot: SlotLike, owner: int) -> CodedBlocks:
     return CodedBlocks(form, piece.rows, piece.room * form.block_bytes)
 
 
-class BucketStage:
+class BucketEliasCoder:
     """Shortens the sections of a bucket that are to be entropy coded
-    (:class:`pydist.transport.coder.Stage`).
+    (:class:`pydist.transport.coder.EntropyCoder`).
 
     A message is the lengths of its Elias payloads, then section after section: an Elias payload,
     or the section's bytes as they are.

@@ -22,7 +22,7 @@ from pydist.codecs import (
 from pydist.encoding.blocks import BlockRows
 from pydist.encoding.coders import GatherCoder, PlanCoder, ReduceCoder, ScatterCoder
 from pydist.encoding.custom import CustomRows, check_custom
-from pydist.encoding.entropy import EliasStage
+from pydist.encoding.entropy import EliasCoder
 from pydist.encoding.plans import Plan
 from pydist.encoding.raw import RawRows
 from pydist.encoding.rows import RowCodec
@@ -115,11 +115,11 @@ def unit_of(codec: Codec) -> int:
 Coders = TypeVar("Coders", bound=PlanCoder)
 
 
-def staged(coder: Coders, codec: Codec) -> Coders:
+def with_entropy(coder: Coders, codec: Codec) -> Coders:
     """The coder, with the entropy coding that its codec asks for."""
     if isinstance(codec, QSGD) and codec.entropy == "elias":
         assert isinstance(coder.rows, BlockRows)
-        coder.stage = EliasStage(coder, coder.rows)
+        coder.entropy_coder = EliasCoder(coder, coder.rows)
     return coder
 
 
@@ -141,7 +141,7 @@ def all_reduce_coder(
     coding = _checked(tensor, codec, worker, n, op=op, ties=ties, seed=seed)
     plan = Plan.dense(n, coding.unit, first=worker.first)
     flat, mean = tensor.view(-1), op == "mean"
-    return staged(ReduceCoder(flat, coding, plan, worker, mean=mean, seed=seed), codec)
+    return with_entropy(ReduceCoder(flat, coding, plan, worker, mean=mean, seed=seed), codec)
 
 
 def reduce_scatter_coder(
@@ -152,7 +152,9 @@ def reduce_scatter_coder(
     coding = _checked(data, codec, worker, n, op=op, ties=ties, seed=seed)
     plan = Plan.dense(n, coding.unit, worker.ranks, worker.first)
     mean = op == "mean"
-    return staged(ScatterCoder(output, data, coding, plan, worker, mean=mean, seed=seed), codec)
+    return with_entropy(
+        ScatterCoder(output, data, coding, plan, worker, mean=mean, seed=seed), codec
+    )
 
 
 def all_gather_coder(
@@ -164,4 +166,4 @@ def all_gather_coder(
     n = data.numel()
     coding = rows_of(codec, data.dtype, worker.ranks, rule=VoteRule(), numel=n)
     plan = Plan.dense(n, coding.unit, worker.ranks, worker.first, alike=True)
-    return staged(GatherCoder(output, data, coding, plan, worker, seed=seed), codec)
+    return with_entropy(GatherCoder(output, data, coding, plan, worker, seed=seed), codec)

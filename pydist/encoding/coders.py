@@ -16,10 +16,10 @@ from pydist.encoding.rows import OWN, WEIGHT, Job, RowCodec, dtype_of
 from pydist.encoding.ternary import TernaryRows
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
-from pydist.transport.coder import NoPrologue, Span, Stage, Worker, spans, spoil
+from pydist.transport.coder import EntropyCoder, NoScales, Span, Worker, fill_nan, spans
 
 
-class PlanCoder(NoPrologue):
+class PlanCoder(NoScales):
     """What all three share: sizes, scalers, one row of a message at a time.
 
     Args:
@@ -31,11 +31,11 @@ class PlanCoder(NoPrologue):
         result: What the call overwrites, on the data's device.
 
     Attributes:
-        stage: What shortens messages; ``None`` where nothing does.
+        entropy_coder: What shortens messages; ``None`` where nothing does.
     """
 
     repeatable = True
-    stage: Stage | None = None
+    entropy_coder: EntropyCoder | None = None
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class PlanCoder(NoPrologue):
         self.flags = self.job.flags
         self.message_bytes, self.reduced_bytes = rows.row_bytes, rows.reduced_bytes
 
-    def extra(self) -> Tensor | None:
-        """No extra bytes."""
+    def metadata(self) -> Tensor | None:
+        """No metadata bytes."""
         return None
 
-    def merge_extra(self, extras: Tensor) -> None:
+    def merge_metadata(self, all_metadata: Tensor) -> None:
         """Nothing to merge."""
 
     def arriving(self, row: int, span: Span) -> IntArray:
@@ -75,7 +75,7 @@ class PlanCoder(NoPrologue):
         """Memory of the plan's parts, of what this rank contributes."""
         raise NotImplementedError
 
-    def prologue(self) -> Tensor | None:
+    def scales(self) -> Tensor | None:
         """The scalers of this rank's own segments, float32 as bytes."""
         if not isinstance(self.rows, TernaryRows) or not self.units:
             return None
@@ -83,10 +83,10 @@ class PlanCoder(NoPrologue):
         own = self.rows.find_scalers(self.job, x, rows, segment, len(self.plan.totals))
         return own.view(torch.uint8)
 
-    def merge_prologue(self, prologues: Tensor) -> None:
+    def merge_scales(self, all_scales: Tensor) -> None:
         """Takes the largest scaler over ranks."""
         if isinstance(self.rows, TernaryRows):
-            everyones = prologues.view(torch.float32)
+            everyones = all_scales.view(torch.float32)
             if self.rows not in self.job.scalers:  # one that receives alone
                 own = torch.zeros(everyones.shape[1], device=self.result.device)
                 self.job.scalers[self.rows] = own, own
@@ -134,7 +134,7 @@ class PlanCoder(NoPrologue):
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where any rank's input was not finite."""
         seen = self.job.seen & wire.FLAG_MALFORMED  # a share alone may overflow: it stays infinite
-        spoil(self.result, flags.to(seen.device) | seen)
+        fill_nan(self.result, flags.to(seen.device) | seen)
 
 
 class ReduceCoder(PlanCoder):
@@ -200,7 +200,7 @@ class ReduceCoder(PlanCoder):
 
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where an input, or a value, was not finite."""
-        spoil(self.result, flags.to(self.job.seen.device) | self.job.seen)
+        fill_nan(self.result, flags.to(self.job.seen.device) | self.job.seen)
 
 
 class EveryonesCoder(ReduceCoder):
@@ -314,7 +314,7 @@ class GatherCoder(PlanCoder):
         """This rank's part, for everyone."""
         return self.arriving(self.worker.rank, span)
 
-    def prologue(self) -> Tensor | None:
+    def scales(self) -> Tensor | None:
         """Nothing is shared: a scaler travels behind what it is of."""
         return None
 
@@ -336,7 +336,9 @@ class GatherCoder(PlanCoder):
         messages = shards.to(self.outputs.device)
         for part, out in enumerate(self.outputs):
             message = messages[part : part + 1]
-            source, rows = self.rows.source(message, units), self.placed(part, out, (begin, end))
+            source = self.rows.source(message, units)
+            rows, widths = self.plan.addressed(part, out), (out.element_size(), 0)
+            rows = self.plan.cut(rows, begin, end, widths)
             if self.rows.tail_bytes:  # a copy: it may lie at any address
                 scaler = message[0, self.rows.row_bytes(units) :].clone()
                 rows[:, wire.MOMENTUM_OUT] = scaler.data_ptr()

@@ -1,4 +1,4 @@
-"""Rows of blocks on the wire as Elias codes; see :class:`pydist.transport.coder.Stage`."""
+"""Rows of blocks on the wire as Elias codes; see :class:`pydist.transport.coder.EntropyCoder`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CodedBlocks:
         job.launch(row, kernel, self.rows, args, unit=self.form.block)
 
 
-class EliasStage:
+class EliasCoder:
     """Makes rows of blocks of levels as short as their codes allow.
 
     A row of no blocks has no bytes; blocks that only some rows have do not travel. What an encoder

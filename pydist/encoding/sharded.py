@@ -15,7 +15,7 @@ from pydist.encoding.choose import (
     all_reduce_coder,
     reduce_scatter_coder,
     rows_of,
-    staged,
+    with_entropy,
 )
 from pydist.encoding.coders import EveryonesCoder, GatherCoder, ReduceCoder, ScatterCoder
 from pydist.encoding.custom import CustomRows
@@ -23,7 +23,7 @@ from pydist.encoding.plans import Layout, Plan, Residuals, Shards
 from pydist.encoding.raw import RawRows
 from pydist.encoding.rows import RowCodec
 from pydist.encoding.signs import SignRows
-from pydist.transport.coder import Coder, Worker, spoil
+from pydist.transport.coder import Coder, Worker, fill_nan
 
 
 class Packed:
@@ -105,7 +105,7 @@ class ShardedCoder:
         """What else an exchange may ask of this coder."""
         return getattr(self._coder, name)
 
-    def extra(self) -> Tensor | None:
+    def metadata(self) -> Tensor | None:
         """The raw values, uint8 [rows, bytes]."""
         if self._raw is None:
             return None
@@ -114,10 +114,10 @@ class ShardedCoder:
         self._raw.encode(out, self._raw.units, 0, self._raw.units)
         return out
 
-    def merge_extra(self, extras: Tensor) -> None:
+    def merge_metadata(self, all_metadata: Tensor) -> None:
         """Decodes the raw values that all ranks have sent here, uint8 [ranks, bytes]."""
         assert self._raw is not None
-        self._raw.decode(extras, self._raw.units, 0, self._raw.units)
+        self._raw.decode(all_metadata, self._raw.units, 0, self._raw.units)
 
     def finish(self, flags: Tensor) -> None:
         """Everything into its place; NaN everywhere where any rank's input was not finite."""
@@ -126,7 +126,7 @@ class ShardedCoder:
             packed.give(rank, x, values)
         for part in self._padding:
             part.zero_()
-        spoil(self._result, flags)
+        fill_nan(self._result, flags)
 
 
 def _by_parameter(coding: RowCodec) -> bool:
@@ -189,7 +189,7 @@ def scatter_coder(
             output, data, coding, layout.plan(coding.unit), worker, mean=mean, seed=seed,
             residuals=residuals,
         )  # fmt: skip
-        inner = staged(coder, codec)
+        inner = with_entropy(coder, codec)
     else:
         inner = reduce_scatter_coder(*apart(coded), codec, worker, op=op, ties="hash", seed=seed)
     beside = None

@@ -59,7 +59,7 @@ def share_of(numel: int, ordinal: int, unit: int, owner: int, owners: int) -> tu
 
 
 class Piece(NamedTuple):
-    """A piece of every owner's share: what one chunk on the road holds of some parameters.
+    """A piece of every owner's share: what one chunk in messages holds of some parameters.
 
     Attributes:
         rows: int64 [k, 8] (:mod:`pydist.formats.wire`), sorted by owner: ``X`` is the first element

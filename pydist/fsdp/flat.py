@@ -126,10 +126,10 @@ class FlatUnit:
         state.gradients.planned(grad.view(-1)[:size], ranks * (2 if output is None else 1))
         route = "two_phase" if output is None else REDUCE_SCATTER
         with state.lock:
-            road = submit(self.comm, call, route, grad.device, make)
+            exchange = submit(self.comm, call, route, grad.device, make)
             # Whoever called uses the result at once, in this thread or on this stream.
-            road.wait()
-            state.arrived(road)
+            exchange.wait()
+            state.arrived(exchange)
 
 
 class CompressionState(ShardedState):

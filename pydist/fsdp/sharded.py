@@ -23,7 +23,7 @@ from pydist.training.options import Choice, Options
 from pydist.training.reducer import in_backward
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.communicator import Call, communicator
-from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Road
+from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Exchange
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYOUTS = 8
@@ -131,20 +131,20 @@ def _fields(layout: Layout, codec: Codec, **more: object) -> dict[str, Any]:
 class _Work(dist.Work):
     """A collective under way; FSDP2 waits only for objects of this type."""
 
-    def __init__(self, road: Road, arrived: Callable[[Road], object]) -> None:
+    def __init__(self, exchange: Exchange, arrived: Callable[[Exchange], object]) -> None:
         super().__init__()
-        self._road, self._arrived = road, arrived
+        self._exchange, self._arrived = exchange, arrived
         self._counted = False
 
     def is_completed(self) -> bool:
-        return self._road.future.done()
+        return self._exchange.future.done()
 
     def wait(self, timeout: Any = None) -> bool:
         seconds = timeout.total_seconds() if timeout else None
-        self._road.wait(seconds or None)
+        self._exchange.wait(seconds or None)
         if not self._counted:
             self._counted = True
-            self._arrived(self._road)
+            self._arrived(self._exchange)
         return True
 
 
@@ -215,9 +215,9 @@ class CompressedReduceScatter(_Before, private.ReduceScatter):
         )  # fmt: skip
         call = Call(f"reduce-scatter of {unit.name!r}", fields, step)
         with state.lock:
-            road = submit(unit.comm, call, REDUCE_SCATTER, output_tensor.device, make)
+            exchange = submit(unit.comm, call, REDUCE_SCATTER, output_tensor.device, make)
             # Whoever called uses the output at once, in this thread or on this stream.
-            _Work(road, state.arrived).wait()
+            _Work(exchange, state.arrived).wait()
         if factor != 1:
             output_tensor.mul_(factor)
         return None
@@ -342,8 +342,8 @@ class CompressedAllGather(_Before, private.AllGather):
             layout, codec, seed=seed, dtype=str(input_tensor.dtype), numel=input_tensor.numel()
         )
         call = Call(f"all-gather of {unit.name!r}", fields, unit.weight_step)
-        road = submit(unit.comm, call, ALL_GATHER, output_tensor.device, make)
-        work = _Work(road, state.weights.arrived)
+        exchange = submit(unit.comm, call, ALL_GATHER, output_tensor.device, make)
+        work = _Work(exchange, state.weights.arrived)
         if async_op:
             return work
         work.wait()

@@ -29,7 +29,7 @@ from pydist.training.sharded import Sharded
 from pydist.training.together import compare
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.communicator import Call, Communicator, communicator
-from pydist.transport.exchange import Road, Route
+from pydist.transport.exchange import Exchange, Route
 
 logger = logging.getLogger("pydist.fsdp")
 
@@ -40,13 +40,13 @@ def submit(
     route: Route | str,
     device: torch.device,
     make: Callable[[Worker], Coder],
-) -> Road:
+) -> Exchange:
     """Sends a call on its way.
 
     Args:
         comm: The group's communicator.
         call: What all ranks must agree on.
-        route: See :class:`pydist.transport.exchange.Road`.
+        route: See :class:`pydist.transport.exchange.Exchange`.
         device: Where its data is.
         make: Makes the coder.
 
@@ -55,13 +55,13 @@ def submit(
     """
     try:
         worker = Worker(comm.rank, comm.world_size, call.step, torch.get_num_threads())
-        road = Road(comm, make(worker), call, route, device)
+        exchange = Exchange(comm, make(worker), call, route, device)
     except Exception as error:
         # The other ranks are about to wait for this one.
         refuse(comm, Call(call.name, {}, call.step, problem=str(error)))
         raise
-    comm.submit(road)
-    return road
+    comm.submit(exchange)
+    return exchange
 
 
 class ShardedState:
@@ -164,9 +164,9 @@ class ShardedState:
             self.kept.orders[parameter.ordinal] = self.parameters.place(parameter.ordinal).order
         return self.residuals.worker_of(part, parameter.device)
 
-    def arrived(self, road: Road) -> None:
-        """Counts a reduction that is over; residuals that spoil all of them are dropped."""
-        bad = self.gradients.arrived(road)
+    def arrived(self, exchange: Exchange) -> None:
+        """Counts a reduction that is over; residuals that fill_nan all of them are dropped."""
+        bad = self.gradients.arrived(exchange)
         if isinstance(bad, Tensor):  # to look waits for the device
             seen = self.gradients.non_finite if self.step % LOOK_EVERY == 0 else self._looked
             bad, self._looked = seen > self._looked, seen

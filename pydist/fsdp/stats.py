@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydist.formats import wire
 from pydist.training.damage import Damage
-from pydist.transport.exchange import Road
+from pydist.transport.exchange import Exchange
 
 
 @dataclass
@@ -46,15 +46,15 @@ class Direction:
         entry[0] += 1
         entry[1] += size
 
-    def arrived(self, road: Road) -> bool | Tensor:
+    def arrived(self, exchange: Exchange) -> bool | Tensor:
         """Counts a call that is over.
 
         Returns:
             Whether something was not finite; on CUDA a tensor that says so.
         """
         self.calls += 1
-        self.wire_bytes += road.bytes_sent + (road.comm.world_size - 1) * wire.HEADER_BYTES
-        bad = (road.flags & wire.FLAG_NON_FINITE) != 0
+        self.wire_bytes += exchange.bytes_sent + (exchange.comm.world_size - 1) * wire.HEADER_BYTES
+        bad = (exchange.flags & wire.FLAG_NON_FINITE) != 0
         # No wait for the device: summary() waits.
         self._non_finite = self._non_finite + (bad[0].long() if bad.is_cuda else int(bad))
         return bad if bad.is_cuda else bool(bad)

@@ -1,7 +1,7 @@
 """Means over the ranks of a list of tensors, compressed with error feedback on both sides.
 
 What the 1-bit optimizers send: momenta, or raw gradients while they warm up, all in one call. The
-road, the messages and the residuals are those of the DDP hook (:mod:`pydist.encoding.bucket`,
+exchange, the messages and the residuals are those of the DDP hook (:mod:`pydist.encoding.bucket`,
 :mod:`pydist.training.residuals`).
 """
 
@@ -23,7 +23,7 @@ from pydist.training.residuals import OwnerShare, Residuals
 from pydist.training.stats import Counters
 from pydist.transport.coder import Worker
 from pydist.transport.communicator import Call, Communicator
-from pydist.transport.exchange import Road, choose_algorithm
+from pydist.transport.exchange import Exchange, choose_algorithm
 
 
 class _Coder(BucketCoder):
@@ -35,19 +35,19 @@ class _Coder(BucketCoder):
 
     used: np.ndarray
 
-    def extra(self) -> Tensor | None:
+    def metadata(self) -> Tensor | None:
         """One bit a part: does this rank have a gradient for it?"""
         return which_has(self.used)
 
-    def merge_extra(self, extras: Tensor) -> None:
+    def merge_metadata(self, all_metadata: Tensor) -> None:
         """A part is used where any rank has a gradient for it."""
-        self.used = any_rank_has(extras, len(self.plan.parts))
+        self.used = any_rank_has(all_metadata, len(self.plan.parts))
         for section, feedback in zip(self.plan.sections, self.feedback, strict=True):
             if feedback is not None:
                 feedback.used_by_any = self.used[section.indices]
 
 
-class Exchange:
+class MeanExchange:
     """Averages tensors over the ranks, some raw and some compressed.
 
     Args:
@@ -228,13 +228,13 @@ class Exchange:
             if len(self.views) < len(self._parts):
                 self._make_buffer()
             fill()
-            road, coder = self._set_out(comm, call, has_gradient, compressed)
+            exchange, coder = self._set_out(comm, call, has_gradient, compressed)
         except Exception as error:  # out of memory, say
             comm.refuse(replace(call, problem=call.problem or str(error))).result()
             raise
-        comm.submit(road)
-        road.wait()
-        counters.sent(road, self.raw_bytes)
+        comm.submit(exchange)
+        exchange.wait()
+        counters.sent(exchange, self.raw_bytes)
         if bool(coder.not_finite.item()):
             return None
         plan = coder.plan
@@ -246,7 +246,7 @@ class Exchange:
 
     def _set_out(
         self, comm: Communicator, call: Call, has_gradient: np.ndarray, compressed: np.ndarray
-    ) -> tuple[Road, _Coder]:
+    ) -> tuple[Exchange, _Coder]:
         plan, algorithm = self._plan(compressed)
         device = self.flat.device
         everyone = np.ones(len(plan.parts), dtype=bool)
@@ -267,7 +267,7 @@ class Exchange:
             mean=True, seed=self._seed, feedback=feedback, staged=True,
         )  # fmt: skip
         coder.used = has_gradient
-        return Road(comm, coder, call, algorithm, device), coder
+        return Exchange(comm, coder, call, algorithm, device), coder
 
     def forget(self, ordinal: int, where: Tensor) -> None:
         """Drops the residuals of some elements of a parameter.

@@ -296,7 +296,7 @@ def which_has(has: np.ndarray) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def any_rank_has(extras: Tensor, count: int) -> np.ndarray:
+def any_rank_has(all_metadata: Tensor, count: int) -> np.ndarray:
     """Which parameters any rank has, from the bits of all ranks, uint8 [ranks, bytes]."""
-    bits = np.bitwise_or.reduce(extras.cpu().numpy(), axis=0)
+    bits = np.bitwise_or.reduce(all_metadata.cpu().numpy(), axis=0)
     return np.unpackbits(bits, count=count, bitorder="little").astype(bool)

@@ -1,4 +1,4 @@
-"""Votes of Distributed Lion and signSGD on the road: packed from gradients, applied to weights.
+"""Votes of Distributed Lion and signSGD in messages: packed from gradients, applied to weights.
 
 Parameters stay where they are. A table of rows (:mod:`pydist.formats.wire`) tells the kernels where
 each gradient, momentum and parameter lies and which bits of the payload are its own, so that one
@@ -25,7 +25,7 @@ from pydist.kernels.launch import launch
 from pydist.kernels.lion import LionOptions, lion_apply_args
 from pydist.kernels.torch_tensors import on_device_of
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
-from pydist.transport.coder import NoPrologue, Worker, spans
+from pydist.transport.coder import NoScales, Worker, spans
 
 
 @dataclass
@@ -80,7 +80,7 @@ def dtype_name(x: Tensor) -> str:
     return str(x.dtype)[6:]
 
 
-class LionCoder(NoPrologue):
+class LionCoder(NoScales):
     """The votes of a list of parameters.
 
     Every rank also says which of the parameters it has a gradient for (one bit each); a parameter
@@ -163,15 +163,15 @@ class LionCoder(NoPrologue):
 
     # ----------------------------------------------------------------- Coder
 
-    def extra(self) -> Tensor | None:
+    def metadata(self) -> Tensor | None:
         """One bit a parameter: does this rank have a gradient for it?"""
         if not self.scalars.ask_usage:
             return None
         return which_has(self._with_grad)
 
-    def merge_extra(self, extras: Tensor) -> None:
+    def merge_metadata(self, all_metadata: Tensor) -> None:
         """A parameter is used where any rank has a gradient for it."""
-        self.used = any_rank_has(extras, len(self.entries))
+        self.used = any_rank_has(all_metadata, len(self.entries))
 
     def pack(self) -> None:
         """Packs everything now: the gradients may change as soon as this returns."""
@@ -274,7 +274,7 @@ class LionCoder(NoPrologue):
             scalars: Learning rate and weight decay of each entry.
             skip: int32[1] on the parameters' device; where it is not 0, nothing is changed.
         """
-        if self.planes.is_cuda:  # made on the road's side stream, read on this one
+        if self.planes.is_cuda:  # made in messages's side stream, read on this one
             self.planes.record_stream(torch.cuda.current_stream(self.planes.device))
         groups: dict[tuple[str, float, float], list[int]] = {}
         copies: list[tuple[Tensor, Tensor]] = []

@@ -22,7 +22,7 @@ from pydist.codecs import Codec
 from pydist.encoding.choose import check_codec
 from pydist.kernels import checks
 from pydist.optim.base import Algorithm, DistributedOptimizer
-from pydist.optim.exchange import Exchange
+from pydist.optim.exchange import MeanExchange
 from pydist.optim.layout import (
     Layout,
     check_betas,
@@ -93,7 +93,7 @@ class OneBitOptimizer(DistributedOptimizer):
 
     def _begin(self) -> None:
         super()._begin()
-        self._exchange: Exchange | None = None
+        self._exchange: MeanExchange | None = None
 
     @cached_property
     def kept(self) -> Mapping[str, Kept]:
@@ -129,10 +129,10 @@ class OneBitOptimizer(DistributedOptimizer):
         self.exchange.cover(layout)
 
     @property
-    def exchange(self) -> Exchange:
+    def exchange(self) -> MeanExchange:
         """What averages over the ranks; it has the residuals."""
         if self._exchange is None:
-            self._exchange = Exchange(
+            self._exchange = MeanExchange(
                 self._codec, self._seed, self._algorithm, self._residual_dtype, *self.rank_and_world
             )
         return self._exchange

@@ -28,9 +28,9 @@ from pydist.optim.shards import agree_over_shards, local_gradient, shard_groups
 from pydist.optim.state import Kept
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.dtensor import local_of
+from pydist.transport.call_group import CallGroup
 from pydist.transport.communicator import Call
-from pydist.transport.exchange import ALGORITHMS, Road
-from pydist.transport.series import Series
+from pydist.transport.exchange import ALGORITHMS, Exchange
 
 AGGREGATES = ("majority", "average")
 Aggregate = Literal["majority", "average"]
@@ -40,7 +40,7 @@ Ties = Literal["hash", "zero", "positive"]
 class _Vote(NamedTuple):
     """A vote in flight."""
 
-    road: Road
+    exchange: Exchange
     coder: LionCoder
     in_bucket: bool
 
@@ -102,7 +102,7 @@ class VotingOptimizer(DistributedOptimizer):
         self._attachment: Attachment | None = None
         # What step() waits for, and the votes it then applies.
         self._in_flight: list[tuple[Callable[[], None], _Vote | None]] = []
-        self._series = Series()  # the votes of this step
+        self._call_group = CallGroup()  # the votes of this step
         self._equality_checked = False
         self._sizes: list[BucketSize] = []
 
@@ -262,7 +262,7 @@ class VotingOptimizer(DistributedOptimizer):
         for vote in votes:
             params = [entry.param for entry in vote.coder.entries]
             raw = sum(p.numel() * p.element_size() for p in params)
-            self._counters.sent(vote.road, raw)
+            self._counters.sent(vote.exchange, raw)
             if vote.in_bucket:
                 payload = vote.coder.message_bytes(vote.coder.units)
                 sizes.append(BucketSize(raw, payload, len(params)))
@@ -271,7 +271,7 @@ class VotingOptimizer(DistributedOptimizer):
     def _collect_votes(self) -> tuple[list[_Vote], PydistError | None]:
         """Waits for everything in flight; gives the votes and the first failure."""
         in_flight, self._in_flight = self._in_flight, []
-        self._series = Series()
+        self._call_group = CallGroup()
         failure: PydistError | None = None
         for wait, _ in in_flight:
             try:
@@ -345,12 +345,12 @@ class VotingOptimizer(DistributedOptimizer):
             if in_bucket:  # whose gradients DDP may change as soon as its hook returns
                 coder.pack()
             comm = self.communicator
-            road = Road(comm, coder, call, self._algorithm, coder.device, self._series)
+            exchange = Exchange(comm, coder, call, self._algorithm, coder.device, self._call_group)
         except Exception as error:  # out of memory, say
             self._refuse(replace(call, problem=str(error)))
             return
-        comm.submit(road)
-        self._in_flight.append((road.wait, _Vote(road, coder, in_bucket)))
+        comm.submit(exchange)
+        self._in_flight.append((exchange.wait, _Vote(exchange, coder, in_bucket)))
 
     def _refuse(self, call: Call) -> None:
         """Tells the other ranks of a problem; ``step()`` raises, on every rank.
@@ -358,7 +358,7 @@ class VotingOptimizer(DistributedOptimizer):
         Raising here, inside backward, would leave the other ranks waiting for this one's next
         buckets.
         """
-        refused = self.communicator.refuse(call, series=self._series)
+        refused = self.communicator.refuse(call, call_group=self._call_group)
         self._in_flight.append((refused.result, None))
 
     def _apply(self, coders: list[LionCoder], flags: Tensor) -> None:

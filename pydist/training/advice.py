@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydist.transport import exchange as road
+from pydist.transport import exchange
 
 LEAST_BUCKETS = 4
 """With fewer, more than a quarter of the gradients travels after backward has ended."""
@@ -56,7 +56,7 @@ class Advice:
 def advise(sizes: Sequence[BucketSize]) -> Advice:
     """Advice from the buckets of a step.
 
-    A bucket should fill one chunk of the road (:data:`pydist.transport.exchange.CHUNK_BYTES`):
+    A bucket should fill one chunk of the exchange (:data:`pydist.transport.exchange.CHUNK_BYTES`):
     less, and the agreement before every bucket is a larger part of it; more, and nothing is gained.
     There should be four buckets at least, so that most of them travel while backward still runs,
     unless their payloads were then worth less than four round trips
@@ -67,14 +67,15 @@ def advise(sizes: Sequence[BucketSize]) -> Advice:
     if not payload:
         return Advice("unknown", 0.0, len(sizes), 0, "nothing has been compressed yet")
     ratio = raw / payload
-    proposed = min(road.CHUNK_BYTES * ratio, raw / LEAST_BUCKETS)
-    proposed = min(max(proposed, LEAST_ROUND_TRIPS * road.LATENCY_BYTES * ratio), raw)
+    proposed = min(exchange.CHUNK_BYTES * ratio, raw / LEAST_BUCKETS)
+    proposed = min(max(proposed, LEAST_ROUND_TRIPS * exchange.LATENCY_BYTES * ratio), raw)
     usual = statistics.median_high([x.raw_bytes for x in sizes])
     typical = int(statistics.median_high([x.payload_bytes for x in sizes]))
     cap = max(0.01, round(proposed / MIB, 2))
     found = (
         f"{len(sizes)} buckets a step, payloads of {typical / 1024:.4g} KiB (a chunk is "
-        f"{road.CHUNK_BYTES / 1024:.4g} KiB, a round trip costs {road.LATENCY_BYTES / 1024:.4g})"
+        f"{exchange.CHUNK_BYTES / 1024:.4g} KiB, "
+        f"a round trip costs {exchange.LATENCY_BYTES / 1024:.4g})"
     )
     # What one parameter alone fills no cap makes smaller.
     divisible = [x for x in sizes if x.raw_bytes > 2 * proposed and x.parameters > 1]

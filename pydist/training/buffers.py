@@ -24,7 +24,7 @@ def result_of(buffer: Tensor, flat: Tensor) -> Tensor:
     return flat.view(buffer.shape).to_sparse(buffer.sparse_dim())
 
 
-def spoiled(buffer: Tensor) -> Tensor:
+def filled_with_nan(buffer: Tensor) -> Tensor:
     """A bucket's buffer overwritten with NaN; a new one where it is sparse."""
     if not buffer.is_sparse:
         return buffer.fill_(float("nan"))

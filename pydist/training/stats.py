@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from pydist.formats import wire
-from pydist.transport.exchange import Road
+from pydist.transport.exchange import Exchange
 
 
 class ScalarWriter(Protocol):
@@ -46,11 +46,11 @@ class Counters:
         self.steps = self.calls = self.wire_bytes = self.last_bytes = self.dropped = 0
         self.raw_bytes = 0.0
 
-    def sent(self, road: Road, gradient_bytes: int) -> None:
+    def sent(self, exchange: Exchange, gradient_bytes: int) -> None:
         """Counts a call that is over."""
-        ranks = road.comm.world_size
+        ranks = exchange.comm.world_size
         self.calls += 1
-        self.last_bytes = road.bytes_sent + (ranks - 1) * wire.HEADER_BYTES
+        self.last_bytes = exchange.bytes_sent + (ranks - 1) * wire.HEADER_BYTES
         self.wire_bytes += self.last_bytes
         self.raw_bytes += ring_bytes(gradient_bytes, ranks)
 

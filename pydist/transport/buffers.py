@@ -12,7 +12,7 @@ IDLE_BYTES = 8 * 1024 * 1024
 """Buffers kept for later calls, in bytes; what comes back beyond that is let go."""
 
 
-class Staging:
+class BufferPool:
     """Byte buffers of one communicator.
 
     A buffer that came back serves any request it is large enough for, so that chunk after chunk and

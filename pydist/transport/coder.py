@@ -1,4 +1,4 @@
-"""What the road of a collective asks of a codec."""
+"""What the exchange of a collective asks of a codec."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Coder(Protocol):
         """Bytes of its reduced form; a multiple of 4."""
         ...
 
-    def extra(self) -> Tensor | None:
+    def metadata(self) -> Tensor | None:
         """Bytes that travel once a call, from every rank to every rank.
 
         Returns:
@@ -85,18 +85,18 @@ class Coder(Protocol):
         """
         ...
 
-    def merge_extra(self, extras: Tensor) -> None:
-        """Takes the extra bytes that all ranks have sent here, uint8 [ranks, bytes]."""
+    def merge_metadata(self, all_metadata: Tensor) -> None:
+        """Takes the metadata bytes that all ranks have sent here, uint8 [ranks, bytes]."""
         ...
 
-    def prologue(self) -> Tensor | None:
+    def scales(self) -> Tensor | None:
         """Bytes (uint8) that every rank must have of every rank before it can encode.
 
         Called once, while the agreement travels; ``None`` on all ranks or on none.
         """
         ...
 
-    def merge_prologue(self, prologues: Tensor) -> None:
+    def merge_scales(self, all_scales: Tensor) -> None:
         """Takes those of all ranks, uint8 [ranks, bytes]."""
         ...
 
@@ -147,11 +147,12 @@ Span = tuple[int, int]
 """First unit, and one past the last; equal where there are none."""
 
 
-class Stage(Protocol):
+class EntropyCoder(Protocol):
     """Shortens a coder's rows on the wire, to lengths that depend on the data; loses nothing.
 
-    A coder that wants one has it as its attribute ``stage``. Its own methods see rows of the
-    lengths that ``message_bytes`` and ``reduced_bytes`` say, by which the algorithm is chosen too.
+    A coder that wants one has it as its attribute ``entropy_coder``. Its own methods see rows of
+    the lengths that ``message_bytes`` and ``reduced_bytes`` say, by which the algorithm is chosen
+    too.
     """
 
     def bounds(self, span: Span) -> tuple[int, int]:
@@ -169,19 +170,19 @@ class Stage(Protocol):
         ...
 
 
-def stage_of(coder: Coder) -> Stage | None:
+def entropy_coder_of(coder: Coder) -> EntropyCoder | None:
     """What shortens a coder's rows, if anything does."""
-    return getattr(coder, "stage", None)
+    return getattr(coder, "entropy_coder", None)
 
 
-class NoPrologue:
+class NoScales:
     """A coder that can encode at once."""
 
-    def prologue(self) -> Tensor | None:
+    def scales(self) -> Tensor | None:
         """No bytes."""
         return None
 
-    def merge_prologue(self, prologues: Tensor) -> None:
+    def merge_scales(self, all_scales: Tensor) -> None:
         """Nothing to merge."""
 
 
@@ -191,7 +192,7 @@ def spans(rows: int, units: int, begin: int, end: int) -> Iterator[Span]:
         yield min(begin + row * units, end), min(begin + (row + 1) * units, end)
 
 
-def spoil(out: Tensor, flags: Tensor) -> None:
+def fill_nan(out: Tensor, flags: Tensor) -> None:
     """Overwrites a result with NaN where any rank's input was not finite."""
     bad = flags & (wire.FLAG_NON_FINITE | wire.FLAG_MALFORMED)
     if bad.is_cuda:  # no host synchronisation

@@ -34,11 +34,11 @@ import torch.distributed as dist
 from pydist.errors import PydistError
 from pydist.transport import groups
 from pydist.transport.agreement import Agreement, Call, Confirmation, Traffic, differences
-from pydist.transport.buffers import Staging
+from pydist.transport.buffers import BufferPool
+from pydist.transport.call_group import CallGroup
 from pydist.transport.connections import Connections, established
 from pydist.transport.failures import Failures, Report
 from pydist.transport.rendezvous import meet
-from pydist.transport.series import Series
 
 __all__ = ["Call", "Communicator", "communicator", "differences"]
 
@@ -132,7 +132,7 @@ class Communicator:
         self.device_side = groups.backend_for(parent, device) == "nccl"
         self.timeout = groups.timeout_of(parent)
         self.traffic = Traffic()
-        self.staging = Staging()
+        self.buffers = BufferPool()
         self._counter = _counters.setdefault(parent, [0])
         self._made: list[dist.ProcessGroup] = []
         (roster,) = meet([parent], "set-up of a process group", self.timeout)
@@ -237,12 +237,12 @@ class Communicator:
         self,
         call: Call,
         then: Callable[[Future[None]], None] | None = None,
-        series: Series | None = None,
+        call_group: CallGroup | None = None,
     ) -> Future[None]:
         """Takes part in a call's agreement with its problem, in order; every rank then raises."""
 
         def task() -> None:
-            with contextlib.nullcontext() if series is None else series.member():
+            with contextlib.nullcontext() if call_group is None else call_group.member():
                 self.agree(call)
 
         job = _Task(task, call.label)

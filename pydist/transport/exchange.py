@@ -1,6 +1,6 @@
-"""The road of a collective: chunks, messages, phases; the only place that sends data.
+"""The exchange of a collective: chunks, messages, phases; the only place that sends data.
 
-One road for every codec::
+One exchange for every codec::
 
     encode ─▶ all_to_all_single ─▶ reduce ─▶ all_gather_into_tensor ─▶ decode
     local bytes   each rank owns      by the      everyone decodes the same
@@ -32,10 +32,10 @@ from pydist.errors import PydistError
 from pydist.formats import wire
 from pydist.transport import groups, message
 from pydist.transport.agreement import Confirmation
-from pydist.transport.coder import Coder, Span, spans, stage_of
+from pydist.transport.call_group import CallGroup
+from pydist.transport.coder import Coder, Span, entropy_coder_of, spans
 from pydist.transport.communicator import Call, Communicator
-from pydist.transport.series import Series
-from pydist.transport.variable import Parcels
+from pydist.transport.variable import VariableMessages
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
@@ -104,69 +104,69 @@ def chunk_units(coder: Coder) -> int:
     return max(1, CHUNK_BYTES // (coder.unit_bytes * whole)) * whole
 
 
-class _Exchange:
-    """One chunk on the road: units ``begin`` … ``end`` of the call.
+class Chunk:
+    """One chunk: units ``begin`` … ``end`` of the call.
 
     Buffers go back to the communicator's staging as soon as their bytes have moved on, so a chunk
     has two of its size at most. That, and ``IN_FLIGHT``, bounds memory.
     """
 
-    def __init__(self, road: Road, begin: int, end: int, extra: Tensor | None) -> None:
-        self.road, self.begin, self.end, self.extra = road, begin, end, extra
+    def __init__(self, exchange: Exchange, begin: int, end: int, metadata: Tensor | None) -> None:
+        self.exchange, self.begin, self.end, self.metadata = exchange, begin, end, metadata
         units = end - begin
-        self.shard = -(-units // road.comm.world_size) if road.route.second else units
-        self.offset = wire.HEADER_BYTES + (0 if extra is None else extra.shape[-1])
+        self.shard = -(-units // exchange.comm.world_size) if exchange.route.second else units
+        self.offset = wire.HEADER_BYTES + (0 if metadata is None else metadata.shape[-1])
         self._sent: Tensor | None = None
-        self._arriving: _Pending | Parcels | None = None
+        self._arriving: _Pending | VariableMessages | None = None
 
     def encode(self) -> None:
         """Makes the messages of phase 1."""
-        road = self.road
-        rows = road.comm.world_size if road.route.scatters else 1
-        size = self.offset + road.coder.message_bytes(self.shard)
-        sent = road.room(rows, size)
+        exchange = self.exchange
+        rows = exchange.comm.world_size if exchange.route.scatters else 1
+        size = self.offset + exchange.coder.message_bytes(self.shard)
+        sent = exchange.room(rows, size)
         self._sent = sent
-        if road.data_device == road.device:
-            road.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
+        if exchange.data_device == exchange.device:
+            exchange.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
         else:
-            coded = torch.empty_like(sent, device=road.data_device)
-            road.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
+            coded = torch.empty_like(sent, device=exchange.data_device)
+            exchange.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
             sent.copy_(coded)
-        sent[:, : wire.HEADER_BYTES] = road.header(road.coder.flags)
-        if self.extra is not None:
-            sent[:, wire.HEADER_BYTES : self.offset] = self.extra.to(road.device)
-        road.seal(sent)
+        sent[:, : wire.HEADER_BYTES] = exchange.header(exchange.coder.flags)
+        if self.metadata is not None:
+            sent[:, wire.HEADER_BYTES : self.offset] = self.metadata.to(exchange.device)
+        exchange.seal(sent)
 
     def drop(self) -> None:
         """Gives back what was encoded in vain."""
         if self._sent is not None:
-            self.road.done(self._sent)
+            self.exchange.done(self._sent)
 
     def announce(self) -> None:
         """Where messages have lengths of their own, starts to send those of phase 1."""
-        if self.road.stage is None:
+        if self.exchange.entropy_coder is None:
             return
         assert self._sent is not None
-        n = self.road.comm.world_size
+        n = self.exchange.comm.world_size
         everything = (self.begin, self.end)
-        sent = self._shards() if self.road.route.second else [everything] * len(self._sent)
-        mine = sent[self.road.comm.rank] if self.road.route.second else everything
-        parcels = self.road.parcels("phase 1", self.offset, self.shard)
-        parcels.announce(self._sent, sent, [mine] * n)
-        self.road.done(self._sent)  # shortened into memory of its own
-        self._arriving, self._sent = parcels, None
+        sent = self._shards() if self.exchange.route.second else [everything] * len(self._sent)
+        mine = sent[self.exchange.comm.rank] if self.exchange.route.second else everything
+        variable = self.exchange.variable("phase 1", self.offset, self.shard)
+        variable.announce(self._sent, sent, [mine] * n)
+        self.exchange.done(self._sent)  # shortened into memory of its own
+        self._arriving, self._sent = variable, None
 
     def _shards(self) -> list[Span]:
         """The units of every rank's shard."""
-        return list(spans(self.road.comm.world_size, self.shard, self.begin, self.end))
+        return list(spans(self.exchange.comm.world_size, self.shard, self.begin, self.end))
 
     def send(self) -> None:
         """Issues phase 1."""
-        if isinstance(self._arriving, Parcels):
+        if isinstance(self._arriving, VariableMessages):
             self._arriving.send()
             return
         assert self._sent is not None
-        send = self.road.scatter if self.road.route.scatters else self.road.gather
+        send = self.exchange.scatter if self.exchange.route.scatters else self.exchange.gather
         self._arriving, self._sent = send(self._sent), None
 
     def _arrived(self) -> Tensor:
@@ -175,55 +175,55 @@ class _Exchange:
         arriving, self._arriving = self._arriving, None
         received = arriving.wait()
         if isinstance(arriving, _Pending) and arriving.sent is not received:
-            self.road.done(arriving.sent)
+            self.exchange.done(arriving.sent)
         return received
 
     def reduce(self) -> None:
         """Waits for phase 1, reduces this rank's shard, issues phase 2; where there is one."""
-        with self.road.stream():
+        with self.exchange.stream():
             self._reduce()
 
     def _reduce(self) -> None:
-        road = self.road
-        if not road.route.reduces:
+        exchange = self.exchange
+        if not exchange.route.reduces:
             return
         received = self._arrived()
-        road.check(received)
-        if self.extra is not None:
-            road.coder.merge_extra(received[:, wire.HEADER_BYTES : self.offset])
-        second = road.route.second
-        begin, end = self._shards()[road.comm.rank] if second else (self.begin, self.end)
-        size = wire.HEADER_BYTES + road.coder.reduced_bytes(self.shard)
-        sent = road.room(1, size)
-        road.coder.reduce(
+        exchange.check(received)
+        if self.metadata is not None:
+            exchange.coder.merge_metadata(received[:, wire.HEADER_BYTES : self.offset])
+        second = exchange.route.second
+        begin, end = self._shards()[exchange.comm.rank] if second else (self.begin, self.end)
+        size = wire.HEADER_BYTES + exchange.coder.reduced_bytes(self.shard)
+        sent = exchange.room(1, size)
+        exchange.coder.reduce(
             received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
-            road.flags,
+            exchange.flags,
         )  # fmt: skip
-        sent[0, : wire.HEADER_BYTES] = road.header(road.flags)
-        road.seal(sent)
-        road.done(received)
+        sent[0, : wire.HEADER_BYTES] = exchange.header(exchange.flags)
+        exchange.seal(sent)
+        exchange.done(received)
         del received
         if not second:
             self._arriving = _Pending(None, sent, sent)
-        elif road.stage is None:
-            self._arriving = road.gather(sent, second=True)
+        elif exchange.entropy_coder is None:
+            self._arriving = exchange.gather(sent, second=True)
         else:
-            self._arriving = road.parcels("phase 2", wire.HEADER_BYTES, self.shard)
+            self._arriving = exchange.variable("phase 2", wire.HEADER_BYTES, self.shard)
             self._arriving.announce(sent, [(begin, end)], self._shards())
-            road.done(sent)
+            exchange.done(sent)
             self._arriving.send()
 
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
-        with self.road.stream():
+        with self.exchange.stream():
             received, begin = self._arrived(), wire.HEADER_BYTES
-            self.road.check(received, decoded=True)
-            if not self.road.route.reduces and self.extra is not None:
+            self.exchange.check(received, decoded=True)
+            if not self.exchange.route.reduces and self.metadata is not None:
                 begin = self.offset
-                self.road.coder.merge_extra(received[:, wire.HEADER_BYTES : begin])
+                self.exchange.coder.merge_metadata(received[:, wire.HEADER_BYTES : begin])
             shards = received[:, begin:]
-            self.road.coder.decode(shards, self.shard, self.begin, self.end)
-            self.road.done(received)
+            self.exchange.coder.decode(shards, self.shard, self.begin, self.end)
+            self.exchange.done(received)
 
 
 class _Pending:
@@ -238,7 +238,7 @@ class _Pending:
         return self.received
 
 
-class Road:
+class Exchange:
     """One collective on its way (a :class:`pydist.transport.communicator.Job`).
 
     Args:
@@ -248,7 +248,7 @@ class Road:
         route: The way to take, or for an all-reduce ``"auto"``, ``"two_phase"`` or
             ``"all_gather"``.
         device: The data's device.
-        series: Calls that this one belongs to; it is left out when one before it was refused.
+        call_group: Calls that this one belongs to; it is left out when one before it was refused.
     """
 
     def __init__(
@@ -258,10 +258,10 @@ class Road:
         call: Call,
         route: Route | str,
         device: torch.device,
-        series: Series | None = None,
+        call_group: CallGroup | None = None,
     ) -> None:
         self.comm, self.coder = comm, coder
-        self.series = series or Series()
+        self.call_group = call_group or CallGroup()
         # How the data is cut must be equal too; another release may choose otherwise.
         cut: dict[str, object] = {"chunk_bytes": CHUNK_BYTES}
         if not isinstance(route, Route):
@@ -278,61 +278,61 @@ class Road:
         self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
         self._decoded = 0  # checksum of the checksums of what was decoded
         self.stream = _SideStream(device)
-        self.stage = stage_of(coder) if comm.world_size > 1 else None
+        self.entropy_coder = entropy_coder_of(coder) if comm.world_size > 1 else None
         self.bytes_sent = 0  # by this rank so far, but for the agreement
 
     # ----------------------------------------------------------------- Job
 
-    def chunks(self) -> Generator[_Exchange, None, None]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """Agrees, then sends chunk after chunk."""
         units, size = self.coder.units, chunk_units(self.coder)
         with self.stream():
-            extra = self.coder.extra()
-            exchanges = [
-                _Exchange(self, begin, min(begin + size, units), None if begin else extra)
+            metadata = self.coder.metadata()
+            chunks = [
+                Chunk(self, begin, min(begin + size, units), None if begin else metadata)
                 for begin in range(0, units, size)
             ]
-            encoded = self._agree(exchanges[:1])
+            encoded = self._agree(chunks[:1])
             # Lengths travel while the next chunk is encoded.
-            ahead, announced = 1 if self.stage else 0, deque[_Exchange]()
-            for i, exchange in enumerate(exchanges):
+            ahead, announced = 1 if self.entropy_coder else 0, deque[Chunk]()
+            for i, chunk in enumerate(chunks):
                 if i >= encoded:
-                    exchange.encode()
-                exchange.announce()
-                announced.append(exchange)
+                    chunk.encode()
+                chunk.announce()
+                announced.append(chunk)
                 if len(announced) > ahead:
                     announced[0].send()
                     yield announced.popleft()
-            for exchange in announced:
-                exchange.send()
-                yield exchange
+            for chunk in announced:
+                chunk.send()
+                yield chunk
 
-    def _agree(self, first: list[_Exchange]) -> int:
-        """Agrees, and exchanges prologues; returns how many chunks have been encoded meanwhile."""
-        prologues: list[Tensor] = []
+    def _agree(self, first: list[Chunk]) -> int:
+        """Agrees, and exchanges scales; returns how many chunks have been encoded meanwhile."""
+        all_scales: list[Tensor] = []
         # Where encoding changes nothing but buffers of its own, it hides the agreement's round
         # trip. Otherwise a disagreement must leave everything as it was.
         early = first if self.coder.repeatable else []
 
         def meanwhile() -> None:
-            prologue = self.coder.prologue()
-            if prologue is not None:
-                prologues.append(prologue)
-            for exchange in [] if prologues else early:
-                exchange.encode()
+            scales = self.coder.scales()
+            if scales is not None:
+                all_scales.append(scales)
+            for chunk in [] if all_scales else early:
+                chunk.encode()
 
         try:
-            with self.series.member():
+            with self.call_group.member():
                 self.comm.agree(self.call, meanwhile)
         except PydistError:
-            for exchange in early:
-                exchange.drop()
+            for chunk in early:
+                chunk.drop()
             raise
-        if not prologues:
+        if not all_scales:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
-        everyones = self.share(prologues.pop())
-        self.coder.merge_prologue(everyones[:, wire.HEADER_BYTES :])
+        everyones = self.share(all_scales.pop())
+        self.coder.merge_scales(everyones[:, wire.HEADER_BYTES :])
         self.done(everyones)
         return 0
 
@@ -361,13 +361,13 @@ class Road:
     def room(self, rows: int, size: int) -> Tensor:
         """Memory for messages, where they are exchanged."""
         if self.device.type == "cpu":
-            return self.comm.staging.take(rows, size)
+            return self.comm.buffers.take(rows, size)
         return torch.empty((rows, size), dtype=torch.uint8, device=self.device)
 
     def done(self, messages: Tensor) -> None:
         """Lets others use the memory of messages (on a device torch itself does)."""
         if self.device.type == "cpu":
-            self.comm.staging.give(messages)
+            self.comm.buffers.give(messages)
 
     def header(self, flags: Tensor) -> Tensor:
         """A message's 16 bytes with this rank's flags."""
@@ -424,13 +424,13 @@ class Road:
         work = groups.all_to_all(received, sent, self.comm.first)
         return _Pending(work, received, sent)
 
-    def share(self, prologue: Tensor) -> Tensor:
+    def share(self, scales: Tensor) -> Tensor:
         """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
-        sent = self.room(1, wire.HEADER_BYTES + prologue.numel())
+        sent = self.room(1, wire.HEADER_BYTES + scales.numel())
         sent[0, : wire.HEADER_BYTES] = self._header
-        sent[0, wire.HEADER_BYTES :] = prologue.to(self.device).view(-1)
+        sent[0, wire.HEADER_BYTES :] = scales.to(self.device).view(-1)
         self.seal(sent)
-        received = self.gather(sent, phase="prologue").wait()
+        received = self.gather(sent, phase="scales").wait()
         if received is not sent:
             self.done(sent)
         self.check(received)
@@ -448,10 +448,12 @@ class Road:
         work = groups.all_gather(received, sent, group)
         return _Pending(work, received, sent)
 
-    def parcels(self, phase: str, head: int, units: int) -> Parcels:
+    def variable(self, phase: str, head: int, units: int) -> VariableMessages:
         """An exchange of rows that are shortened."""
-        assert self.stage is not None
-        return Parcels(self.comm, self.stage, phase, self.call, head, units, self._count)
+        assert self.entropy_coder is not None
+        return VariableMessages(
+            self.comm, self.entropy_coder, phase, self.call, head, units, self._count
+        )
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
@@ -466,9 +468,9 @@ def await_future(future: Future[None], name: str, timeout: float | None) -> None
         raise TimeoutError(f"{name} takes longer than {timeout} s") from error
 
 
-def wait_for(road: Road | None) -> contextlib.AbstractContextManager[None]:
-    """On CUDA: runs a block on the stream of a road, after its kernels."""
-    return contextlib.nullcontext() if road is None else road.stream()
+def wait_for(exchange: Exchange | None) -> contextlib.AbstractContextManager[None]:
+    """On CUDA: runs a block on the stream of an exchange, after its kernels."""
+    return contextlib.nullcontext() if exchange is None else exchange.stream()
 
 
 class _SideStream:

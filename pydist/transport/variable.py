@@ -1,9 +1,9 @@
 """Messages whose length depends on the data: first their lengths travel, then their bytes.
 
-The road makes rows of a fixed length; a coder's :class:`pydist.transport.coder.Stage` shortens them
-just before they are sent, and restores them when they have arrived. So nothing else on the road
-knows of it. ``all_to_all_single`` with split sizes carries them, in both phases: a message for
-everyone is sent to each rank, which takes no more bytes than a gather does.
+The exchange makes rows of a fixed length; a coder's :class:`pydist.transport.coder.EntropyCoder`
+shortens them just before they are sent, and restores them when they have arrived. So nothing else
+knows of it. ``all_to_all_single`` with split sizes carries them, in both phases: a
+message for everyone is sent to each rank, which takes no more bytes than a gather does.
 
 The lengths must be known on the host: with NCCL that waits for the device, twice a chunk and phase.
 Each travels with a checksum: a wrong one would make the next exchange one of other sizes than at
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from pydist.transport import groups
-from pydist.transport.coder import Span, Stage
+from pydist.transport.coder import EntropyCoder, Span
 from pydist.transport.communicator import Call, Communicator
 
 SIZE_BYTES = 8
 
 
-class Parcels:
+class VariableMessages:
     """One exchange of rows: ``announce``, ``send``, ``wait``, each once and in this order.
 
     Args:
         comm: The group's communicator.
-        stage: What shortens the rows.
+        entropy_coder: What shortens the rows.
         phase: ``"phase 1"`` or ``"phase 2"``, to count the bytes and to choose the group.
         call: The call.
         head: Bytes at the beginning of each row that stay as they are.
@@ -41,14 +41,14 @@ class Parcels:
     def __init__(
         self,
         comm: Communicator,
-        stage: Stage,
+        entropy_coder: EntropyCoder,
         phase: str,
         call: Call,
         head: int,
         units: int,
         count: Callable[[str, int], None],
     ) -> None:
-        self.comm, self.stage, self.phase = comm, stage, phase
+        self.comm, self.entropy_coder, self.phase = comm, entropy_coder, phase
         self._digest = call.digest
         self.head, self.units, self._tell = head, units, count
         self._group = comm.first if phase == "phase 1" else comm.second
@@ -64,12 +64,12 @@ class Parcels:
         """
         n = self.comm.world_size
         self._spans, self._row_bytes = received, rows.shape[1]
-        bodies = self.stage.pack(rows[:, self.head :], self.units, sent)
-        parcels = [
+        bodies = self.entropy_coder.pack(rows[:, self.head :], self.units, sent)
+        messages = [
             torch.cat([row[: self.head], body]) for row, body in zip(rows, bodies, strict=True)
         ]
-        self._parcels = parcels * (n // len(parcels))
-        self._lengths = [parcel.numel() for parcel in self._parcels]
+        self._messages = messages * (n // len(messages))
+        self._lengths = [message.numel() for message in self._messages]
         announced = [length << 32 | self._guard(length) for length in self._lengths]
         mine = torch.tensor(announced, dtype=torch.int64, device=rows.device)
         self._theirs = torch.empty_like(mine)
@@ -92,14 +92,14 @@ class Parcels:
         expected = [self._guard(size & 0xFFFFFFFF) for size in self._sizes]
         guards = [announced & 0xFFFFFFFF for announced in self._theirs.tolist()]
         for i, (size, span) in enumerate(zip(self._sizes, self._spans, strict=True)):
-            least, most = (self.head + bound for bound in self.stage.bounds(span))
+            least, most = (self.head + bound for bound in self.entropy_coder.bounds(span))
             if guards[i] != expected[i] or not least <= size <= most or size % 4:
                 raise ValueError(
                     f"malformed message from rank {self.comm.ranks[i]}: it announces {size} bytes, "
                     f"expected {least} to {most}, a multiple of 4, and their checksum"
                 )
-        sent = torch.cat(self._parcels)
-        self._parcels = []
+        sent = torch.cat(self._messages)
+        self._messages = []
         self._received = sent.new_empty(sum(self._sizes))
         self._keep = sent
         self._count(self.phase, self._lengths)
@@ -119,7 +119,7 @@ class Parcels:
         for row, message in zip(rows, messages, strict=True):
             row[: self.head] = message[: self.head]
         bodies = [message[self.head :] for message in messages]
-        wrong = self.stage.unpack(bodies, rows[:, self.head :], self.units, self._spans)
+        wrong = self.entropy_coder.unpack(bodies, rows[:, self.head :], self.units, self._spans)
         if wrong is not None:
             rank = self.comm.ranks[wrong[0]]
             raise ValueError(f"malformed message from rank {rank}: {wrong[1]}")

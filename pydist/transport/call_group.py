@@ -8,7 +8,7 @@ from collections.abc import Generator
 from pydist.errors import PydistError
 
 
-class Series:
+class CallGroup:
     """Calls that make sense together only, such as the buckets of one step.
 
     When the ranks disagree on one of them, all ranks leave out those behind it: some may have more
