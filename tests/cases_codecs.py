@@ -488,7 +488,7 @@ def damaged_parcel(
 
     def damaged(self: VariableMessages, *args: Any) -> None:
         if self.phase == phase:
-            pack = self.stage.pack
+            pack = self.entropy_coder.pack
 
             def wrong(rows: Tensor, units: int, spans: Any) -> list[Tensor]:
                 messages = pack(rows, units, spans)
@@ -498,7 +498,7 @@ def damaged_parcel(
                     message[3] = 0xFF  # the first block's place
                 return messages
 
-            with mock.patch.object(self.stage, "pack", wrong):
+            with mock.patch.object(self.entropy_coder, "pack", wrong):
                 announce(self, *args)
         else:
             announce(self, *args)

@@ -148,14 +148,6 @@ def test_bytes_of_a_bucket(owners: int) -> None:
             assert row.numpy().tobytes() == wanted, (owner, begin)
 
 
-def test_codecs_that_cannot_be_in_a_bucket() -> None:
-    class Other:
-        block_format = None
-
-    with pytest.raises(TypeError, match="cannot share the messages of a bucket"):
-        BucketPlan([Part(0, 0, 9)], [Other()], [False], torch.float32, 2, 2)  # type: ignore[list-item]
-
-
 # --------------------------------------------------------------------------- residuals
 
 

@@ -88,7 +88,9 @@ class PlanCoder(NoScales):
         if isinstance(self.rows, TernaryRows):
             everyones = all_scales.view(torch.float32)
             if self.rows not in self.job.scalers:  # one that receives alone
-                own = torch.zeros(everyones.shape[1], device=self.result.device)
+                own = torch.zeros(
+                    everyones.shape[1], dtype=torch.float32, device=self.result.device
+                )
                 self.job.scalers[self.rows] = own, own
             self.rows.share_scalers(self.job, everyones)
 

@@ -19,6 +19,7 @@ from pydist.kernels.block_formats import (
 )
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ArrayInfo,
     check_dtype,
@@ -121,7 +122,7 @@ def quantize(
     form = format_of(codec)
     call = Call("x", x, threads)
     values = call.input("x", x)
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     placed = Placed(form, segments, values.size, "x", values)
     payload = call.result(out, "uint8", (placed.payload_bytes(form),), values, gaps=placed.gaps)
     _, raised = call.flags(flags, values, payload)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydist.formats import wire
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ArrayInfo,
     check_device,
@@ -107,7 +108,7 @@ class Call:
         info = self._given(out)
         if dtype is not None and info.dtype != wanted:
             raise TypeError(f"out must be {wanted}, got {info.dtype}")
-        check_dtype(info, tuple(FLOATS))
+        check_dtype(info, FLOAT_NAMES)
         check_size(info, n, "n")
         for other in inputs:
             check_device(other, info)

@@ -11,6 +11,7 @@ from pydist.formats import wire
 from pydist.formats.wire import IntArray
 
 FLOATS = {"float32": 0, "float16": 1, "bfloat16": 2}
+FLOAT_NAMES = tuple(FLOATS)
 MOMENTA = ("float32", "bfloat16")
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "int64": 8}
 MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -109,20 +110,21 @@ def check_dtype(view: ArrayInfo, allowed: tuple[str, ...]) -> None:
         raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view.dtype}")
 
 
-def check_size(view: ArrayInfo, size: int, why: str) -> None:
-    """Raises ValueError unless the view has ``size`` elements."""
+def check_size(view: ArrayInfo, size: int, why: str, like: ArrayInfo | None = None) -> None:
+    """Raises ValueError unless the view has ``size`` elements; says why, and as which other."""
     if view.size != size:
+        why = why if like is None else f"{why} {like.name}"
         unit = "bytes" if view.dtype == "uint8" else "elements"
         raise ValueError(f"{view.name} must have {size} {unit} ({why}), got {view.size}")
 
 
 def check_device(*views: ArrayInfo | None) -> None:
     """Raises ValueError unless all views are on the first one's device."""
-    present = [view for view in views if view is not None]
-    for view in present[1:]:
-        if view.device != present[0].device:
+    first = views[0]
+    for view in views[1:]:
+        if view is not None and first is not None and view.device != first.device:
             raise ValueError(
-                f"{view.name} is on {view.device}, {present[0].name} on {present[0].device}: "
+                f"{view.name} is on {view.device}, {first.name} on {first.device}: "
                 "all must be on one device"
             )
 
@@ -147,13 +149,16 @@ def check_out(out: ArrayInfo, dtype: str, shape: tuple[int, ...], *inputs: Array
 
 def check_state(x: ArrayInfo, state: ArrayInfo, state_out: ArrayInfo) -> None:
     """Raises unless ``x`` can be encoded while ``state`` becomes ``state_out``."""
-    check_dtype(x, tuple(FLOATS))
+    check_dtype(x, FLOAT_NAMES)
     check_dtype(state, MOMENTA)
-    check_dtype(state_out, (state.dtype,))
-    check_size(state, x.size, f"as {x.name}")
-    check_size(state_out, x.size, f"as {x.name}")
-    check_device(x, state, state_out)
+    check_size(state, x.size, "as", x)
+    check_device(x, state)
     check_disjoint(x, state)
+    if state_out is state:
+        return
+    check_dtype(state_out, (state.dtype,))
+    check_size(state_out, x.size, "as", x)
+    check_device(x, state_out)
     check_disjoint(x, state_out)
     check_disjoint(state, state_out, may_be_same=True)
 
@@ -182,7 +187,7 @@ def check_payloads(payloads: ArrayInfo) -> tuple[int, int]:
 
 def check_rows(values: ArrayInfo) -> tuple[int, int]:
     """Ranks and elements of a matrix of values; raises where it is none."""
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     if len(values.shape) != 2:
         raise ValueError(f"{values.name} must be [ranks, n], got shape {list(values.shape)}")
     ranks, n = values.shape

@@ -43,6 +43,24 @@ class LaunchTarget:
     module: Any = _C
 
 
+_CPU_TARGETS: dict[int, LaunchTarget] = {}
+
+
+def cpu_target(threads: int) -> LaunchTarget:
+    """Kernels on so many CPU threads; made once.
+
+    Raises:
+        TypeError: ``threads`` is not an integer.
+        ValueError: It is below 1.
+    """
+    found = _CPU_TARGETS.get(threads) if type(threads) is int else None
+    if found is None:
+        if wire.as_int("threads", threads) < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        found = _CPU_TARGETS[int(threads)] = LaunchTarget(threads=int(threads))
+    return found
+
+
 def launch(
     target: LaunchTarget, kernel: str, rows: Rows, *args: object, unit: int = wire.WORD_BITS
 ) -> None:

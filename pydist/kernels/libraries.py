@@ -17,7 +17,7 @@ import numpy as np
 from pydist import _C
 from pydist.formats import wire
 from pydist.kernels.checks import ArrayInfo
-from pydist.kernels.launch import LaunchTarget
+from pydist.kernels.launch import LaunchTarget, cpu_target
 
 Array = Any
 """A tensor, a ``numpy.ndarray`` or a CUDA array such as ``cupy.ndarray``."""
@@ -115,6 +115,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Name of a dtype; one of the other byte order has a name that no kernel takes."""
+    return dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
+
+
 class NumPy(_NumPyLike):
     """Arrays in host memory."""
 
@@ -129,8 +137,7 @@ class NumPy(_NumPyLike):
         """Describes an array; one of the other byte order has a dtype that no kernel takes."""
         if written:
             self._check_writable(name, x)
-        dtype = x.dtype
-        text = dtype.name if dtype.isnative else f"{dtype.name} of the other byte order"
+        text = _NAMES.get(x.dtype) or _name_of(x.dtype)
         return ArrayInfo(name, _C.address_of(x), x.shape, text, "cpu", x)
 
     def _check_writable(self, name: str, x: Array) -> None:
@@ -139,11 +146,7 @@ class NumPy(_NumPyLike):
 
     def target(self, x: Array, threads: int | None) -> LaunchTarget:
         """All cores that this process may use, or as many threads as asked for."""
-        if threads is None:
-            threads = len(os.sched_getaffinity(0))
-        if wire.as_int("threads", threads) < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        return LaunchTarget(threads=threads)
+        return cpu_target(len(os.sched_getaffinity(0)) if threads is None else threads)
 
 
 class CuPy(_NumPyLike):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from pydist import _C
 from pydist.formats import wire
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ITEMSIZE,
     check_bit,
@@ -79,6 +81,15 @@ class LionOptions:
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
+def _native(
+    beta1: float, beta2: float, zero_bit: int, spread: float | None, seed: int, rank: int,
+    step: int, step_at: int,
+) -> _C.LionPackArgs:  # fmt: skip
+    """Checked options, which are the same for all parameters of a step."""
+    return LionOptions(beta1, beta2, zero_bit, spread, seed, rank, step).native(step_at)
+
+
 def _of_grad(given: Mapping[str, Any]) -> tuple[Shape, str]:
     return payload_shape(given["grad"].numel(), given["segments"]), "uint8"
 
@@ -146,11 +157,10 @@ def lion_pack_(
     payload = call.result(out, "uint8", (size,), g, old, new, gaps=gaps)
     _, raised = call.flags(flags, g, old, new, payload)
     known, step_at = call.step(step, g)
-    options = LionOptions(beta1, beta2, zero_bit, binarization_range, seed, rank, known)
+    args = _native(beta1, beta2, zero_bit, binarization_range, seed, rank, known, step_at)
     call.launch(
-        "lion_pack", rows, FLOATS[g.dtype], FLOATS[old.dtype], payload.address,
-        options.native(step_at), raised,
-    )  # fmt: skip
+        "lion_pack", rows, FLOATS[g.dtype], FLOATS[old.dtype], payload.address, args, raised
+    )
     return payload.array
 
 
@@ -190,7 +200,7 @@ def lion_apply_(
     x = call.update("param", param)
     votes = call.input("planes", planes)
     skipped = call.option("skip", skip)
-    check_dtype(x, tuple(FLOATS))
+    check_dtype(x, FLOAT_NAMES)
     count, size = check_planes(votes, ranks)
     check_flags(skipped, x)
     check_device(x, votes, skipped)

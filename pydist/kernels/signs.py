@@ -10,6 +10,7 @@ from pydist.formats import wire
 from pydist.kernels.arguments import explained
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ITEMSIZE,
     TIES,
@@ -109,7 +110,7 @@ def pack_signs(
     """
     call = Call("x", x, threads)
     values = call.input("x", x)
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     check_bit("zero_bit", zero_bit)
     rows, size, gaps = words_of(values, segments)
     payload = call.result(out, "uint8", (size,), values, gaps=gaps)

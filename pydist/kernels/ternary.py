@@ -14,6 +14,7 @@ from pydist.kernels.arguments import shown
 from pydist.kernels.block_formats import check_stride
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ITEMSIZE,
     ArrayInfo,
@@ -219,7 +220,7 @@ def ternary_scale(
     clip = clip_of(codec).clip
     call = Call("x", x, threads)
     values = call.input("x", x)
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     table = check_table(as_table(segments), values.size, "x")
     scalers = call.result(out, "float32", (len(table),), values)
     _, raised = call.flags(flags, values, scalers)
@@ -275,7 +276,7 @@ def ternary_pack(
     """
     call = Call("x", x, threads)
     values, own = call.input("x", x), call.input("scalers", scalers)
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     table = check_table(as_table(segments), values.size, "x")
     common = own if shared is None else call.input("shared", shared)
     for info in (own, common):

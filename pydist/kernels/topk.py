@@ -18,6 +18,7 @@ from pydist.kernels.arguments import shown
 from pydist.kernels.block_formats import Placed, check_stride
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
+    FLOAT_NAMES,
     FLOATS,
     ArrayInfo,
     check_device,
@@ -241,7 +242,7 @@ def topk_select(
     form = format_of(codec)
     call = Call("x", x, threads)
     values = call.input("x", x)
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     placed = Placed(form, segments, values.size, "x", values)
     size = _payload_bytes(placed, form)
     payload = call.result(out, "uint8", (size,), values, gaps=placed.gaps)
@@ -444,7 +445,7 @@ def topk_clear_(
     check_one_payload(tuple(payload.shape))
     values = call.update("x", x)
     info = call.input("payload", payload[None])
-    check_dtype(values, tuple(FLOATS))
+    check_dtype(values, FLOAT_NAMES)
     check_device(values, info)
     check_disjoint(values, info)
     _, raised = call.flags(flags, info, values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pydist.formats import wire
 from pydist.kernels.checks import ArrayInfo
-from pydist.kernels.launch import LaunchTarget
+from pydist.kernels.launch import LaunchTarget, cpu_target
 from pydist.kernels.libraries import LIBRARIES
 
 _NAMES = {
@@ -38,10 +37,8 @@ class Torch:
         Raises:
             ValueError: Its storage was freed or made smaller behind its back.
         """
-        dtype = x.dtype
-        info = ArrayInfo(
-            name, x.data_ptr(), x.shape, _NAMES.get(dtype) or str(dtype)[6:], x.device, x
-        )
+        dtype = _NAMES.get(x.dtype) or str(x.dtype)[6:]
+        info = ArrayInfo(name, x.data_ptr(), x.shape, dtype, x.device, x)
         storage = x.untyped_storage()
         if info.end > storage.data_ptr() + storage.nbytes():
             check_storage(name, x)
@@ -93,16 +90,7 @@ class Torch:
         """Its device's current stream; or as many CPU threads as asked for, or as torch has."""
         if x.is_cuda:
             return target_of(x)
-        if threads is None:
-            return _cpu_target(torch.get_num_threads())
-        if wire.as_int("threads", threads) < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        return _cpu_target(threads)
-
-
-@functools.lru_cache(maxsize=64)
-def _cpu_target(threads: int) -> LaunchTarget:
-    return LaunchTarget(threads=threads)
+        return cpu_target(torch.get_num_threads() if threads is None else threads)
 
 
 def target_of(x: Tensor) -> LaunchTarget:
@@ -113,7 +101,7 @@ def target_of(x: Tensor) -> LaunchTarget:
             upload=lambda rows: _upload(rows, x.device),
             scratch=lambda size: _scratch(size, x.device),
         )
-    return _cpu_target(torch.get_num_threads())
+    return cpu_target(torch.get_num_threads())
 
 
 def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
