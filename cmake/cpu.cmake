@@ -22,11 +22,8 @@ endif()
 
 # pydist_isa(<namespace> <table> [flag...]): the kernels once more, for one instruction set.
 function(pydist_isa isa table)
-  set(sources pack_signs.cpp lion_pack.cpp lion_apply.cpp unpack_votes.cpp votes.cpp block_encode.cpp
-              block_decode.cpp quantize.cpp sum_values.cpp elias.cpp
-              ternary_scale.cpp ternary_pack.cpp ternary_sum.cpp topk.cpp topk_select.cpp crc32c.cpp
-              table.cpp)
-  list(TRANSFORM sources PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/)
+  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/kernels/*.cpp)
+  list(APPEND sources ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/table.cpp)
   add_library(pydist_${isa} OBJECT ${sources})
   string(TOUPPER ${isa} vectors)
   target_compile_definitions(

@@ -102,7 +102,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/kernels/*.cu)
 add_library(pydist_cuda OBJECT ${cuda_sources})
 target_compile_definitions(pydist_cuda PRIVATE PYDIST_CUDA)
 target_compile_options(

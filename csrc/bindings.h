@@ -85,7 +85,8 @@ struct type_caster<pydist::CpuRows> {
     if (numbers.size() == 8) {
       value = {pydist::row_of(numbers), nullptr, 1};
     } else if (numbers.size() == 2) {
-      value = {{}, pydist::at<pydist::Row>(numbers[0].cast<uint64_t>()), numbers[1].cast<int64_t>()};
+      value = {
+          {}, pydist::at<pydist::Row>(numbers[0].cast<uint64_t>()), numbers[1].cast<int64_t>()};
     } else {
       return false;
     }
@@ -105,7 +106,9 @@ struct type_caster<pydist::cuda::Rows> {
       value = {nullptr, 1, numbers[8].cast<int64_t>(), pydist::row_of(numbers)};
     } else if (numbers.size() == 3) {
       value = {pydist::at<const pydist::Row>(numbers[0].cast<uint64_t>()),
-               numbers[1].cast<int64_t>(), numbers[2].cast<int64_t>(), {}};
+               numbers[1].cast<int64_t>(),
+               numbers[2].cast<int64_t>(),
+               {}};
     } else {
       return false;
     }

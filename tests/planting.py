@@ -52,16 +52,17 @@ BUGS = [
         r"__ballot_sync \(rows\.cuh:\d+, mask 0x0000ffff\) lacks the bit of lane \d+"),
     Bug("flags raised without an atomic", "common.cuh", "atomicOr(flags, value)",
         "*flags |= value", "pack_signs", r"data race: .*pack_signs_kernel"),
-    Bug("vectors read from any address", "pack_signs.cu",
+    Bug("vectors read from any address", "kernels/signs_pack.cu",
         "n == kElementChunk && aligned<16>(row.x)", "n == kElementChunk", "pack_signs",
         r"misaligned access to .*uint4.*pack_signs_kernel"),
-    Bug("one lane leaves before a shuffle", "pack_signs.cu",
+    Bug("one lane leaves before a shuffle", "kernels/signs_pack.cu",
         "  return transpose_bits<kWidth>(bits, lane);",
         "  if (lane == 31 && n <= 31 * kWidth) return bits;\n"
         "  return transpose_bits<kWidth>(bits, lane);", "pack_signs",
         r"lanes diverge: __\w+ \(common\.cuh:\d+, mask 0xffffffff\)"),
 ]  # fmt: skip
 
+SOURCES = {"pack_signs": "signs_pack.cu", "unpack_votes": "signs_unpack.cu"}
 CHECK = """
 import sys
 import emulated
@@ -99,7 +100,7 @@ def _compile(bug: Bug, library: Path) -> None:
             objects.insert(0, str(output))  # before the kernels, as in CMakeLists.txt
         if "pydist_emulated_kernels.dir" not in entry["output"]:
             continue
-        if Path(entry["file"]).name != f"{bug.kernel}.cu":
+        if Path(entry["file"]).name != SOURCES[bug.kernel]:
             objects.append(str(output))
             continue
         command = shlex.split(entry["command"].replace(str(emulated.ROOT / "csrc"), str(sources)))

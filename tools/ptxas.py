@@ -128,7 +128,7 @@ def shorten(demangled: str, known: dict[str, list[str]]) -> str:
 
 def readable(usages: list[Usage]) -> list[Usage]:
     """The same under short names, sorted by them."""
-    sources = [*SOURCES.glob("*.cu*"), *SOURCES.parent.glob("wire/*.h")]
+    sources = [*SOURCES.rglob("*.cu*"), *SOURCES.parent.glob("wire/*.h")]
     known = enums(path.read_text() for path in sources)
     done = subprocess.run(
         ["c++filt"], input="\n".join(usage.name for usage in usages), capture_output=True,
@@ -180,7 +180,7 @@ def build(directory: Path, archs: list[int]) -> list[Usage]:
     if subprocess.run([cmake, "--build", directory, "--target", "pydist_cuda"]).returncode:
         raise SystemExit("pydist: compiling the CUDA kernels failed")
     reports = {path.name: path for path in directory.rglob(f"*{REPORT}")}
-    wanted = [f"{source.name}.o{REPORT}" for source in sorted(SOURCES.glob("*.cu"))]
+    wanted = [f"{source.name}.o{REPORT}" for source in sorted(SOURCES.rglob("*.cu"))]
     return [usage for name in wanted for usage in parse(reports[name].read_text())]
 
 

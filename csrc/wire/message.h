@@ -1,4 +1,5 @@
-// The header of a message, as pydist/formats/wire.py packs it: 16 bytes, of which one word is a checksum.
+// The header of a message, as pydist/formats/wire.py packs it: 16 bytes, of which one word is a
+// checksum.
 #pragma once
 
 #include "layout.h"

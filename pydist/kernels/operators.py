@@ -31,8 +31,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def watched(first: object) -> bool:
     """Whether a call on this array must go through the dispatcher.
 
-    An operator costs 8 µs in Python, as much as all checks together, so calls that nothing looks
-    at go straight to the kernel.
+    An operator in Python costs as much as all checks together, so calls that nothing looks at go
+    straight to the kernel.
     """
     if torch.compiler.is_compiling():
         return isinstance(first, Tensor)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pydist.kernels.register import A
 
 WARP_UNITS = 8
-"""Units that a warp packs at a time; kWarpUnits of csrc/cuda/ternary_pack.cu."""
+"""Units that a warp packs at a time; kWarpUnits of csrc/cuda/kernels/ternary_pack.cu."""
 
 
 class TernaryCodec(Protocol):
