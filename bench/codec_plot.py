@@ -1,4 +1,4 @@
-"""Relative error against bits a parameter, with the least error that a Gaussian source allows."""
+"""Relative error against bits per parameter, with the least error that a Gaussian source allows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOUND = {
 
 
 def bound(bits: float) -> float:
-    """Least relative error of any code at so many bits an element of a Gaussian source.
+    """Least relative error of any code at so many bits per element of a Gaussian source.
 
     Its rate-distortion function, for independent numbers of known variance: the mean squared error
     is at least variance * 2^(-2 bits). At the same variance every other source allows less, so
@@ -52,7 +52,7 @@ def draw(rows: Sequence[Report], path: Path) -> None:
         panel.plot(_BITS, [bound(b) for b in _BITS], "k--", linewidth=1, label=_BOUND[name])
         panel.set(
             yscale="log", xlim=_BITS, ylim=_ERRORS, title=TITLES[name],
-            xlabel="bits a parameter",
+            xlabel="bits per parameter",
         )  # fmt: skip
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="lower left")

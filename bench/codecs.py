@@ -1,4 +1,4 @@
-"""Codecs compared: bits a parameter, error and speed, on real gradients and on normal numbers.
+"""Codecs compared: bits per parameter, error and speed, on real gradients and on normal numbers.
 
     python examples/language_model/gradients.py --output build/gradients.pt
     python bench/codecs.py --json bench/results/codecs.json --plot docs/codecs.png

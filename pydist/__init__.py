@@ -1,6 +1,6 @@
 """pydist: data-parallel training where the network is slow.
 
-Optimizer updates travel as one bit a parameter. ``import pydist`` needs NumPy alone;
+Optimizer updates travel as one bit per parameter. ``import pydist`` needs NumPy alone;
 what needs torch is imported when it is first used.
 """
 

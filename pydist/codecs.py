@@ -65,10 +65,12 @@ class Codec:
 
         A codec that rounds at random takes another argument, ``draws``:
         ``draws.uniform()`` is a number from 0 to 1 for each element, a function of (seed, rank,
-        step, parameter, element), so that results repeat.
+        step, parameter, element). Nothing else may be random: with ``algorithm="all_gather"``
+        every rank encodes the sum for itself, and all must make the same bytes of it.
 
         Args:
-            x: float32 tensor [n], contiguous, on the data's device; not to be changed.
+            x: float32 tensor [n], n > 0, contiguous; not to be changed. It is on the data's device,
+                or on the CPU where an owner encodes what came through host memory.
 
         Returns:
             uint8 tensor (or NumPy array) [payload_bytes(n)].
@@ -95,7 +97,7 @@ def is_custom(codec: Codec) -> bool:
 
 @dataclass(frozen=True)
 class Sign(Codec):
-    """Signs, bare or with a scale a block.
+    """Signs, bare or with a scale per block.
 
     Attributes:
         scale: ``None``: a vote of ±1. ``"l1"``: ± the mean magnitude of the block, the scale with
@@ -128,7 +130,7 @@ class QSGD(Codec):
     so that its expectation stays (to 2**-16 of a level).
 
     Attributes:
-        bits: Bits an element, 2 … 8.
+        bits: Bits per element, 2 … 8.
         block: Elements that share a norm, a multiple of 32 from 32 to 65,536.
         norm: ``"max"``: the largest magnitude, as in the paper's experiments; ``"l2"``: the
             Euclidean norm, as in its theorems: sparser, and of larger variance.
@@ -167,7 +169,7 @@ class BlockInt(Codec):
     the same codes again.
 
     Attributes:
-        bits: Bits an element, 2 … 8.
+        bits: Bits per element, 2 … 8.
         block: Elements that share a scale, a multiple of 32 from 32 to 65,536.
         rounding: ``"nearest"`` (even in ties) or ``"stochastic"`` (unbiased to 2**-16 of a step).
 
@@ -228,7 +230,7 @@ class Ternary(Codec):
     Values of a layer (a segment, or a bare tensor) are clipped, and then rounded at random to 0 or
     ± the scaler, the largest magnitude that any rank has left. As ranks share it, their sum is one
     of integers: it is exact, and nothing is lost on its way back. Five elements take a byte, the
-    sum over n ranks ceil(log2(2 n + 1)) bits an element.
+    sum over n ranks ceil(log2(2 n + 1)) bits per element.
 
     The last layer is usually left alone, as are those of few elements.
 
@@ -266,7 +268,7 @@ class TopK(Codec):
 
     Attributes:
         density: Share of the elements that travel, above 0 and at most 1.
-        block: Elements a block, a multiple of 32 from 32 to 65,536.
+        block: Elements per block, a multiple of 32 from 32 to 65,536.
         values: ``"float32"``, ``"bfloat16"`` or ``"float16"``: how a value travels.
 
     Raises:
@@ -288,7 +290,7 @@ class TopK(Codec):
 
     @property
     def block_format(self) -> None:
-        """None: there is no scale a block."""
+        """None: there is no scale per block."""
         return None
 
 

@@ -52,7 +52,8 @@ def all_reduce(
     """What :func:`pydist.all_reduce` leaves on every rank.
 
     Args:
-        tensors: One a worker, in rank order: same shape, dtype and device. With ``nodes``, those of
+        tensors: One per worker, in rank order: same shape, dtype and device. With ``nodes``, those
+        of
             the first node come first.
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
@@ -148,8 +149,8 @@ def reduce_scatter(
     """What :func:`pydist.reduce_scatter` leaves in each rank's output.
 
     Args:
-        inputs: One a worker, in rank order: same shape, dtype and device, with as many elements for
-            every worker.
+        inputs: One per worker, in rank order: same shape, dtype and device, with as many elements
+            for every worker.
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
         seed: Seed of stochastic rounding and the tie hash.
@@ -193,7 +194,7 @@ def all_gather(inputs: Sequence[Tensor], codec: Codec, *, seed: int = 0, step: i
     """What :func:`pydist.all_gather` leaves in every rank's output.
 
     Args:
-        inputs: One a worker, in rank order: same shape, dtype and device.
+        inputs: One per worker, in rank order: same shape, dtype and device.
         codec: Such as ``pydist.BlockInt(bits=8)``.
         seed: Seed of stochastic rounding.
         step: Step of the random draws.

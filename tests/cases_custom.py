@@ -201,8 +201,9 @@ class Longer(Same):
 
 def lies(rank: int, ranks: int) -> str:
     """A payload of a wrong size is an error on every rank, and nothing hangs."""
+    group = dist.new_group()  # which breaks
     try:
-        pydist.all_reduce(some(rank, 3000, torch.float32), Longer(liar=1))
+        pydist.all_reduce(some(rank, 3000, torch.float32), Longer(liar=1), group=group)
     except (ValueError, pydist.PydistError) as error:
         return str(error)
     return ""
@@ -216,4 +217,22 @@ def disagrees(rank: int, ranks: int) -> str:
     except pydist.MismatchError as error:
         assert torch.equal(x, some(rank, 100, torch.float32))
         return str(error)
+    return ""
+
+
+def shards_without_elements(rank: int, ranks: int, codec: pydist.Codec) -> bytes:
+    """Chunks whose last shards are empty; and DDP with residuals of such shares."""
+    with mock.patch.object(exchange, "CHUNK_BYTES", 5 * 32):
+        x = some(rank, 4 * 5 * 3 + 1, torch.float32)
+        pydist.all_reduce(x, codec, algorithm="two_phase")
+    return bits(x) + _trained_ddp(rank, codec, {"error_feedback": True})
+
+
+def other_blocks(rank: int, ranks: int) -> str:
+    """What a codec's repr does not say is compared, too."""
+    with mock.patch.object(Same, "block", 96 if rank else 32):
+        try:
+            pydist.all_reduce(some(rank, 300, torch.float32), Same())
+        except pydist.MismatchError as error:
+            return str(error)
     return ""

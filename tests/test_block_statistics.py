@@ -14,7 +14,7 @@ import pytest
 
 from pydist import QSGD, BlockInt, arrays
 
-M, R = 512, 2048  # elements a block, repetitions
+M, R = 512, 2048  # elements per block, repetitions
 RISK = 1e-9
 BIAS = 2.0**-16  # of a level: the resolution of the draws
 BLOCKS: dict[str, Any] = {

@@ -102,7 +102,7 @@ def test_wrong_arguments(worlds: Worlds, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_traffic(worlds: Worlds, ranks: int) -> None:
-    """4 bits an element and 4 bytes a block of 512, plus a header a message."""
+    """4 bits per element and 4 bytes per block of 512, plus a header a message."""
     blocks = 10
     share = (ranks - 1) * (blocks * (512 * 4 // 8 + 4) + 16)
     # Two phases of an all-reduce; the one phase of a scatter and of a gather.
@@ -116,7 +116,7 @@ def test_traffic(worlds: Worlds, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_traffic_of_variable_lengths(worlds: Worlds, ranks: int) -> None:
-    """What was sent is what the payloads take: here of zeros, far less than 4 bits an element."""
+    """What was sent is what the payloads take: here of zeros, far less than 4 bits per element."""
     blocks = 10
     message = blocks * (4 + 4) + -(-blocks // 4) * 4 + 16  # place, scale, a byte of zeros; header
     for sent, payload in worlds(ranks).run(cases.elias_traffic, 512 * blocks):

@@ -180,6 +180,85 @@ def test_wrong_answers() -> None:
         simulate.all_reduce([torch.ones(40)], Wrong())
 
 
+@dataclass(frozen=True)
+class Nothing(pydist.Codec):
+    """Forgot its methods."""
+
+
+@dataclass(frozen=True)
+class Half(pydist.Codec):
+    def encode(self, x: Tensor) -> Any:
+        return x.half().view(torch.uint8)
+
+
+class Plain(Same):
+    """No dataclass: its repr has an address."""
+
+    __repr__ = object.__repr__
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        (Nothing(), "codec Nothing has no encode"),
+        (Half(), "codec Half has encode and no decode"),
+        (Plain(), "codec Plain must have a repr that is equal on all ranks"),
+    ],
+)
+def test_codecs_that_are_not_finished(codec: pydist.Codec, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        simulate.all_reduce([torch.ones(40)], codec)
+
+
+@dataclass(frozen=True)
+class Uneven(Same):
+    """Longer than its blocks at a length that no check of its sizes looks at."""
+
+    block = 1
+
+    def payload_bytes(self, n: int) -> int:
+        return 4 * n + (n == 40)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.zeros(self.payload_bytes(len(x)), dtype=torch.uint8)
+
+
+def test_a_length_at_which_a_payload_is_too_long() -> None:
+    with pytest.raises(ValueError, match=r"payload_bytes\(40\) must be at most 160, got 161"):
+        simulate.all_reduce([torch.ones(40)], Uneven())
+
+
+@dataclass(frozen=True)
+class Doubles(pydist.Codec):
+    """Needs aligned payloads, and elements; returns strided bytes."""
+
+    block = 4
+    contracts = True
+
+    def payload_bytes(self, n: int) -> int:
+        return 8 * n
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert x.abs().max() >= 0  # of no elements there is none
+        return x.double().view(torch.uint8).repeat_interleave(2)[::2]
+
+    def decode(self, payload: Tensor, n: int) -> Tensor:
+        return payload.view(torch.float64).float()
+
+
+@multiprocess
+def test_payloads_of_any_alignment(worlds: Worlds) -> None:
+    answers = worlds(3).run(cases.shards_without_elements, Doubles())
+    assert answers[0] == answers[1] == answers[2]
+
+
+@multiprocess
+def test_other_blocks_on_other_ranks(worlds: Worlds) -> None:
+    for message in worlds(2).run(cases.other_blocks):
+        assert "block is 32 on rank 0 and 96 on rank 1" in message, message
+
+
 def test_codecs_of_kernels_have_no_methods() -> None:
     with pytest.raises(NotImplementedError, match="BlockInt is encoded by kernels"):
         TWIN.encode(torch.ones(3))

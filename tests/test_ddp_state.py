@@ -121,7 +121,7 @@ def test_observation(worlds: Worlds) -> None:
     ranks = 3
     for warm, all_bytes, ratio in worlds(ranks).run(cases.observed):
         assert warm < all_bytes and ratio > 1
-    # 4 bits an element and 4 bytes a block of 64, or float32; a few units of padding a rank.
+    # 4 bits per element and 4 bytes per block of 64, or float32; a few units of padding a rank.
     compressed, raw = [800, 600], [40, 1200, 30, 20]
     blocks = sum(-(-n // 64) for n in compressed) + 2
     units = sum(-(-n // 32) for n in raw) + 6

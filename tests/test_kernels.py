@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import emulated
 import numpy as np
 import pytest
 from bitwise import assert_same_bits
 from doors import DOOR_GROUPS, HOST_DOORS, Door
+from guarded import guarded
 
 from pydist import selfcheck
 from pydist.formats import wire
+from pydist.kernels.launch import launch
 from pydist.kernels.lion import LionOptions
 from pydist.reference import signs as reference
 from pydist.selfcheck import cases
@@ -289,3 +292,19 @@ def test_apply_with_segments_reads_each_parameters_bits(
         )  # fmt: skip
         assert_same_bits(new[here], expected, f"segment at {offset}")
         begin += length
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=emulated.MARKS) for seed in emulated.SEEDS]
+)
+def test_a_row_cut_out_of_a_table(seed: int) -> None:
+    """Alone in its launch it has all of the work, whatever its table says was before it."""
+    assert emulated.EMULATOR is not None
+    emulated.EMULATOR.configure(seed)
+    rows = wire.rows_of(wire.segments([4096, 100]))[1:]
+    assert rows[0, wire.WORDS_BEFORE] == 128
+    x = guarded(np.full(100, -1.0, dtype=np.float32), at_end=True)
+    payload = guarded(np.full(4 * 132, 0xA5, dtype=np.uint8), at_end=True)
+    rows[:, wire.X] = x.ctypes.data
+    launch(emulated.target(), "pack_signs", rows, 0, payload.ctypes.data, 1, 0)
+    assert not payload[512:].any() and (payload[:512] == 0xA5).all()

@@ -88,10 +88,10 @@ def test_converges(worlds: Worlds, kind: str) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes(worlds: Worlds, ranks: int) -> None:
-    """What a step sends, to the byte: 16 bits a parameter at first, then 1 and a scale a block.
+    """What a step sends, to the byte: 16 bits per parameter at first, then 1 and a scale per block.
 
     The share of the volume of 16-bit gradients is then ``w + (1 - w) / 16`` (1-bit Adam, section
-    1) but for the scales, a sixteenth of a bit a parameter.
+    1) but for the scales, a sixteenth of a bit per parameter.
     """
     n = 2**16
 
@@ -141,7 +141,7 @@ def test_variance_steps() -> None:
 
 @pytest.mark.parametrize("scale", ["l1", "l2"])
 def test_scaling_a_layer_changes_nothing(scale: str) -> None:
-    """Why 1-bit LAMB needs no scale a layer here: blocks, inside a layer, have their own."""
+    """Why 1-bit LAMB needs no scale per layer here: blocks, inside a layer, have their own."""
     x = np.random.default_rng(3).standard_normal(1001).astype(np.float32)
     form = pydist.Sign(scale).block_format
     assert form is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydist import QSGD, BlockFloat, BlockInt, Sign, TopK, ops
 from pydist.formats import wire
@@ -285,3 +288,50 @@ def test_in_place_on_a_lazily_negated_view() -> None:
     ops.lion_apply_(expected, votes(1, 32), lr=0.1)
     ops.lion_apply_(view, votes(1, 32), lr=0.1)
     assert torch.equal(view, expected)
+
+
+# --------------------------------------------------------------------------- who looks at operators
+
+
+COMPILED_FIRST = """
+import torch
+from pydist import ops
+x = torch.randn(64)
+f = torch.compile(lambda x: ops.pack_signs(x), fullgraph=True, backend="aot_eager")
+assert torch.equal(f(x), ops.pack_signs(x))
+"""
+
+
+def test_a_compiled_call_may_be_the_first() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_FIRST], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_traced_calls_are_operators() -> None:
+    traced = torch.jit.trace(lambda x: ops.pack_signs(x), values(), check_trace=False)
+    assert "pydist::pack_signs" in str(traced.graph)
+    other = -values()
+    assert torch.equal(traced(other), ops.pack_signs(other))
+
+
+def test_fake_tensors_anywhere_among_the_arguments() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(votes(1))
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        ops.lion_apply_(values(), fake, lr=0.1)
+
+
+def test_calls_inside_of_a_transform() -> None:
+    def loss(x: Tensor) -> Tensor:
+        assert ops.pack_signs(x.detach()).dtype == torch.uint8
+        return x.square().sum()
+
+    assert torch.equal(torch.func.grad(loss)(values()), 2 * values())
+
+
+def test_calls_are_seen_by_the_profiler() -> None:
+    with torch.profiler.profile() as profile:
+        ops.pack_signs(values())
+    assert "pydist::pack_signs" in {event.key for event in profile.key_averages()}

@@ -98,3 +98,22 @@ def test_cuda_kernels_read_it_where_it_lies(seed: int) -> None:
             grad, np.zeros(N), **BETAS, binarization_range=1.0, seed=2, rank=1, step=now
         )
         assert (ballot == wanted[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_step_without_dimensions(kind: str) -> None:
+    """Its value counts, not the object: the next call sees that it has changed."""
+    a = Arrays(kind)
+    step: Any = torch.tensor(3) if kind == "torch" else np.array(3)
+    options = {**BETAS, "binarization_range": 1.0, "seed": 2}
+    votes = []
+    for _ in range(2):
+        momentum = a.door.native(np.zeros(N, dtype=np.float32))
+        votes.append(a.lion_pack_(a.f(N), momentum, **options, step=step).tolist())
+        step += 1
+    wanted = [
+        a.lion_pack_(a.f(N), a.door.native(np.zeros(N, np.float32)), **options, step=n).tolist()
+        for n in (3, 4)
+    ]
+    assert votes == wanted and votes[0] != votes[1]
+    assert tied(a, np.int64(5)) == tied(a, 5)

@@ -42,7 +42,7 @@ def test_sums_are_those_of_the_trits(worlds: Worlds, ranks: int) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_traffic(worlds: Worlds, ranks: int) -> None:
-    """1.6 bits an element up, ceil(log2(2 n + 1)) back, a scaler a layer beforehand."""
+    """1.6 bits per element up, ceil(log2(2 n + 1)) back, a scaler per layer beforehand."""
     units = 6
     trits = (ranks - 1) * (units * 32 + 16)
     expected = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from wrong import BETAS, Arrays
 
-from pydist import arrays, ops
+from pydist import BlockInt, arrays, ops
 from pydist.formats import wire
 from pydist.kernels import checks, libraries
 from pydist.kernels.checks import ArrayInfo
@@ -120,6 +120,19 @@ def test_other_kinds_of_array() -> None:
             arrays.pack_signs(wrong)
     with pytest.raises(TypeError, match="flags must be .* got list"):
         arrays.pack_signs(np.ones(3, dtype=np.float32), flags=[0])
+
+
+def test_arrays_of_two_libraries() -> None:
+    x, a = torch.ones(8), np.ones(8, dtype=np.float32)
+    payload = np.zeros(4, dtype=np.uint8)
+    with pytest.raises(TypeError, match="out is a numpy array, x a torch array"):
+        ops.pack_signs(x, out=payload)
+    with pytest.raises(TypeError, match="momentum is a numpy array, grad a torch array"):
+        ops.lion_pack_(x, a, **BETAS)
+    with pytest.raises(TypeError, match="out is a numpy array, grad a torch array"):
+        ops.lion_pack_(x, x.clone(), **BETAS, out=payload)
+    with pytest.raises(TypeError, match="residual is a torch array, x a numpy array"):
+        arrays.quantize_feedback_(a, x, BlockInt(4), out=payload)
 
 
 def test_read_only_arrays_are_not_written() -> None:

@@ -159,7 +159,7 @@ void for_block_pieces(const Row* rows, int64_t n_rows, int block, int threads, c
       block);
 }
 
-// Calls piece(part) for pieces of whole units; the parts' x has moved by `width` bytes an element.
+// Calls piece(part) for pieces of whole units; the parts' x has moved by `width` bytes per element.
 template <typename Piece>
 void for_unit_pieces(const Row* rows, int64_t n_rows, int64_t width, int threads,
                      const Piece& piece) {

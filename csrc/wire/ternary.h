@@ -1,4 +1,4 @@
-// TernGrad (arXiv 1705.07878): trits with a scaler a parameter, and their integer sums. Every
+// TernGrad (arXiv 1705.07878): trits with a scaler per parameter, and their integer sums. Every
 // operation is rounded on its own; docs/wire_format.md says what the bytes mean,
 // pydist/reference/ternary.py executes it.
 //

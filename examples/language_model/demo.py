@@ -1,4 +1,4 @@
-"""Four workers train a language model on real text while sending one bit a parameter.
+"""Four workers train a language model on real text while sending one bit per parameter.
 
 Runs AdamW and Lion on averaged float32 gradients and Distributed Lion in both variants, each as
 real processes that talk through torch.distributed, then prints a table and writes `demo.png` and

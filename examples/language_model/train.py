@@ -1,7 +1,7 @@
-"""Trains the byte transformer with each method; run by torchrun, one process a worker.
+"""Trains the byte transformer with each method; run by torchrun, one process per worker.
 
 The part to copy into a training script of your own is `build`: four lines turn a DDP model into
-one whose workers send a bit a parameter.
+one whose workers send a bit per parameter.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def cupy_unpack(payload: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def deepspeed_quantize(x: Tensor, bits: int, block: int) -> None:
-    """Symmetric integers and a scale a block; its extension is compiled at the first call."""
+    """Symmetric integers and a scale per block; its extension is compiled at the first call."""
     builders = importlib.import_module("deepspeed.ops.op_builder")
     module = builders.QuantizerBuilder().load()
     module.quantize(x, max(1, x.numel() // block), bits, module.Symmetric)

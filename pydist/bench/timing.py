@@ -29,7 +29,7 @@ _HEAD_STARTS = (1, 2, 4, 8)
 
 Buffers = SimpleNamespace  # tensors by name
 Sample = Callable[[], float]
-"""Takes one sample: seconds a call."""
+"""Takes one sample: seconds per call."""
 
 
 def copy_of(buffers: Buffers) -> Buffers:

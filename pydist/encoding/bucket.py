@@ -111,8 +111,9 @@ class Section:
         coded: bool = False,
     ) -> None:
         self.indices, self.codec, self.coded = indices, codec, coded
-        self._mine = [parts[i] for i in indices]
-        self.shares = Shares(self._mine, codec.unit, owners)
+        mine = [parts[i] for i in indices]
+        self.shares = Shares(mine, codec.unit, owners)
+        self._whole = Shares(mine, codec.unit, 1) if isinstance(codec, TernaryRows) else None
 
     @property
     def unit_bytes(self) -> int:
@@ -133,9 +134,9 @@ class Section:
 
     def scalers(self, job: Job, flat: Tensor) -> Tensor | None:
         """This rank's own scaler of every parameter, float32; ``None`` where there are none."""
-        if not isinstance(self.codec, TernaryRows):
+        if not isinstance(self.codec, TernaryRows) or self._whole is None:
             return None
-        piece = Shares(self._mine, self.codec.unit, 1).piece(0, 1, 1)  # whole parameters
+        piece = self._whole.piece(0, 1, 1)  # whole parameters
         rows = piece.rows.copy()
         rows[:, wire.X] = flat.data_ptr() + rows[:, wire.X] * flat.element_size()
         return self.codec.find_scalers(job, flat, rows, piece.part, len(self.indices))
@@ -336,6 +337,11 @@ class BucketCoder:
         self.plan, self.feedback = plan, list(feedback)
         self.flat, self.job = flat, Job(worker, mean, seed, flat.device)
         self.flags = self.job.flags
+        self.agreed = {
+            f"{name} of codec {i}": value
+            for i, section in enumerate(plan.sections)
+            for name, value in section.codec.agreed.items()
+        }
         coded = any(section.coded for section in plan.sections)
         self.entropy_coder = BucketEliasCoder(plan, self.job) if coded else None
         self.together = plan.owners

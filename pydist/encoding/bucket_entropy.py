@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,55 +11,24 @@ from torch import Tensor
 
 from pydist.encoding.blocks import BlockRows
 from pydist.encoding.entropy import CodedBlocks
-from pydist.encoding.rows import Job, RowCodec
-from pydist.encoding.shares import Piece, Shares
+from pydist.encoding.rows import Job
 from pydist.formats import elias, wire
 from pydist.formats.blocks import SCALE_BYTES, BlockFormat
 from pydist.transport.coder import Span
+
+if TYPE_CHECKING:
+    from pydist.encoding.bucket import BucketPlan, Section, Slot
 
 LENGTH_BYTES = 4
 """A message begins with the length of each Elias payload in it, uint32."""
 
 
-class SectionLike(Protocol):
-    """A :class:`pydist.encoding.bucket.Section`."""
-
-    codec: RowCodec
-    shares: Shares
-    coded: bool
-
-
-class SlotLike(Protocol):
-    """A section's place in a row: a :class:`pydist.encoding.bucket.Slot`."""
-
-    @property
-    def section(self) -> SectionLike: ...  # noqa: D102
-    @property
-    def piece(self) -> Piece: ...  # noqa: D102
-    @property
-    def begin(self) -> int: ...  # noqa: D102
-    @property
-    def end(self) -> int: ...  # noqa: D102
-
-
-class PlanLike(Protocol):
-    """How sections share rows: a :class:`pydist.encoding.bucket.BucketPlan`."""
-
-    owners: int
-
-    @property
-    def sections(self) -> Sequence[SectionLike]: ...  # noqa: D102
-
-    def message_bytes(self, units: int) -> int: ...  # noqa: D102
-    def slots(self, begin: int, end: int, *, reduced: bool) -> Sequence[SlotLike]: ...  # noqa: D102
-
-
-def _form_of(section: SectionLike) -> BlockFormat:
+def _form_of(section: Section) -> BlockFormat:
     assert isinstance(section.codec, BlockRows)
     return section.codec.form
 
 
-def _coded(slot: SlotLike, owner: int) -> CodedBlocks:
+def _coded(slot: Slot, owner: int) -> CodedBlocks:
     """The blocks of one section in one row."""
     form, piece = _form_of(slot.section), slot.piece.of(owner)
     return CodedBlocks(form, piece.rows, piece.room * form.block_bytes)
@@ -77,13 +46,13 @@ class BucketEliasCoder:
         job: The call.
     """  # noqa: D205
 
-    def __init__(self, plan: PlanLike, job: Job) -> None:
+    def __init__(self, plan: BucketPlan, job: Job) -> None:
         self.plan, self.job = plan, job
         self._count = sum(section.coded for section in plan.sections)
 
     def _slots(
         self, row_bytes: int, units: int, spans: Sequence[Span]
-    ) -> list[tuple[int, Sequence[SlotLike]]]:
+    ) -> list[tuple[int, list[Slot]]]:
         """Owner and layout of each row.
 
         A row for every owner, or from every owner, comes with spans that differ; rows of one
@@ -169,7 +138,7 @@ class BucketEliasCoder:
         message: Tensor,
         row: Tensor,
         owner: int,
-        slots: Sequence[SlotLike],
+        slots: Sequence[Slot],
         lengths: list[int],
         results: Tensor,
     ) -> str | None:

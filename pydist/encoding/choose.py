@@ -34,6 +34,7 @@ from pydist.formats.blocks import check_choice
 from pydist.kernels import checks
 from pydist.transport.coder import Coder, Worker
 
+_BUILT_IN = (Sign, QSGD, BlockInt, BlockFloat, Raw, Ternary, TopK)
 _NAMES: dict[type, str] = {
     QSGD: "qsgd", BlockInt: "block_int", BlockFloat: "block_float", Raw: "raw",
     Ternary: "ternary", TopK: "topk",
@@ -46,6 +47,8 @@ def check_codec(codec: object) -> None:
         raise TypeError(f"codec must be a pydist codec, got {type(codec).__name__}")
     if is_custom(codec):
         check_custom(codec)
+    elif not isinstance(codec, _BUILT_IN):
+        raise TypeError(f"codec {type(codec).__name__} has no encode: see pydist.Codec")
 
 
 def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
@@ -57,10 +60,10 @@ def check_op(op: str, codec: Codec, known: Sequence[str] = OPS) -> None:
 
 def number_of(codec: Codec) -> int:
     """The codec's number in a header."""
-    if isinstance(codec, QSGD) and codec.entropy == "elias":
-        return wire.CODECS["qsgd_elias"]
     if is_custom(codec):
         return wire.CODECS["custom"]
+    if isinstance(codec, QSGD) and codec.entropy == "elias":
+        return wire.CODECS["qsgd_elias"]
     scaled = "sign" if codec.block_format is None else "scaled_sign"
     return wire.CODECS[_NAMES.get(type(codec), scaled)]
 
@@ -83,6 +86,8 @@ def rows_of(
         numel: Elements of a dense tensor, which travels as short as it is; ``None`` for whole
             units.
     """
+    if codec is not None and is_custom(codec):
+        return CustomRows(codec, numel)
     if codec is None or isinstance(codec, Raw):
         name = None if codec is None else codec.dtype
         return RawRows(getattr(torch, name) if name else dtype, numel)
@@ -90,8 +95,6 @@ def rows_of(
         return TernaryRows(codec.clip, ranks, numel)
     if isinstance(codec, TopK):
         return TopKRows(codec.topk_format, number_of(codec), numel)
-    if is_custom(codec):
-        return CustomRows(codec, numel)
     if codec.block_format is None:
         return SignRows(VoteRule(average=True) if rule is None else rule, ranks)
     return BlockRows(codec.block_format, number_of(codec), numel)

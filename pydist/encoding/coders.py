@@ -51,7 +51,7 @@ class PlanCoder(NoScales):
         self.job = Job(worker, mean, seed, result.device)
         self.codec, self.bits = rows.number, rows.bits
         self.units, self.unit_bytes = plan.units, rows.unit_bytes
-        self.flags = self.job.flags
+        self.flags, self.agreed = self.job.flags, rows.agreed
         self.message_bytes, self.reduced_bytes = rows.row_bytes, rows.reduced_bytes
 
     def metadata(self) -> Tensor | None:
@@ -168,7 +168,7 @@ class ReduceCoder(PlanCoder):
 
     def arriving(self, row: int, span: Span) -> IntArray:
         """All messages hold the same part."""
-        return self.plan.cut(self.plan.rows[self.part].copy(), *span)
+        return self.plan.cut(self.plan.rows[self.part], *span)
 
     leaving = arriving
 
@@ -254,11 +254,11 @@ class ScatterCoder(PlanCoder):
 
     def arriving(self, row: int, span: Span) -> IntArray:
         """This rank's part, of every rank."""
-        return self.plan.cut(self.plan.rows[self.worker.rank].copy(), *span)
+        return self.plan.cut(self.plan.rows[self.worker.rank], *span)
 
     def leaving(self, row: int, span: Span) -> IntArray:
         """The part of the rank that a message goes to."""
-        return self.plan.cut(self.plan.rows[row].copy(), *span)
+        return self.plan.cut(self.plan.rows[row], *span)
 
     def _inputs(self) -> Sequence[Tensor]:
         return list(self.inputs)
@@ -310,7 +310,7 @@ class GatherCoder(PlanCoder):
 
     def arriving(self, row: int, span: Span) -> IntArray:
         """The part of the rank that a message comes from."""
-        return self.plan.cut(self.plan.rows[row].copy(), *span)
+        return self.plan.cut(self.plan.rows[row], *span)
 
     def leaving(self, row: int, span: Span) -> IntArray:
         """This rank's part, for everyone."""

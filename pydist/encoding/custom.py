@@ -60,6 +60,13 @@ def check_custom(codec: Codec) -> None:
         ValueError: A size is out of range, or a short block is longer than a whole one.
     """
     name = type(codec).__name__
+    for method in ("decode", "payload_bytes"):
+        if getattr(type(codec), method) is getattr(Codec, method):
+            raise TypeError(f"codec {name} has encode and no {method}: see pydist.Codec")
+    if type(codec).__repr__ is object.__repr__:
+        raise TypeError(
+            f"codec {name} must have a repr that is equal on all ranks, as a dataclass has"
+        )
     try:
         hash(codec)
     except TypeError as error:
@@ -96,6 +103,7 @@ class CustomRows(RowCodec):
         self.codec, self.unit = codec, codec.block
         self.unit_bytes = self.reduced_unit_bytes = _words(codec.payload_bytes(codec.block))
         self._bytes = None if numel is None else _words(codec.payload_bytes(numel))
+        self.agreed = {"block": self.unit, "bytes per block": self.unit_bytes}
         self._draws = "draws" in inspect.signature(codec.encode).parameters
 
     def columns(self, units: int) -> tuple[int, ...]:
@@ -109,13 +117,17 @@ class CustomRows(RowCodec):
         """What the codec makes of elements, checked."""
         more = {"draws": draws} if self._draws else {}
         payload = _tensor(self.codec.encode(x, **more))
-        size = self.codec.payload_bytes(len(x))
+        size, most = self.codec.payload_bytes(len(x)), -(-len(x) // self.unit) * self.unit_bytes
+        if size > most:
+            raise ValueError(
+                f"{self.codec}.payload_bytes({len(x)}) must be at most {most}, got {size}"
+            )
         if payload.dtype != torch.uint8 or payload.shape != (size,):
             raise ValueError(
                 f"{self.codec}.encode must return uint8 [{size}] of {len(x)} elements, got "
                 f"{payload.dtype} {list(payload.shape)}"
             )
-        return payload.to(x.device)
+        return payload.to(x.device).contiguous()
 
     def _values(self, payload: Tensor, n: int) -> Tensor:
         """What the codec makes of a payload, checked."""
@@ -132,7 +144,7 @@ class CustomRows(RowCodec):
         begin, size = word * self.unit_bytes, self.codec.payload_bytes(n)
         total = torch.zeros(n, dtype=torch.float32, device=source.near.device)
         for message in source.rows():
-            total += self._values(message[begin : begin + size].contiguous(), n)
+            total += self._values(message[begin : begin + size].clone(), n)  # aligned
         return total / divisor if divisor != 1 else total
 
     # ----------------------------------------------------------------- rows
@@ -150,7 +162,7 @@ class CustomRows(RowCodec):
         phase: int = OWN,
     ) -> None:
         """Row after row, with residuals where there are some."""
-        for address, kept_at, new_at, n, word, ordinal, first, _ in rows.tolist():
+        for address, kept_at, new_at, n, word, ordinal, first, _ in _filled(rows):
             values = tensor_at(address, n, _NAMES[dtype], x.device).float()
             if state is None:
                 self._encode_row(job, values, word, ordinal, first, place, flags, phase)
@@ -185,7 +197,7 @@ class CustomRows(RowCodec):
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Decodes, sums in rank order, divides for a mean, encodes again."""
-        for _, _, _, n, word, ordinal, first, _ in rows.tolist():
+        for _, _, _, n, word, ordinal, first, _ in _filled(rows):
             total = self._sum(source, n, word, job.divisor)
             self._encode_row(job, total, word, ordinal, first, place, flags, REDUCED)
 
@@ -200,9 +212,15 @@ class CustomRows(RowCodec):
         flags: Tensor,
     ) -> None:
         """Decodes and sums in rank order."""
-        for address, _, _, n, word, _, _, _ in rows.tolist():
+        for address, _, _, n, word, _, _, _ in _filled(rows):
             out = tensor_at(address, n, _NAMES[dtype], x.device)
             out.copy_(self._sum(source, n, word, divisor))
+
+
+def _filled(rows: IntArray) -> list[list[int]]:
+    """Rows that have elements."""
+    filled: list[list[int]] = rows[rows[:, wire.N] > 0].tolist()
+    return filled
 
 
 def _words(size: int) -> int:

@@ -7,9 +7,10 @@ alone: each codec is one class below :class:`RowCodec`, and all three go through
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Job:
         return target_of(near) if near.is_cuda else self._cpu
 
     def launch(self, near: Tensor, kernel: str, rows: IntArray, *args: object, unit: int) -> None:
-        """Runs a kernel on rows of ``unit`` elements a unit of work, where ``near`` is."""
+        """Runs a kernel on rows of ``unit`` elements per unit of work, where ``near`` is."""
         launch(self.target(near), kernel, wire.number_rows(rows, unit), *args, unit=unit)
 
 
@@ -158,12 +159,12 @@ class RowCodec:
 
     Attributes:
         number: Its number in a header (``wire.CODECS``).
-        bits: Bits an element of the reduced message, for the header.
+        bits: Bits per element of the reduced message, for the header.
         unit: Elements that stay together: a block, a payload word of signs.
         unit_bytes: Bytes of a unit in a message.
         reduced_unit_bytes: Bytes of a unit after the reduction.
         tail_bytes: Bytes behind a message that everyone gathers.
-        keeps_residuals: ``encode`` takes residuals.
+        agreed: What all ranks must have alike beside the codec's ``repr``.
     """
 
     number: int
@@ -172,6 +173,7 @@ class RowCodec:
     unit_bytes: int
     reduced_unit_bytes: int
     tail_bytes = 0
+    agreed: Mapping[str, object] = MappingProxyType({})
 
     # ----------------------------------------------------------------- sizes
 

@@ -231,11 +231,7 @@ def gather_coder(
 
     coding = rows_of(codec, data.dtype, n)
     inner: Coder
-    if (
-        _by_parameter(coding)
-        and not _is_coded(codec)
-        and isinstance(coding, BlockRows | CustomRows)
-    ):
+    if isinstance(coding, BlockRows | CustomRows) and not _is_coded(codec):
         plan = layout.plan(coding.unit)
         inner = GatherCoder(output, data, coding, plan, worker, seed=seed, weights=True)
     else:

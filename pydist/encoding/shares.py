@@ -59,12 +59,12 @@ def share_of(numel: int, ordinal: int, unit: int, owner: int, owners: int) -> tu
 
 
 class Piece(NamedTuple):
-    """A piece of every owner's share: what one chunk in messages holds of some parameters.
+    """A piece of every owner's share: what one chunk holds of some parameters.
 
     Attributes:
         rows: int64 [k, 8] (:mod:`pydist.formats.wire`), sorted by owner: ``X`` is the first element
-        in the
-            bucket, ``WORD`` the unit in a payload in which owner *i* starts at ``i * room``.
+            in the bucket, ``WORD`` the unit in a payload in which owner *i* starts at
+            ``i * room``.
         part: Which part each row is of.
         owner: Who owns it.
         room: Units of a message's row; what is past an owner's own units is padding.

@@ -1,4 +1,4 @@
-"""Bare signs on the wire: one bit an element, and votes."""
+"""Bare signs on the wire: one bit per element, and votes."""
 
 from __future__ import annotations
 

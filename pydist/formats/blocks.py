@@ -52,7 +52,7 @@ class BlockFormat:
         scheme: ``"sign"``: ± the scale; ``"levels"``: multiples of scale / L from -L to L, where L
             is ``2**(bits - 1) - 1``; ``"e4m3"``, ``"e5m2"``: an 8-bit float times the scale.
         bits: Bits a code: 1 for signs, 2 … 8 for levels, 8 for floats.
-        block: Elements a block, a multiple of 32 from 32 to 65,536.
+        block: Elements per block, a multiple of 32 from 32 to 65,536.
         norm: What the scale is made of: ``"max"`` the largest magnitude, ``"l1"`` their mean (of
             signs), ``"l2"`` the Euclidean norm (of signs: over the root of the block's length).
         stochastic: Levels are rounded at random, to their expectation; else to nearest even.
@@ -110,7 +110,7 @@ class Blocked(Protocol):
 
     @property
     def block(self) -> int:
-        """Elements a block."""
+        """Elements per block."""
 
     def blocks(self, n: int) -> int:
         """Blocks of ``n`` elements of one parameter."""

@@ -107,7 +107,7 @@ def scratch_bytes(rows: IntArray) -> int:
 
 
 def place_scalers(rows: IntArray, own: int, shared: int) -> None:
-    """Gives every row the addresses of its scalers, float32 arrays of one a row; 0 for none."""
+    """Gives every row the addresses of its scalers, float32 arrays of one per row; 0 for none."""
     at = 4 * np.arange(len(rows), dtype=np.int64)
     rows[:, wire.MOMENTUM] = own + at if own else 0
     rows[:, wire.MOMENTUM_OUT] = shared + at if shared else 0

@@ -21,7 +21,7 @@ VALUES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """What a value may travel as, and its number in the compiled module."""
 
 BITMAP = -1
-"""In place of a number of low bits: positions travel as one bit an element."""
+"""In place of a number of low bits: positions travel as one bit per element."""
 
 DENSITY_ONE = 2**32
 """Densities are multiples of 2**-32, so that every backend counts entries with integers."""
@@ -33,7 +33,7 @@ class TopKFormat:
 
     Attributes:
         density: Share of a block's elements that travel, above 0 and at most 1.
-        block: Elements a block, a multiple of 32 from 32 to 65,536.
+        block: Elements per block, a multiple of 32 from 32 to 65,536.
         values: ``"float32"``, ``"bfloat16"`` or ``"float16"``: how a value travels.
 
     Raises:

@@ -76,7 +76,7 @@ class Header:
 
     Attributes:
         codec: Number of the codec (``CODECS``).
-        bits: Bits an element (1 for sign planes, planes for counts).
+        bits: Bits per element (1 for sign planes, planes for counts).
         flags: ``FLAG_*``, OR-ed.
         digest: 32-bit checksum of what all ranks must agree on (lengths, options, learning rates);
             in messages that are checked, their checksum (:mod:`pydist.transport.message`).
@@ -260,7 +260,7 @@ def cut_rows(
         rows: int64 [k, 8], sorted by word.
         begin: First payload word wanted.
         end: One past the last payload word wanted.
-        widths: Bytes an element of ``X`` and of the momenta, to advance their addresses.
+        widths: Bytes per element of ``X`` and of the momenta, to advance their addresses.
         unit: Elements a word; a codec's ``block`` where ``WORD`` counts blocks.
 
     Returns:

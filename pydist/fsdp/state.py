@@ -225,7 +225,7 @@ class ShardedState:
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals by parameter name, for ``torch.save``; ranks differ.
 
-        Save one file a rank (``weights_only=True`` reads it), or see :meth:`sharded`.
+        Save one file per rank (``weights_only=True`` reads it), or see :meth:`sharded`.
         """
         with self.lock:
             return checkpoint.state_dict(self.kept)

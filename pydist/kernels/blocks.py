@@ -91,7 +91,7 @@ def quantize(
     out: A | None = None,
     threads: int | None = None,
 ) -> A:
-    """Codes of ``x``, and a scale a block.
+    """Codes of ``x``, and a scale per block.
 
     A block that holds a NaN or an infinity decodes to NaN. Stochastic rounding is a function of
     (seed, rank, phase, step, parameter, element).

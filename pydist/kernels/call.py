@@ -69,9 +69,10 @@ class Call:
 
     def step(self, step: int | Array, like: ArrayInfo) -> tuple[int, int]:
         """The step where the host knows it, and the address at which a device is to read it."""
-        if getattr(step, "shape", ()):
-            step = self.input("step", step)
-        return step_of(self.target, step, like)
+        shape: tuple[int, ...] = getattr(step, "shape", ())  # a number of NumPy's has none
+        if shape or hasattr(step, "data_ptr"):
+            return step_of(self.target, self.input("step", step), like)
+        return step_of(self.target, wire.as_int("step", step), like)
 
     def result(
         self, out: Array | None, dtype: str, shape: tuple[int, ...], *inputs: ArrayInfo,
@@ -125,6 +126,8 @@ class Call:
 
     def check_apart(self, name_a: str, a: Array, name_b: str, b: Array) -> None:
         """Raises ValueError where arrays of which one is strided share memory."""
+        self._check_kind(name_a, a)
+        self._check_kind(name_b, b)
         library = self.library
         if library.is_contiguous(a) and library.is_contiguous(b):
             return  # checks.check_disjoint sees it

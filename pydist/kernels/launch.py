@@ -101,7 +101,8 @@ def _on_device(target: LaunchTarget, rows: Rows, unit: int) -> tuple[tuple[int, 
     if isinstance(rows, tuple):
         return (*rows, -(-rows[wire.N] // unit)), None
     if len(rows) == 1:
-        return (*rows[0].tolist(), int(-(-rows[0, wire.N] // unit))), None
+        # A row that was cut out of a table may still count the work of rows before it.
+        return (*rows[0, : wire.WORDS_BEFORE].tolist(), 0, int(-(-rows[0, wire.N] // unit))), None
     assert target.upload is not None
     address, owner = target.upload(rows)
     work = int(rows[-1, wire.WORDS_BEFORE]) - int(-rows[-1, wire.N] // unit)

@@ -81,7 +81,7 @@ class LionOptions:
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)
 def _native(
     beta1: float, beta2: float, zero_bit: int, spread: float | None, seed: int, rank: int,
     step: int, step_at: int,
@@ -207,7 +207,7 @@ def lion_apply_(
     check_disjoint(x, votes)
     rows, needed, _ = words_of(x, segments)
     if size != needed:
-        raise ValueError(f"planes must have {needed} bytes a plane for param, got {size}")
+        raise ValueError(f"planes must have {needed} bytes per plane for param, got {size}")
     args = lion_apply_args(lr, weight_decay, count, size, ranks)
     call.launch("lion_apply", rows, FLOATS[x.dtype], votes.address, args, address_of(skipped))
 

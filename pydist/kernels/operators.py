@@ -9,6 +9,7 @@ lies in memory an argument of its own.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,17 @@ import torch
 from torch import Tensor
 
 from pydist import _C
-from pydist.kernels import blocks, elias, lion, raw, signs, ternary, topk, torch_tensors
+from pydist.kernels import (
+    blocks,
+    elias,
+    lion,
+    raw,
+    register,
+    signs,
+    ternary,
+    topk,
+    torch_tensors,
+)
 from pydist.kernels.register import KERNELS, Kernel, Rule
 
 _FAMILIES = (signs, lion, blocks, elias, ternary, topk, raw)
@@ -26,6 +37,7 @@ _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel
 
 _LIBRARY = torch.library.Library("pydist", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_DEVICES = ("cpu", "cuda")
 
 
 def watched(first: object) -> bool:
@@ -40,10 +52,13 @@ def watched(first: object) -> bool:
         return False
     return (
         type(first) not in _PLAIN  # fake, functional, distributed
-        or first.is_meta
+        or first.device.type not in _DEVICES
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or (first.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -216,3 +231,4 @@ for _kernel in KERNELS.values():
             _schema_of(_kernel, twin=True), _twin_implementation(_kernel), _fake(_kernel, None)
         )
 assert torch_tensors.TORCH.kind == "torch"  # its import makes tensors known
+register._operators = sys.modules[__name__]  # torch.compile cannot trace the import

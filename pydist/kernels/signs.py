@@ -1,4 +1,4 @@
-"""Signs and votes: one bit an element, and what most ranks voted for."""
+"""Signs and votes: one bit per element, and what most ranks voted for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def words_of(
 
 
 def payload_shape(n: int, segments: Segments) -> Shape:
-    """Shape of a payload of one bit an element."""
+    """Shape of a payload of one bit per element."""
     return ((n + 31) // 32 * 4 if segments is None else None,)
 
 
@@ -91,7 +91,7 @@ def pack_signs(
     out: A | None = None,
     threads: int | None = None,
 ) -> A:
-    """Packs signs into one bit an element: 1 for positive, ``zero_bit`` for ±0, 0 for NaN.
+    """Packs signs into one bit per element: 1 for positive, ``zero_bit`` for ±0, 0 for NaN.
 
     Args:
         x: float32, float16 or bfloat16, any shape.
@@ -154,7 +154,7 @@ def unpack_votes(
     count, size = check_planes(info, ranks)
     if size != wire.payload_bytes(n):
         raise ValueError(
-            f"planes must have {wire.payload_bytes(n)} bytes a plane for n={n}, got {size}"
+            f"planes must have {wire.payload_bytes(n)} bytes per plane for n={n}, got {size}"
         )
     divisor = ranks if ranks is not None and mean else 1
     args = unpack_args(info.address, size, count, ranks, divisor)

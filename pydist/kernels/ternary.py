@@ -80,7 +80,7 @@ def check_ranks(ranks: int) -> None:
 
 def _check_scalers(scalers: ArrayInfo, rows: int, like: ArrayInfo) -> None:
     check_dtype(scalers, ("float32",))
-    check_size(scalers, rows, "one a segment")
+    check_size(scalers, rows, "one per segment")
     check_device(like, scalers)
 
 
@@ -211,7 +211,7 @@ def ternary_scale(
         threads: CPU threads; default those of torch for tensors, all cores for arrays.
 
     Returns:
-        float32 [k], one a segment. What all ranks share is the largest over ranks.
+        float32 [k], one per segment. What all ranks share is the largest over ranks.
 
     Raises:
         TypeError: A dtype is not supported, or the codec is not ternary.

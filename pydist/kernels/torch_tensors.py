@@ -40,6 +40,9 @@ class Torch:
         dtype = _NAMES.get(x.dtype) or str(x.dtype)[6:]
         info = ArrayInfo(name, x.data_ptr(), x.shape, dtype, x.device, x)
         storage = x.untyped_storage()
+        if info.size and not info.address:
+            check_storage(name, x)
+            raise ValueError(f"{name} has no memory: a {type(x).__name__} on {x.device}")
         if info.end > storage.data_ptr() + storage.nbytes():
             check_storage(name, x)
         return info

@@ -289,7 +289,7 @@ def shaped(flat: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
 
 
 def which_has(has: np.ndarray) -> Tensor:
-    """One bit a parameter, the first one lowest, padded to payload words."""
+    """One bit per parameter, the first one lowest, padded to payload words."""
     bits = np.packbits(has, bitorder="little")
     padded = np.zeros(wire.payload_bytes(len(has)), dtype=np.uint8)
     padded[: len(bits)] = bits

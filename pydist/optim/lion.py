@@ -1,4 +1,4 @@
-"""Distributed Lion (arXiv 2404.00438): workers send one bit a parameter, their update's sign."""
+"""Distributed Lion (arXiv 2404.00438): workers send one bit per parameter, their update's sign."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydist.optim.voting import Aggregate, Ties, VotingOptimizer
 class DistributedLion(VotingOptimizer):
     """Lion whose workers vote (arXiv 2404.00438, Algorithm 1).
 
-    Worker i sends ``sign(beta1 * m_i + (1 - beta1) * g_i)``, one bit a parameter, and updates its
+    Worker i sends ``sign(beta1 * m_i + (1 - beta1) * g_i)``, one bit per parameter, and updates its
     own momentum ``m_i = beta2 * m_i + (1 - beta2) * g_i``. All workers then apply
     ``x -= lr * (delta + weight_decay * x)``, where delta is the majority or the mean of the votes.
 

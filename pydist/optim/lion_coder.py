@@ -164,7 +164,7 @@ class LionCoder(NoScales):
     # ----------------------------------------------------------------- Coder
 
     def metadata(self) -> Tensor | None:
-        """One bit a parameter: does this rank have a gradient for it?"""
+        """One bit per parameter: does this rank have a gradient for it?"""
         if not self.scalars.ask_usage:
             return None
         return which_has(self._with_grad)
@@ -274,7 +274,7 @@ class LionCoder(NoScales):
             scalars: Learning rate and weight decay of each entry.
             skip: int32[1] on the parameters' device; where it is not 0, nothing is changed.
         """
-        if self.planes.is_cuda:  # made in messages's side stream, read on this one
+        if self.planes.is_cuda:  # made on the exchange's side stream, read on this one
             self.planes.record_stream(torch.cuda.current_stream(self.planes.device))
         groups: dict[tuple[str, float, float], list[int]] = {}
         copies: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""1-bit Adam (arXiv 2102.02888): Adam at first, then momenta with 1 bit a parameter."""
+"""1-bit Adam (arXiv 2102.02888): Adam at first, then momenta with 1 bit per parameter."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Signum(VotingOptimizer):
     """Signum whose workers vote (arXiv 1810.05291, Algorithm 1).
 
     Worker i updates its momentum ``v_i = momentum * v_i + (1 - momentum) * g_i`` and sends
-    ``sign(v_i)``, one bit a parameter. All workers then apply
+    ``sign(v_i)``, one bit per parameter. All workers then apply
     ``x -= lr * (delta + weight_decay * x)``, where delta is the majority of the signs, or with
     ``aggregate="average"`` their mean. The sign is that of the new momentum before it is rounded to
     ``momentum_dtype``.
@@ -87,7 +87,7 @@ class Signum(VotingOptimizer):
 class SignSGD(VotingOptimizer):
     """signSGD with majority vote (arXiv 1810.05291, Algorithm 1 without momentum).
 
-    Worker i sends ``sign(g_i)``, one bit a parameter; all apply
+    Worker i sends ``sign(g_i)``, one bit per parameter; all apply
     ``x -= lr * (delta + weight_decay * x)``, where delta is the majority of the signs, or with
     ``aggregate="average"`` their mean. It keeps no state a parameter.
 

@@ -1,4 +1,4 @@
-"""Optimizers whose workers vote with one bit a parameter, on local gradients or attached to DDP."""
+"""Optimizers whose workers vote, one bit per parameter, on local gradients or attached to DDP."""
 
 from __future__ import annotations
 

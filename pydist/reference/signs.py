@@ -72,7 +72,7 @@ def tie_bits(seed: int, step: int, ordinal: int, first: int, n: int) -> U8:
 
 
 def pack_bits(bits: npt.NDArray[np.bool_]) -> U8:
-    """One bit an element, element i in bit i % 8 of byte i // 8, zero padding to 4 bytes."""
+    """One bit per element, element i in bit i % 8 of byte i // 8, zero padding to 4 bytes."""
     payload = np.zeros(wire.payload_bytes(bits.size), dtype=np.uint8)
     packed = np.packbits(bits, bitorder="little")
     payload[: packed.size] = packed
@@ -111,7 +111,7 @@ def non_finite(x: F32) -> int:
 def pack_signs(
     x: F32, *, zero_bit: int = 1, segments: wire.IntArray | None = None
 ) -> tuple[U8, int]:
-    """Signs of ``x`` as one bit an element.
+    """Signs of ``x`` as one bit per element.
 
     Returns:
         The payload (uint8, a multiple of 4 bytes) and the flags.

@@ -138,8 +138,8 @@ def pack(
 
     Args:
         x: Values, any shape.
-        scalers: This rank's own, one a segment: values are clipped to it.
-        shared: Those of all ranks, one a segment; default ``scalers``.
+        scalers: This rank's own, one per segment: values are clipped to it.
+        shared: Those of all ranks, one per segment; default ``scalers``.
         draws: Random bits.
         segments: Which elements of which parameters the values are.
     """

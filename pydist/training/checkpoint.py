@@ -1,4 +1,4 @@
-"""Residuals and momenta in checkpoints: a dict a rank, and other world sizes.
+"""Residuals and momenta in checkpoints: a dict per rank, and other world sizes.
 
 Residuals differ by rank. In a world of the same size every rank takes its own again and training
 continues to the bit. In a world of another size an owner's residual first goes to its owner's

@@ -54,7 +54,7 @@ class Coder(Protocol):
 
     Attributes:
         codec: Number of the codec in a header (``wire.CODECS``).
-        bits: Bits an element of the reduced message, for the header.
+        bits: Bits per element of the reduced message, for the header.
         units: Units of the whole call.
         unit_bytes: Bytes of a unit in phase 1: of all shares in a scatter, all ranks in a gather.
         repeatable: Encoding changes nothing but buffers of its own, so it may be done in vain.

@@ -38,7 +38,7 @@ from pydist.transport.communicator import Call, Communicator
 from pydist.transport.variable import VariableMessages
 
 CHUNK_BYTES = 512 * 1024
-"""Payload bytes a chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
+"""Payload bytes per chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
 
 LATENCY_BYTES = 16 * 1024
 """What a round trip costs, in bytes: below it one phase beats two."""
@@ -268,6 +268,7 @@ class Exchange:
             cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
             route = ALL_REDUCE[str(cut["algorithm"])]
         self.route = route
+        cut |= getattr(coder, "agreed", {})
         self.call = replace(call, fields=call.fields | cut)
         self.label = call.label
         self.data_device = device

@@ -1,4 +1,4 @@
-// pack_signs: one bit an element, 1 for positive; zeros take zero_bit, NaN takes 0.
+// pack_signs: one bit per element, 1 for positive; zeros take zero_bit, NaN takes 0.
 #include "../simd/simd.h"
 #include "../table.h"
 

@@ -1,4 +1,4 @@
-// quantize and quantize_feedback: codes and a scale a block; with feedback, of x + residual, and
+// quantize and quantize_feedback: codes and a scale per block; with feedback, of x + residual, and
 // what was lost becomes the residual. Reads each value once from memory and writes `bits` bits.
 #include "blocks.cuh"
 

@@ -1,6 +1,6 @@
 // lion_pack: direction, its sign bit, and the new momentum in one pass over gradient and momentum.
 //
-// Reads gradient and momentum once, writes momentum and one bit an element. An element whose
+// Reads gradient and momentum once, writes momentum and one bit per element. An element whose
 // gradient or new momentum is not finite keeps its old momentum and raises the flag.
 #include "../rows.cuh"
 

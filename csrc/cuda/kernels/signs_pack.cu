@@ -1,7 +1,7 @@
-// pack_signs: one bit an element, 1 for positive; zeros take zero_bit, NaN takes 0.
+// pack_signs: one bit per element, 1 for positive; zeros take zero_bit, NaN takes 0.
 //
-// A warp turns 1,024 elements into 32 words (see common.cuh); reads 4 or 2 bytes an element, writes
-// one bit, and ORs into `flags` if any element is not finite.
+// A warp turns 1,024 elements into 32 words (see common.cuh); reads 4 or 2 bytes per element,
+// writes one bit, and ORs into `flags` if any element is not finite.
 #include "../rows.cuh"
 
 namespace pydist::cuda {

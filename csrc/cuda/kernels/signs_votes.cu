@@ -1,9 +1,9 @@
-// count_votes and majority_vote: bit-sliced addition over ranks, 128 elements a thread.
+// count_votes and majority_vote: bit-sliced addition over ranks, 128 elements per thread.
 //
 // A thread owns four consecutive words of a row: one 16-byte load a rank, and one Philox group
 // answers its ties. Seven ranks at a time are summed by full adders (two LOP3 each) into a number
 // of three bits, which is added to the counters; counters are planes in registers. Reads ranks / 8
-// bytes an element, writes 1/8 for every plane.
+// bytes per element, writes 1/8 for every plane.
 #include "../rows.cuh"
 
 namespace pydist::cuda {
