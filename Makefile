@@ -114,7 +114,7 @@ soak: $(BUILD_STAMP) ## the long tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 neon: $(BUILD_STAMP) ## the NEON kernels, cross-compiled, under qemu-user (part of soak)
-	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/test_neon.py $(ARGS)
+	@$(BIN)/python -m pytest -m soak -s --timeout 3600 tests/tools/test_neon.py $(ARGS)
 
 # FUZZ_RUNS payloads of the Elias decoder, a fifth of that of each other; with FUZZER=libfuzzer also
 # FUZZ_SECONDS of what coverage chooses.
@@ -122,7 +122,7 @@ FUZZ_RUNS ?= 1500000
 FUZZ_SECONDS ?= 60
 fuzz: $(BUILD_STAMP) ## damaged payloads under AddressSanitizer (part of soak): FUZZ_RUNS, FUZZER=libfuzzer
 	@PYDIST_FUZZ_RUNS=$(FUZZ_RUNS) PYDIST_FUZZ_SECONDS=$(FUZZ_SECONDS) PYDIST_FUZZER=$(FUZZER) \
-	  $(BIN)/python -m pytest -m soak -s --timeout 7200 tests/test_fuzz.py $(ARGS)
+	  $(BIN)/python -m pytest -m soak -s --timeout 7200 tests/tools/test_fuzz.py $(ARGS)
 
 bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)

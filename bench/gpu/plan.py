@@ -38,7 +38,11 @@ SHARED_MEMORY = (
 SANITIZERS: dict[str, tuple[str, ...]] = {
     "memcheck": (), "initcheck": (), "racecheck": SHARED_MEMORY, "synccheck": SHARED_MEMORY,
 }  # fmt: skip
-RANK_TESTS = ("tests/test_gpu_ranks.py", "tests/test_gpu_collectives.py", "tests/test_gpu_hooks.py")
+RANK_TESTS = (
+    "tests/cuda/test_gpu_ranks.py",
+    "tests/cuda/test_gpu_collectives.py",
+    "tests/cuda/test_gpu_hooks.py",
+)
 SLOW_KERNELS = ("elias_encode", "elias_decode")  # not in the first part
 LAST_ROW = 20.0  # seconds of the benchmark's limit for its last row and its tables
 
@@ -179,7 +183,7 @@ def tests(settings: Settings) -> list[Step]:
               "--durations=3", "-p", "no:cacheprovider"]  # fmt: skip
     by_file = ["--dist", "loadfile"] if spread else []
     return [
-        Step("kernel tests", [*pytest, *spread, "tests/test_gpu.py"], 150.0, 75.0, lacks,
+        Step("kernel tests", [*pytest, *spread, "tests/cuda/test_gpu.py"], 150.0, 75.0, lacks,
              judge=nothing_ran),
         Step("rank tests", [*pytest, *spread, *by_file, *RANK_TESTS], 150.0, 100.0, lacks,
              judge=nothing_ran),
