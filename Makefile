@@ -87,7 +87,7 @@ emulation: $(ENV_STAMP)
 # ----------------------------------------------------------------- run
 
 .PHONY: demo test emulate test-gpu gpu gpu-module soak neon fuzz test-matrix bench
-demo: $(BUILD_STAMP) ## four workers train a language model at one bit a parameter
+demo: $(BUILD_STAMP) ## four workers train a language model at one bit per parameter
 	@$(BIN)/python examples/language_model/demo.py $(ARGS)
 
 test: $(BUILD_STAMP) emulation ## the tests that every machine can run

@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--json", action="store_true", help="print JSON")
     described.set_defaults(run=info)
     checked = commands.add_parser(
-        "check", help="compare every kernel on every backend with the reference, to the bit"
+        "check", help="compare every kernel on every backend with the reference, bit for bit"
     )
     checked.add_argument(
         "--device", choices=("cpu", "cuda"), help="check the backends on it alone; default both"

@@ -135,8 +135,8 @@ class QSGD(Codec):
         norm: ``"max"``: the largest magnitude, as in the paper's experiments; ``"l2"``: the
             Euclidean norm, as in its theorems: sparser, and of larger variance.
         entropy: ``"elias"``: blocks are sent as the paper's Elias codes, of variable length and
-            never longer than ``None`` by more than a byte and 4 bytes of table. Values are the
-            same to the bit.
+            never longer than ``None`` by more than a byte and 4 bytes of table. Values are
+            bit-identical.
 
     Raises:
         TypeError: A number is not an integer.

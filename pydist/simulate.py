@@ -1,4 +1,4 @@
-"""Many workers in one process: the collectives' results, to the bit, without a process group.
+"""Many workers in one process: the collectives' results, bit for bit, without a process group.
 
 For researchers: what would 32 or 64 workers get from this codec? The tensors pass through the same
 codecs and kernels as in :mod:`pydist.collectives`, so the result equals that of as many real ranks,

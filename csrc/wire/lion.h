@@ -1,6 +1,6 @@
 // The arithmetic of Lion, one element at a time; Distributed Lion (arXiv 2404.00438), Algorithm 1.
 // Every product and sum is rounded on its own (the build forbids contraction into fma), which is
-// what makes CPU, CUDA and the NumPy reference equal to the bit.
+// what makes CPU, CUDA and the NumPy reference bit-identical.
 #pragma once
 
 #include "philox.h"

@@ -1,8 +1,8 @@
 // float16 and bfloat16 without hardware: exact widening, round-to-nearest-even narrowing.
 //
 // Every NaN is stored as the one canonical quiet NaN of its type. Backends propagate NaN payloads
-// differently (x86 keeps one operand's, CUDA makes its own), and replicas must stay equal to the
-// bit.
+// differently (x86 keeps one operand's, CUDA makes its own), and replicas must stay
+// bit-identical.
 #pragma once
 
 #include "layout.h"

@@ -102,7 +102,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                           fontsize=7)  # fmt: skip
     by_bits.axhline(statistics.mean(losses(runs[BASELINE])), color="black", lw=0.6)
     by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
-    by_bits.set(xlabel="bits a gradient", xscale="log")
+    by_bits.set(xlabel="bits per gradient element", xscale="log")
     for axes in (by_step, by_bits):
         axes.grid(alpha=0.3)
     by_step.legend(fontsize=8)

@@ -205,7 +205,7 @@ def all_reduce(
     2-D ``DeviceMesh`` with the dimensions (across nodes, inside a node), as FSDP's hybrid sharding
     has it, or a tuple of this rank's two groups in that order. The ranks of a node sum their
     tensors with ``inner``, each a share of it, in float32; the shares are reduced across nodes with
-    ``codec``; the node's ranks put them together, to the bit. The result is what the nodes' sums
+    ``codec``; the node's ranks put them together, bit for bit. The result is what the nodes' sums
     give as ranks of a flat call: a mean divides once, by the number of all ranks; in a vote each
     node has one voice, the sign of its sum, and sums and means of ``Sign(scale=None)`` are those of
     the nodes' voices. Each rank sends 1 / (ranks of a node) of the compressed bytes between nodes.

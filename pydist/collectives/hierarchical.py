@@ -4,7 +4,7 @@ A call is three collectives one after the other, each on groups of its own::
 
     inside   reduce-scatter   rank l of a node gets share l of the node's sum, in float32
     across   all-reduce       the ranks l of all nodes reduce their shares, compressed
-    inside   all-gather       the node's ranks put the shares together, to the bit
+    inside   all-gather       the node's ranks put the shares together, bit for bit
 
 **Order.** A stage starts when the one before it has ended, which is at another moment on every
 rank. So each stage has a communicator of its own and gets the calls in the order in which they were

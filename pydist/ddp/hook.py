@@ -18,7 +18,7 @@ def compression_hook(
     2. Each is encoded with its codec; what was lost becomes its residual. Excluded and small
        parameters go raw. All of it is one message to every owner of a share.
     3. Owners decode, sum in rank order in float32, divide, add their own residual, encode again.
-    4. All ranks decode the same bytes, so replicas stay equal to the bit.
+    4. All ranks decode the same bytes, so replicas stay bit-identical.
 
     The hook returns at once; the rest overlaps with backward.
 

@@ -149,7 +149,7 @@ def _same(
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes :func:`compress`: DDP reduces gradients itself again, to the bit as without pydist.
+    """Undoes :func:`compress`: DDP reduces gradients itself again, bit for bit as without pydist.
 
     Collective: every rank calls it, between two steps. What the hook had not sent is dropped; save
     ``state.state_dict()`` before to go on with it later. Residuals and momenta stay in the state.

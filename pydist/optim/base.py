@@ -38,7 +38,7 @@ Algorithm = Literal["auto", "two_phase", "all_gather"]
 class DistributedOptimizer(ReportingOptimizer):
     """An optimizer whose construction, ``add_param_group`` and ``step`` are collective.
 
-    All ranks start from rank 0's parameters and stay equal to the bit. Where parameters are on a
+    All ranks start from rank 0's parameters and stay bit-identical. Where parameters are on a
     device that the group cannot send from (a model that has yet to move), the ranks compare models
     in the first step instead of the constructor.
 

@@ -23,7 +23,7 @@ class DistributedLion(VotingOptimizer):
 
     It needs local gradients. On the plain path ``step()`` votes: use a bare model, or run backward
     under ``ddp.no_sync()``. After ``attach(ddp)`` DDP's buckets vote during backward; the result is
-    the same to the bit. All ranks start from rank 0's parameters and stay equal to the bit.
+    bit-identical. All ranks start from rank 0's parameters and stay bit-identical.
 
     A NaN or an infinity in any rank's gradient skips the step on all ranks (``skipped_steps``). A
     parameter that no rank has a gradient for is left alone.

@@ -1,6 +1,6 @@
 """The executable specification of plain values: plain and slow, in NumPy.
 
-As :mod:`pydist.reference`: kernels on every backend equal these functions to the bit.
+As :mod:`pydist.reference`: kernels on every backend are bit-identical to these functions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The executable specification: every kernel again, plain and slow, in NumPy.
 
-Kernels on every backend equal these functions to the bit; ``pydist check`` and the tests compare
+Kernels on every backend are bit-identical to these; ``pydist check`` and the tests compare
 them. Values are float32 throughout: float16 and bfloat16 inputs widen exactly beforehand, and
 ``storage`` names the type a result is rounded to. Where a sum or a product is written here, it is
 rounded on its own; nothing is fused.

@@ -1,6 +1,6 @@
 """The executable specification of top-k blocks: plain and slow, in NumPy.
 
-As :mod:`pydist.reference`: kernels on every backend equal these functions to the bit, values are
+As in :mod:`pydist.reference`: kernels on every backend are bit-identical to these, values are
 float32, and every operation that is written is rounded on its own.
 """
 

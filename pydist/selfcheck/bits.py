@@ -1,4 +1,4 @@
-"""Stored values as NumPy arrays, and their comparison to the bit."""
+"""Stored values as NumPy arrays, and their comparison bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Bits = npt.NDArray[Any]
 
 
 class DifferenceError(AssertionError):
-    """Two results that should be equal to the bit are not."""
+    """Two results that should be bit-identical are not."""
 
 
 # --------------------------------------------------------------------------- bits and values

@@ -1,4 +1,4 @@
-"""One kernel and its reference on the same input: equal to the bit, or :class:`DifferenceError`."""
+"""One kernel and its reference on the same input: bit-identical, or :class:`DifferenceError`."""
 
 from __future__ import annotations
 

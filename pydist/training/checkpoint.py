@@ -1,7 +1,7 @@
 """Residuals and momenta in checkpoints: a dict per rank, and other world sizes.
 
 Residuals differ by rank. In a world of the same size every rank takes its own again and training
-continues to the bit. In a world of another size an owner's residual first goes to its owner's
+continues bit for bit. In a world of another size an owner's residual first goes to its owner's
 worker residual, weighted as it would have counted in the next result; then every new rank takes the
 sum over the old ranks divided by their number, so that nothing unsent is lost.
 

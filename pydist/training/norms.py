@@ -1,4 +1,4 @@
-"""Norms that are the same to the bit on every machine and device."""
+"""Norms that are bit-identical on every machine and device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def norm_of(x: Tensor) -> Tensor:
-    """The Euclidean norm of a dense tensor, float64 [], the same to the bit on every machine.
+    """The Euclidean norm of a dense tensor, float64 [], bit-identical on every machine.
 
     Squares are double precision and added by halves: as long as there is more than one, those of
     the second half are added to those of the first, which is the longer one where they are odd.

@@ -310,7 +310,7 @@ def storm(rank: int, ranks: int, codec: str, exact: bool, scaled: bool, steps: i
             assert bool(p.isfinite().all()), f"parameter, step {step}"
             assert not opt.state[p] or bool(opt.state[p]["momentum_buffer"].isfinite().all())
     assert state.stats()["non_finite_steps"] == len(weather.bad) == steps // 2
-    if exact:  # to the bit what the good batches alone give; a loss scale is a power of two
+    if exact:  # bit for bit what the good batches alone give; a loss scale is a power of two
         if scaled:
             state.rescale(1 / state.scale)
         clean, clean_ddp, clean_state, clean_opt = made(codec, exact_skip=True)

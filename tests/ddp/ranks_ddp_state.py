@@ -62,7 +62,7 @@ def everything(net: torch.nn.Module, state: CompressionState) -> list[Any]:
 
 
 def any_buckets(rank: int, ranks: int, codec: Any = None, **options: Any) -> list[Any]:
-    """However the parameters are cut into buckets, the result is the same to the bit."""
+    """However the parameters are cut into buckets, the result is bit-identical."""
     results = []
     for ddp_options in ({}, SMALL, {"bucket_cap_mb": 0.006, "gradient_as_bucket_view": True}):
         net, ddp, state, opt = setup(codec, ddp=ddp_options, algorithm="two_phase", **options)

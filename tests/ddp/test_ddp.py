@@ -1,4 +1,4 @@
-"""The DDP hook over real ranks: equal to the specification to the bit, in all of DDP's modes."""
+"""The DDP hook over real ranks: bit-identical to the specification, in all of DDP's modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DDP hook's state in checkpoints: the same world to the bit, other worlds without a loss."""
+"""The DDP hook's state in checkpoints: the same world bit for bit, other worlds without a loss."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
     ],
 )
 def test_killed(worlds: Worlds, tmp_path: Path, where: str, codec: str, destroy: bool) -> None:
-    """The others raise and end in order; the last checkpoint goes on to the bit."""
+    """The others raise and end in order; the last checkpoint goes on bit for bit."""
     ranks, who, death, steps = 3, 1, 5, 8
     world = World(ranks, destroy=destroy, fork=True)
     try:

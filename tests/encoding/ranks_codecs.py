@@ -49,7 +49,7 @@ def inputs(ranks: int, n: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
 
 
 def first_difference(got: Tensor, wanted: Tensor, what: str) -> None:
-    """Raises AssertionError where two tensors are not equal to the bit."""
+    """Raises AssertionError where two tensors are not bit-identical."""
     if bits(got) != bits(wanted):
         got, wanted = got.reshape(-1), wanted.reshape(-1)
         assert got.dtype == wanted.dtype and got.shape == wanted.shape, what

@@ -55,7 +55,7 @@ def table_of(rank: int, begin: int, end: int) -> IntArray:
 
 
 def test_messages_are_those_of_the_reference() -> None:
-    """And what arrives are the rows to the bit, of whichever rank."""
+    """And what arrives are the rows bit for bit, of whichever rank."""
     coders = [coder_of(rank) for rank in range(RANKS)]
     assert coders[0].units == 26
     sent = kept = 0

@@ -137,7 +137,7 @@ def _prepared(kind: str, net: Net) -> Net:
 
 
 def equals_plain(rank: int, ranks: int, kind: str, whole: bool) -> list[bytes]:
-    """With a codec that loses nothing, training is that of plain FSDP2, to the bit."""
+    """With a codec that loses nothing, training is that of plain FSDP2, bit for bit."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
         apply_activation_checkpointing,
     )
@@ -363,7 +363,7 @@ SMALL = 100
 def equals_reference(
     rank: int, ranks: int, gradients: Any, parameters: Any, feedback: bool, kind: str
 ) -> list[bytes]:
-    """Every buffer, of gradients and of weights, is what the specification says, to the bit."""
+    """Every buffer, of gradients and of weights, is what the specification says, bit for bit."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if kind == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16)

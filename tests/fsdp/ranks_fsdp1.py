@@ -39,7 +39,7 @@ def gradients_of(module: FSDP) -> list[Tensor | None]:
 
 
 def equals_plain(rank: int, ranks: int, strategy: str, kind: str, how: str) -> list[bytes]:
-    """With a codec that loses nothing, training is that of plain FSDP1, to the bit."""
+    """With a codec that loses nothing, training is that of plain FSDP1, bit for bit."""
     whole = ranks > 2
     options: dict[str, Any] = {
         "bfloat16": {"mixed_precision": MixedPrecision(torch.bfloat16, torch.float32)},

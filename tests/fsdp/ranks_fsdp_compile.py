@@ -128,7 +128,7 @@ def compiled(rank: int, ranks: int, how: str, backend: str, exact: bool, late: b
         ranks: All ranks.
         how: One of :data:`HOWS`.
         backend: Of torch.compile.
-        exact: Whether that backend computes what uncompiled code computes, to the bit.
+        exact: Whether that backend computes what uncompiled code computes, bit for bit.
         late: Compress after steps were compiled.
     """
     plain, _, graphs = _trained(rank, how, backend, None)

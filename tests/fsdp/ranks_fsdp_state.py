@@ -126,7 +126,7 @@ def _training(seed: int = 5) -> tuple[Net, Any, Any]:
 
 
 def resumes(rank: int, ranks: int, directory: str) -> list[bytes]:
-    """Training that was saved and loaded goes on to the bit; both kinds of checkpoint."""
+    """Training that was saved and loaded goes on bit for bit; both kinds of checkpoint."""
     net, optimizer, state = _training()
     train(net, optimizer, rank, range(3))
     model = {name: p.full_tensor().detach().clone() for name, p in net.named_parameters()}

@@ -1,4 +1,4 @@
-"""Block formats equal their reference to the bit: doors, instruction sets, types, places."""
+"""Block formats are bit-identical to their reference: instruction sets, types, places."""
 
 from __future__ import annotations
 

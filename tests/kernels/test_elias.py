@@ -1,4 +1,4 @@
-"""Elias coding equals its reference to the bit: doors, instruction sets, threads, emulated CUDA."""
+"""Elias coding is bit-identical to its reference: instruction sets, threads, emulated CUDA."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_sparse_blocks_become_short() -> None:
 
 
 def test_never_much_longer() -> None:
-    """A byte a block and the table, whatever the values."""
+    """A byte per block and the table, whatever the values."""
     rng = np.random.default_rng(1)
     for bits in range(2, 9):
         for x in (rng.uniform(-1, 1, 5000), rng.standard_normal(5000), np.ones(5000)):

@@ -1,4 +1,4 @@
-"""Every kernel equals the reference to the bit: doors, instruction sets, types, lengths, places."""
+"""Every kernel is bit-identical to the reference: instruction sets, types, lengths, places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of plain values equal their reference to the bit: doors, instruction sets, types, places."""
+"""Sums of plain values are bit-identical to their reference: instruction sets, types, places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ternary kernels equal their reference to the bit: doors, instruction sets, types, places."""
+"""Ternary kernels are bit-identical to their reference: instruction sets, types, places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Top-k blocks equal their reference to the bit: doors, instruction sets, types, places."""
+"""Top-k blocks are bit-identical to their reference: instruction sets, types, places."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_all_of_it_comes_back_at_density_one(door: Door, rng: np.random.Generato
 
 
 def test_nothing_is_lost(door: Door, rng: np.random.Generator) -> None:
-    """What was sent and the residual are what there was, to the bit, in every type of values."""
+    """What was sent and the residual are what there was, bit for bit, in every type of values."""
     x = (rng.standard_normal(3000) * 1e3).astype(np.float32)
     x[7], x[2005] = 1e38, -7e4  # beyond float16, the first beyond bfloat16 after rounding, too
     for values in ("float32", "bfloat16", "float16"):

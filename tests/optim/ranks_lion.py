@@ -64,7 +64,7 @@ def groups(named: dict[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
 def equals_oracle(
     rank: int, ranks: int, options: dict[str, Any], other: dict[str, Any]
 ) -> list[bytes]:
-    """Trains with the optimizer and in the simulation; equal to the bit after every step.
+    """Trains with the optimizer and in the simulation; bit-identical after every step.
 
     ``other``: ``dtype``, ``device``, ``groups`` and events by step: ``missing`` (step, worker,
     parameter), ``bad`` (step, worker, parameter, value), ``strided``: gradients in another memory

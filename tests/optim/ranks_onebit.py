@@ -60,7 +60,7 @@ def everyone(
 
 
 def check_residuals(opt: OneBitOptimizer, oracle: onebit_oracle.Oracle, rank: int) -> None:
-    """Residuals to the bit, and none where nothing ever arrived."""
+    """Residuals bit for bit, and none where nothing ever arrived."""
     residuals = opt.exchange.residuals
     for i, p in enumerate(oracle.params):
         if i in residuals.worker:
@@ -75,7 +75,7 @@ def check_residuals(opt: OneBitOptimizer, oracle: onebit_oracle.Oracle, rank: in
 def equals_oracle(
     rank: int, ranks: int, kind: str, options: dict[str, Any], other: dict[str, Any]
 ) -> list[bytes]:
-    """Equal to the bit after every step.
+    """Bit-identical after every step.
 
     ``other``: ``dtype``, ``steps``, ``shapes``, and events (step, worker, parameter):
     ``missing`` and ``bad``.

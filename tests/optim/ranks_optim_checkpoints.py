@@ -189,7 +189,7 @@ def _train(ddp: Any, opt: Any, how: str, rank: int, steps: range) -> None:
 def torch_checkpoint(
     rank: int, ranks: int, kind: str, how: str, until: int, flatten: bool, folder: str
 ) -> None:
-    """``dcp.save`` and ``dcp.load``, into what was not used yet: training goes on to the bit."""
+    """``dcp.save`` and ``dcp.load``, into what was not used yet: training goes on bit for bit."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     ddp, net, opt = _wrapped(kind, how, 0)
     _train(ddp, opt, how, rank, range(until))

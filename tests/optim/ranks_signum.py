@@ -26,7 +26,7 @@ def make(params: Any, beta: float | None, **options: Any) -> VotingOptimizer:
 def equals_oracle(
     rank: int, ranks: int, beta: float | None, options: dict[str, Any], other: dict[str, Any]
 ) -> list[bytes]:
-    """Equal to the bit after every step; ``missing``: (step, worker, parameter), ``bad`` too."""
+    """Bit-identical after every step; ``missing``: (step, worker, parameter), ``bad`` too."""
     dtype = other.get("dtype", "float32")
     params = parameters(rank, getattr(torch, dtype))
     start = [stored(p) for p in parameters(0, getattr(torch, dtype)).values()]

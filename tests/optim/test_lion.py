@@ -1,4 +1,4 @@
-"""DistributedLion on real ranks: the plain path equals an independent simulation to the bit."""
+"""DistributedLion on real ranks: the plain path is bit-identical to an independent simulation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def assert_equal_replicas(results: list[list[bytes]]) -> None:
     assert all(result == results[0] for result in results), "replicas differ"
 
 
-# --------------------------------------------------------------------------- to the bit
+# --------------------------------------------------------------------------- bit for bit
 
 RULES: dict[str, dict[str, Any]] = {
     "hash": {"ties": "hash", "seed": 5},

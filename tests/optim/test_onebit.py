@@ -1,4 +1,4 @@
-"""The 1-bit optimizers on real ranks equal an independent simulation to the bit."""
+"""The 1-bit optimizers on real ranks are bit-identical to an independent simulation."""
 
 from __future__ import annotations
 

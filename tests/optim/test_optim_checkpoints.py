@@ -1,4 +1,4 @@
-"""Optimizers are copied, saved and loaded as users do it: to the bit, whole, or refused by name."""
+"""Optimizers are copied, saved and loaded as users do it: bit for bit, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SignSGD and Signum on real ranks equal an independent simulation to the bit."""
+"""SignSGD and Signum on real ranks are bit-identical to an independent simulation."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Written from the equations in the optimizers' docstrings (arXiv 2102.02888, 2202
 and the design's rules for missing and non-finite gradients. Of the package it uses the codecs'
 specification (:mod:`pydist.reference.blocks`), nothing else.
 
-Every operation is one in float32, so equality to the bit can be asked for; sums over a layer add
+Every operation is one in float32, so bit identity can be asked for; sums over a layer add
 halves in double precision.
 """
 

@@ -1,4 +1,4 @@
-"""Equality to the bit, for every test; a failure names element, byte and both values."""
+"""Bit identity, for every test; a failure names element, byte and both values."""
 
 from __future__ import annotations
 
