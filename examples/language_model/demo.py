@@ -75,7 +75,7 @@ def print_table(report: dict[str, Any]) -> None:
         table,
         "Sent: bytes a worker sends, as the loopback interface counts them, headers included.\n"
         "All workers share one machine without a slow network, so the step time shows the cost of "
-        "the processor, not the gain of the wire: bench/cluster.py measures that.",
+        "the processor, not the gain of the wire: bench/cluster/ddp.py measures that.",
     )
 
 

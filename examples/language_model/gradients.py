@@ -1,4 +1,4 @@
-"""Saves gradients of the demo's model, every worker's own, for `bench/codecs.py`.
+"""Saves gradients of the demo's model, every worker's own, for `bench/codecs/compare.py`.
 
     python examples/language_model/gradients.py --output build/gradients.pt
 

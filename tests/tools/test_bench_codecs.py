@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import sys
@@ -23,18 +22,13 @@ FOREIGN = ("bitsandbytes", "hivemind")
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    """The modules of bench/codecs.py, as its directory sees them."""
-    names = ("codec_methods", "codec_rivals", "codec_plot")
+    """The modules of bench/codecs/compare.py, as its directory sees them."""
+    names = ("methods", "rivals", "plot", "compare")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
+        patch.syspath_prepend(str(ROOT / "bench" / "codecs"))
         for package in FOREIGN:  # installed or not: seconds to import
             patch.setitem(sys.modules, package, None)
         modules = {name: importlib.import_module(name) for name in names}
-        # Not by its name, which is one of Python's own modules.
-        spec = importlib.util.spec_from_file_location("bench_codecs", ROOT / "bench" / "codecs.py")
-        assert spec and spec.loader
-        modules["codecs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules["codecs"])
         yield modules
         for name in names:
             del sys.modules[name]
@@ -62,21 +56,21 @@ def threads() -> Any:
 def test_a_run_writes_everything_down(
     bench: Any, gradients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(bench["codecs"].timing, "cold_bytes", lambda device: 1)
-    monkeypatch.setattr(bench["codecs"].timing, "SAMPLE_SECONDS", 1e-5)
-    monkeypatch.setattr(bench["codecs"], "NORMAL_SIDE", 128)
+    monkeypatch.setattr(bench["compare"].timing, "cold_bytes", lambda device: 1)
+    monkeypatch.setattr(bench["compare"].timing, "SAMPLE_SECONDS", 1e-5)
+    monkeypatch.setattr(bench["compare"], "NORMAL_SIDE", 128)
     files = {suffix: tmp_path / "new" / f"out.{suffix}" for suffix in ("json", "png")}
     out = ["--json", str(files["json"]), "--plot", str(files["png"])]
     small = ["--gradients", str(gradients), "--numel", "1000", "--repeats", "2"]
-    assert bench["codecs"].main([*small, *out]) == 0
+    assert bench["compare"].main([*small, *out]) == 0
     said = capsys.readouterr().out
     record = json.loads(files["json"].read_text())
-    assert record["command"].startswith("python bench/codecs.py --gradients")
-    assert set(record["missing"]) == set(bench["codec_rivals"].OTHERS)
+    assert record["command"].startswith("python bench/codecs/compare.py --gradients")
+    assert set(record["missing"]) == set(bench["rivals"].OTHERS)
     assert "not measured: hivemind UNIFORM_8BIT: ModuleNotFoundError" in said
     rows = {row["method"]: row for row in record["results"]}
     assert len(rows) == len(record["results"]), "two methods have one name"
-    assert {method.name for method in bench["codec_methods"].CODECS} < rows.keys()
+    assert {method.name for method in bench["methods"].CODECS} < rows.keys()
     for name, row in rows.items():
         for found in row["inputs"].values():
             assert 0 < found["bits"] <= 32 and len(found["errors_of_runs"]) in (1, 2), name
@@ -84,12 +78,12 @@ def test_a_run_writes_everything_down(
             assert len(row["times"][what]["samples"]) == 2, name
         # What no code can do for normal numbers (but for the luck of 2**16 of them).
         normal = row["inputs"]["normal"]
-        assert normal["error"] > 0.97 * bench["codec_plot"].bound(normal["bits"]), name
+        assert normal["error"] > 0.97 * bench["plot"].bound(normal["bits"]), name
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_figures_of_a_codec_are_those_of_what_it_sends(bench: Any) -> None:
-    methods = bench["codec_methods"]
+    methods = bench["methods"]
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     layers = [x[:700], x[700:]]
     for codec in (pydist.QSGD(4), pydist.Sign("l1"), pydist.Sign(None), pydist.BlockFloat("e5m2")):
@@ -110,18 +104,18 @@ def test_figures_of_a_codec_are_those_of_what_it_sends(bench: Any) -> None:
 
 
 def test_errors(bench: Any) -> None:
-    comparison = bench["codecs"].Comparison()
+    comparison = bench["compare"].Comparison()
     comparison.add([torch.tensor([1.0, 0.0]), torch.tensor([2.0])],
                    [torch.tensor([1.0, 2.0]), torch.tensor([2.0])])  # fmt: skip
     assert comparison.error(True) == pytest.approx(2 / 3)
     cosine = 5 / math.sqrt(5 * 9)
     assert comparison.cosine() == pytest.approx(cosine)
     assert comparison.error(False) == pytest.approx(math.sqrt(1 - cosine**2))
-    assert bench["codec_plot"].bound(3.0) == 1 / 8
+    assert bench["plot"].bound(3.0) == 1 / 8
 
 
 def test_power_sgd_finds_a_low_rank_and_warm_start_helps(bench: Any) -> None:
-    rivals, codecs = bench["codec_rivals"], bench["codecs"]
+    rivals, codecs = bench["rivals"], bench["compare"]
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(64, 2, generator=generator) for _ in range(2))
     layers = [left @ right.T, torch.randn(5, generator=generator)]
@@ -140,13 +134,13 @@ def test_power_sgd_finds_a_low_rank_and_warm_start_helps(bench: Any) -> None:
 
 
 def test_casts_have_the_size_and_the_scale_they_say(bench: Any) -> None:
-    cast, small = bench["codec_rivals"].Cast, [1e-4 * torch.randn(64, 8)]
+    cast, small = bench["rivals"].Cast, [1e-4 * torch.randn(64, 8)]
     alone, scaled = (cast(torch.float8_e4m3fn, scaled=scaled) for scaled in (False, True))
     assert alone.send(small).bytes == 512 and scaled.send(small).bytes == 516
     assert not alone.send(small).values[0].any()  # below its smallest number
     error = (scaled.send(small).values[0] - small[0]).norm() / small[0].norm()
     assert 0 < error < 0.05
-    whole = bench["codec_rivals"].Cast(torch.bfloat16).mean([[torch.full((3,), 1.0)]] * 3)
+    whole = bench["rivals"].Cast(torch.bfloat16).mean([[torch.full((3,), 1.0)]] * 3)
     assert torch.equal(whole[0], torch.full((3,), 1.0))
 
 
@@ -159,7 +153,7 @@ def test_casts_have_the_size_and_the_scale_they_say(bench: Any) -> None:
 )
 def test_wrong_usage(bench: Any, arguments: list[str], message: str, capsys: Any) -> None:
     try:
-        status = bench["codecs"].main(arguments)
+        status = bench["compare"].main(arguments)
     except SystemExit as ended:
         status = ended.code
     assert status == 2

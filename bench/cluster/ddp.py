@@ -1,8 +1,8 @@
 """Collectives and training steps timed on several "hosts" of one machine, joined by slow links.
 
-    sudo python bench/cluster.py all-reduce --hosts 4 --rate 1gbit
-    sudo python bench/cluster.py step --rate 100mbit
-    sudo python bench/cluster.py goodput --rate 100mbit
+    sudo python bench/cluster/ddp.py all-reduce --hosts 4 --rate 1gbit
+    sudo python bench/cluster/ddp.py step --rate 100mbit
+    sudo python bench/cluster/ddp.py goodput --rate 100mbit
 
 ``goodput`` checks the links themselves. The hosts are network namespaces (see ``netns.py``), so
 root is needed; nothing leaves the machine. All ranks share its processor: keep it idle otherwise,
@@ -187,7 +187,7 @@ def work(settings: str) -> int:
 
 def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
     """Run the task's worker on all hosts and return what each found."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(Path(__file__).resolve()), "worker", json.dumps(vars(options))]
     env = {
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = parse(arguments)
     record: Report = {
-        "command": shlex.join(["python", "bench/cluster.py", *arguments]),
+        "command": shlex.join(["python", "bench/cluster/ddp.py", *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }

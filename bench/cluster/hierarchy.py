@@ -1,6 +1,6 @@
-"""All-reduce on two levels beside a flat one: several ranks a host, slow links between the hosts.
+"""All-reduce on two levels beside a flat one: several ranks per host, slow links between the hosts.
 
-    sudo python bench/hierarchy.py --hosts 2 --local 2 --rate 1gbit
+    sudo python bench/cluster/hierarchy.py --hosts 2 --local 2 --rate 1gbit
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
 Every method runs once a round, the slowest rank counts, and ratios are those of a round to gloo's
@@ -76,7 +76,7 @@ def main() -> None:
     """Makes the hosts, or on one of them starts its ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--local", type=int, default=2, help="ranks a host")
+    parser.add_argument("--local", type=int, default=2, help="ranks per host")
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--numel", type=int, default=4 * 1024 * 1024)
     parser.add_argument("--repeats", type=int, default=10)

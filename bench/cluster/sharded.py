@@ -1,7 +1,7 @@
 """Training steps of a sharded model between hosts behind slow links: FSDP2, and HSDP.
 
-    sudo python bench/sharded.py --hosts 4 --rate 1gbit                  # FSDP2, a rank a host
-    sudo python bench/sharded.py --hosts 2 --local 2 --rate 100mbit      # HSDP: sharded in a host
+    sudo python bench/cluster/sharded.py --hosts 4 --rate 1gbit           # FSDP2, a rank per host
+    sudo python bench/cluster/sharded.py --hosts 2 --local 2 --rate 100mbit # HSDP, sharded in hosts
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
 All methods make the same step in turns, with a model of their own: forward, backward, update. The
@@ -65,7 +65,7 @@ class Sharded:
     def predicted(self, hosts: int, local: int, parameters: int) -> float:
         """Payload bytes a host sends in a step.
 
-        With a rank a host: every weight is gathered twice, in forward and in backward, and every
+        With a rank per host: every weight is gathered twice, in forward and in backward, and every
         gradient reduced and scattered. With more, shards travel inside a host, and only what
         replicas exchange leaves it.
         """
@@ -172,7 +172,7 @@ def launch(options: argparse.Namespace, folder: str) -> Report:
         drops = sum(count["drops"] for count in cluster.counters())
     ranks = range(options.hosts * options.local)
     rows = summarise([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in ranks])
-    kind = "FSDP2" if options.local == 1 else f"HSDP, {options.local} ranks a host"
+    kind = "FSDP2" if options.local == 1 else f"HSDP, {options.local} ranks per host"
     show(rows, f"step of {kind}, {options.hosts} hosts at {options.rate}")
     return {"methods": rows, "packets_dropped": drops}
 
@@ -183,7 +183,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--local", type=int, default=1, help="ranks a host; more than 1 is HSDP")
+    parser.add_argument("--local", type=int, default=1, help="ranks per host; more than 1 is HSDP")
     parser.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
     parser.add_argument("--batch", type=int, default=8, help="samples a rank and step")
     parser.add_argument("--repeats", type=int, default=10)
@@ -203,7 +203,7 @@ def main() -> int:
         mp.spawn(measure, (options, int(os.environ["RANK"]), options.folder), options.local)
         return 0
     record: Report = {
-        "command": shlex.join(["python", "bench/sharded.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench/cluster/sharded.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }

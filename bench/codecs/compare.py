@@ -1,7 +1,7 @@
 """Codecs compared: bits per parameter, error and speed, on real gradients and on normal numbers.
 
     python examples/language_model/gradients.py --output build/gradients.pt
-    python bench/codecs.py --json bench/results/codecs.json --plot docs/codecs.png
+    python bench/codecs/compare.py --json bench/results/codecs.json --plot docs/codecs.png
 
 Errors are norms: of what was decoded less the gradient, over that of the gradient. Times are of one
 thread on one tensor, with a copy of that tensor measured before each.
@@ -20,9 +20,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import codec_rivals
+import rivals
 import torch
-from codec_methods import CODECS, CodecMethod, Layers, Method, Slot
+from methods import CODECS, CodecMethod, Layers, Method, Slot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -259,8 +259,8 @@ def run(options: argparse.Namespace, command: str, console: Console) -> Report:
         UsageError: Something asked for is not here.
     """
     gradients, shapes = saved(options.gradients)
-    rivals, missing = ([], {}) if options.no_rivals else codec_rivals.found()
-    methods = chosen(chain(CODECS, rivals), options.only)
+    others, missing = ([], {}) if options.no_rivals else rivals.found()
+    methods = chosen(chain(CODECS, others), options.only)
     if not methods:
         raise UsageError(f"--only: no method's name contains {' or '.join(options.only)}")
     torch.set_num_threads(1)
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit status, 2 where something asked for is not here."""
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    command = shlex.join(["python", "bench/codecs.py", *arguments])
+    command = shlex.join(["python", "bench/codecs/compare.py", *arguments])
     try:
         record = run(options, command, console)
     except UsageError as error:
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
-        from codec_plot import draw
+        from plot import draw
 
         draw(record["results"], options.plot)
     return 0

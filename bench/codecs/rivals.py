@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
-from codec_methods import Layers, Method, Sent, Slot
+from methods import Layers, Method, Sent, Slot
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
