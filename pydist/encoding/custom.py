@@ -191,7 +191,8 @@ class CustomRows(RowCodec):
         )
         payload = self._payload(values, draws)
         begin = word * self.unit_bytes
-        place.bytes()[begin : begin + len(payload)] = payload
+        room = place.bytes()[begin : begin + -(-len(values) // self.unit) * self.unit_bytes]
+        room[: len(payload)], room[len(payload) :] = payload, 0
         flags |= (~values.isfinite()).any().to(torch.int32) * wire.FLAG_NON_FINITE
         return payload
 

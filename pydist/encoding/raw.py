@@ -80,7 +80,11 @@ class RawRows(RowCodec):
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean, rounds to the wire's dtype."""
-        to = wire.one_row(place.address(), place.size // self.width)
+        n = place.size // self.width
+        if not rows[:, wire.WORD].any():  # one run of elements, or none
+            n = int(rows[:, wire.N].sum())
+            place.bytes()[n * self.width :] = 0
+        to = wire.one_row(place.address(), n)
         args = sum_args(source.address(), source.stride, source.ranks, job.divisor)
         job.launch(
             source.near, "sum_values", to, self._kind, self._kind, args, flags.data_ptr(),

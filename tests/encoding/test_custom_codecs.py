@@ -15,8 +15,10 @@ from torch import Tensor
 
 import pydist
 from pydist import simulate
+from pydist.encoding.choose import all_reduce_coder
 from pydist.encoding.custom import Draws, check_custom
 from pydist.reference.signs import draws16
+from pydist.transport.coder import Worker
 
 multiprocess = pytest.mark.multiprocess
 
@@ -245,6 +247,20 @@ class Doubles(pydist.Codec):
 
     def decode(self, payload: Tensor, n: int) -> Tensor:
         return payload.view(torch.float64).float()
+
+
+@pytest.mark.parametrize("n", [1, 777, 3001])
+def test_bytes_behind_payloads_are_zeros(n: int) -> None:
+    """Whatever was in a message's memory: ranks compare checksums of all bytes."""
+    worker = Worker(0, 2, 0)
+    coder = all_reduce_coder(torch.ones(n), Natural(), worker, op="mean", ties="hash", seed=0)
+    rows = torch.full((2, coder.message_bytes(n)), 0xFF, dtype=torch.uint8)
+    coder.encode(rows[:1], n, 0, n)
+    assert not rows[0, n:].any()
+    out = torch.full((coder.reduced_bytes(n),), 0xFF, dtype=torch.uint8)
+    coder.reduce(rows[:1].repeat(2, 1), out, n, 0, n, coder.flags)
+    assert not out[n:].any()
+    assert len(out) > n
 
 
 @multiprocess

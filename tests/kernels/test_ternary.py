@@ -433,7 +433,7 @@ def _tensors() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
     flags = torch.zeros(1, dtype=torch.int32)
     return {
         "scale": ("ternary_scale", (x,), {"clip": 2.5, "flags": flags}),
-        "scale segments": ("ternary_scale", (x,), {"clip": 0.0, "segments": table}),
+        "scale segments": ("ternary_scale", (x,), {"clip": None, "segments": table}),
         "scale out": ("ternary_scale_out", (x,), {"clip": 2.5, "out": one}),
         "pack": ("ternary_pack", (x, one), {"seed": 1, "rank": 2, "step": 3}),
         "pack shared": ("ternary_pack", (x.half(), one), {"shared": one, "flags": flags}),
