@@ -154,7 +154,6 @@ class Communicator:
         )
         self._breaking = False
         self._broken = ""  # why; empty while nothing is, or while that is found out
-        self._aborted = False
         self._explained = threading.Event()
         self._closed = False
         self._lock = threading.Lock()
@@ -367,7 +366,8 @@ class Communicator:
             self._failures.publish(report)
             self._abort()
             which = f"{label}: " if label else ""
-            self._broken = f"{which}a collective failed: {self._failures.explain(report)}"
+            why = self._failures.explain(report, self._connections.hung_up)
+            self._broken = f"{which}a collective failed: {why}"
             self._explained.set()
         self._explained.wait()
         # The frames hold the user's model; who reads the traceback needs their lines alone.
@@ -381,15 +381,12 @@ class Communicator:
         return PydistError(f"an earlier call on this process group failed: {self._broken}")
 
     def _abort(self) -> None:
-        self._aborted = True
         self._connections.abort()
         if self.device_side:
             groups.abort(self.first)
 
-    def _hung_up(self, place: int) -> None:
+    def _hung_up(self) -> None:
         """A peer has closed its connections: what still needs it will not end by itself."""
-        if not self._aborted:  # else all do, as this rank has ended the connections
-            self._failures.hung_up.append(place)
         deadline = time.monotonic() + GRACE_SECONDS
         while self._under_way and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -82,6 +82,9 @@ class Connections:
         size: Ranks of the group.
         before: What :func:`established` gave before the groups were made.
         timeout: How long to wait for the others' addresses.
+
+    Attributes:
+        hung_up: Places of the peers that ended a connection before this rank did, in that order.
     """
 
     def __init__(
@@ -106,12 +109,14 @@ class Connections:
                     self._sockets[found.fileno()] = peer, found
         for found in new.values():  # somebody else's
             found.close()
+        self.hung_up: list[int] = []
+        self._aborted = False
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wake: tuple[socket.socket, socket.socket] | None = None
 
-    def watch(self, lost: Callable[[int], None]) -> None:
-        """Starts a thread that calls ``lost`` with the rank of every peer that hangs up."""
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Starts a thread that calls ``lost`` for every peer that hangs up."""
         if not self._sockets or not _HANG_UP or self._thread is not None:
             return
         self._wake = socket.socketpair()
@@ -124,17 +129,19 @@ class Connections:
         )
         self._thread.start()
 
-    def _watch(self, poller: select.poll, lost: Callable[[int], None]) -> None:
+    def _watch(self, poller: select.poll, lost: Callable[[], None]) -> None:
         told: set[int] = set()
         while self._sockets:
             for descriptor, _ in poller.poll():
                 poller.unregister(descriptor)
+                with self._lock:
+                    self._note(descriptor)
                 peer = self._let_go(descriptor)
                 if peer is None:  # woken up to end
                     return
                 if peer not in told:
                     told.add(peer)
-                    lost(peer)
+                    lost()
 
     def _let_go(self, descriptor: int) -> int | None:
         """Closes a socket of which gloo has closed its own copy, or will; the peer behind it.
@@ -147,9 +154,22 @@ class Connections:
                 found.close()
             return peer
 
+    def _note(self, descriptor: int) -> None:
+        """Remembers who has hung up first, unless this rank has."""
+        peer, _ = self._sockets.get(descriptor, (None, None))
+        if not (self._aborted or peer is None or peer in self.hung_up):
+            self.hung_up.append(peer)
+
     def abort(self) -> None:
         """Ends everything that waits for a message on them, on both ends."""
         with self._lock:
+            if _HANG_UP:  # a call may fail of a hang-up before the thread has seen it
+                poller = select.poll()
+                for descriptor in self._sockets:
+                    poller.register(descriptor, _HANG_UP)
+                for descriptor, _ in poller.poll(0):
+                    self._note(descriptor)
+            self._aborted = True
             for _, found in self._sockets.values():
                 with contextlib.suppress(OSError):
                     found.shutdown(socket.SHUT_RDWR)

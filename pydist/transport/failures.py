@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,7 +63,6 @@ class Failures:
     def __init__(self, store: Any, name: str, ranks: list[int], rank: int, timeout: float) -> None:
         self._store, self._name, self._ranks, self._rank = store, name, ranks, rank
         self._timeout = timeout
-        self.hung_up: list[int] = []  # places of peers that closed their connections first
         self.closing = False  # this rank ends: it does not wait for what others have to say
 
     def publish(self, report: Report) -> None:
@@ -78,8 +78,13 @@ class Failures:
             if self._store is not None and place not in found and self._store.check([key]):
                 found[place] = Report(**json.loads(self._store.get(key)))
 
-    def explain(self, mine: Report) -> str:
-        """Waits for the others' reports and says what went wrong, and where."""
+    def explain(self, mine: Report, hung_up: Collection[int] = ()) -> str:
+        """Waits for the others' reports and says what went wrong, and where.
+
+        Args:
+            mine: This rank's.
+            hung_up: Places of the peers that ended their connections first.
+        """
         found = {self._rank: mine}
         deadline = time.monotonic() + COLLECT_SECONDS
         while len(found) < len(self._ranks) and time.monotonic() < deadline:
@@ -95,11 +100,13 @@ class Failures:
             for place in sorted(found)
             if found[place].cause
         ]
-        return "; ".join(causes) or self._who_is_lost(found, mine)
+        return "; ".join(causes) or self._who_is_lost(found, mine, hung_up)
 
-    def _who_is_lost(self, found: dict[int, Report], mine: Report) -> str:
+    def _who_is_lost(
+        self, found: dict[int, Report], mine: Report, hung_up: Collection[int]
+    ) -> str:
         lost = [place for place in range(len(self._ranks)) if place not in found]
-        gone = [place for place in lost if place in self.hung_up]
+        gone = [place for place in lost if place in hung_up]
         if gone or self._store is None:  # without a store nobody can say anything
             lost = gone  # the others are busy, and have not noticed yet
         if not lost:
