@@ -94,7 +94,9 @@ if not TYPE_CHECKING:  # else every name would be there, of any type
         if name in _MODULES:
             return importlib.import_module(f"pydist.{name}")
         if name in _HOMES:
-            return getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
+            found = getattr(importlib.import_module(f"pydist.{_HOMES[name]}"), name)
+            globals()[name] = found  # the next use finds it at once
+            return found
         if name in _MOVED:
             home = f"pydist.{_MOVED[name]}"
             warnings.warn(f"pydist.{name} is now {home}", DeprecationWarning, stacklevel=2)

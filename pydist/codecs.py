@@ -250,11 +250,6 @@ class Ternary(Codec):
         if self.clip is not None:  # 2 and 2.0 are the same codec on all ranks
             object.__setattr__(self, "clip", float(self.clip))
 
-    @property
-    def block_format(self) -> None:
-        """There are no blocks."""
-        return None
-
 
 @dataclass(frozen=True)
 class TopK(Codec):
@@ -288,11 +283,6 @@ class TopK(Codec):
         """What the kernels are told."""
         return TopKFormat(self.density, self.block, self.values)
 
-    @property
-    def block_format(self) -> None:
-        """None: there is no scale per block."""
-        return None
-
 
 @dataclass(frozen=True)
 class Raw(Codec):
@@ -316,8 +306,3 @@ class Raw(Codec):
     def __post_init__(self) -> None:
         if self.dtype is not None:
             check_choice("dtype", self.dtype, RAW_DTYPES)
-
-    @property
-    def block_format(self) -> None:
-        """No blocks."""
-        return None

@@ -64,8 +64,9 @@ def number_of(codec: Codec) -> int:
         return wire.CODECS["custom"]
     if isinstance(codec, QSGD) and codec.entropy == "elias":
         return wire.CODECS["qsgd_elias"]
-    scaled = "sign" if codec.block_format is None else "scaled_sign"
-    return wire.CODECS[_NAMES.get(type(codec), scaled)]
+    if isinstance(codec, Sign):
+        return wire.CODECS["sign" if codec.scale is None else "scaled_sign"]
+    return wire.CODECS[_NAMES[type(codec)]]
 
 
 def rows_of(

@@ -177,7 +177,8 @@ class ReduceCoder(PlanCoder):
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Each owner's units into the row that goes there."""
-        for row, span in zip(shards, spans(len(shards), units, begin, end), strict=True):
+        rows = shards.unbind()
+        for row, span in zip(rows, spans(len(rows), units, begin, end), strict=True):
             self.write(self.part, self.flat, row, units, span)
 
     def reduce(
@@ -193,7 +194,7 @@ class ReduceCoder(PlanCoder):
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """The reduced shards into their places."""
         shards = shards.to(self.flat.device)
-        for i, span in enumerate(spans(len(shards), units, begin, end)):
+        for i, span in enumerate(spans(shards.shape[0], units, begin, end)):
             source = self.rows.reduced_source(shards[i : i + 1], units)
             rows = self.placed(self.part, self.flat, span)
             self.rows.decode_reduced(

@@ -28,7 +28,8 @@ class CodedBlocks:
     """
 
     def __init__(self, form: BlockFormat, rows: IntArray, code_bytes: int) -> None:
-        self.form, self.rows, self.code_bytes = form, rows, code_bytes
+        self.form, self.code_bytes = form, code_bytes
+        self.rows = wire.number_rows(rows.copy(), form.block)  # the table of streams goes by it
         self.table: IntArray = np.zeros((len(rows), 4), dtype=np.int64)
         self.table[:, 1] = rows[:, wire.N]
 

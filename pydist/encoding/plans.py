@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -48,10 +48,11 @@ class Plan:
         self.gaps = bool((sizes != self.units * unit).any())
 
     @classmethod
+    @lru_cache(maxsize=64)
     def dense(
         cls, numel: int, unit: int, parts: int = 1, first: int = 0, *, alike: bool = False
     ) -> Plan:
-        """Parts of ``numel`` elements each, every one a segment of its own.
+        """Parts of ``numel`` elements each, every one a segment of its own; kept for later calls.
 
         Args:
             numel: Elements of a part.

@@ -15,7 +15,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels.checks import FLOATS
 from pydist.kernels.launch import LaunchTarget, launch
@@ -75,7 +74,7 @@ class Job:
 
     def launch(self, near: Tensor, kernel: str, rows: IntArray, *args: object, unit: int) -> None:
         """Runs a kernel on rows of ``unit`` elements per unit of work, where ``near`` is."""
-        launch(self.target(near), kernel, wire.number_rows(rows, unit), *args, unit=unit)
+        launch(self.target(near), kernel, rows, *args, unit=unit)
 
 
 class Place:
@@ -92,34 +91,34 @@ class Place:
     """
 
     def __init__(self, out: Tensor, columns: Sequence[int], *, zero: bool) -> None:
-        self._out, self._columns = out, columns
-        self._parts: list[Tensor] = []
-        if len(out) == 1:
-            if zero:
-                out.zero_()
-            self._parts = list(out[0, : sum(columns)].split(list(columns)))
-            self.size = columns[0]
-            return
-        make = torch.zeros if zero else torch.empty
-        self._parts = [
-            make((len(out), size), dtype=torch.uint8, device=out.device) for size in columns
-        ]
-        self.size = len(out) * columns[0]
+        self._out, self._columns, self.size = out, columns, out.shape[0] * columns[0]
+        self._beside: Tensor | None = None  # columns of all rows, one behind the other
+        target = out
+        if out.shape[0] > 1:
+            size = out.shape[0] * sum(columns)
+            target = self._beside = torch.empty(size, dtype=torch.uint8, device=out.device)
+        if zero:
+            target.zero_()
+
+    def _begin(self, column: int) -> int:
+        return self._out.shape[0] * sum(self._columns[:column])
 
     def address(self, column: int = 0) -> int:
         """First byte of a column."""
-        return self._parts[column].data_ptr()
+        near = self._out if self._beside is None else self._beside
+        return near.data_ptr() + self._begin(column)
 
     def bytes(self, column: int = 0) -> Tensor:
         """A column of all rows, uint8 [bytes]."""
-        return self._parts[column].view(-1)
+        near = self._out[0] if self._beside is None else self._beside
+        return near.narrow(0, self._begin(column), self._out.shape[0] * self._columns[column])
 
     def finish(self) -> None:
         """Deals out what was written to the rows."""
-        if len(self._out) > 1:
+        if self._beside is not None:
             begin = 0
-            for part, size in zip(self._parts, self._columns, strict=True):
-                self._out[:, begin : begin + size] = part
+            for column, size in enumerate(self._columns):
+                self._out[:, begin : begin + size] = self.bytes(column).view(-1, size)
                 begin += size
 
 
@@ -134,24 +133,22 @@ class Source:
     """
 
     def __init__(self, messages: Tensor, columns: Sequence[int], *, joined: bool = False) -> None:
-        self.near = messages
-        self.ranks, self.stride = len(messages), messages.stride(0)
-        parts = messages[:, : sum(columns)].split(list(columns), dim=1)
-        self.size = columns[0]
-        if joined and len(messages) > 1:
-            parts = tuple(part.contiguous() for part in parts)
-            self.ranks, self.stride = 1, 0
-            self.size = len(messages) * columns[0]
-        self._parts = parts
+        self._columns = columns
+        rows = messages.shape[0]
+        if joined and rows > 1:
+            parts = messages[:, : sum(columns)].split(list(columns), dim=1)
+            messages = torch.cat([part.reshape(-1) for part in parts]).unsqueeze(0)
+            self._columns = [rows * size for size in columns]
+        self.near, self.size = messages, self._columns[0]
+        self.ranks, self.stride = messages.shape[0], messages.stride(0)
 
     def address(self, column: int = 0) -> int:
         """First byte of a column."""
-        return self._parts[column].data_ptr()
+        return self.near.data_ptr() + sum(self._columns[:column])
 
     def rows(self, column: int = 0) -> Tensor:
         """A column of every rank's message, uint8 [ranks, bytes]."""
-        part = self._parts[column]
-        return part.reshape(1, -1) if self.ranks != len(part) else part
+        return self.near.narrow(1, sum(self._columns[:column]), self._columns[column])
 
 
 class RowCodec:

@@ -142,4 +142,4 @@ class Shares:
         rows[:, wire.FIRST] += drop
         rows[:, wire.N] = np.minimum(rows[:, wire.N] - drop, (high[owner] - start) * self.unit)
         rows[:, wire.WORD] = owner * room + start - low[owner]
-        return Piece(wire.number_rows(rows, self.unit), part, owner, room)
+        return Piece(rows, part, owner, room)

@@ -118,7 +118,7 @@ class TernaryRows(RowCodec):
         """Adds trits: exact, whatever the number of ranks."""
         args = source_args(source.address(), source.size, source.stride, source.ranks, 1)
         launch_reading(
-            job.target(source.near), "ternary_sum", wire.number_rows(rows, UNIT), args,
+            job.target(source.near), "ternary_sum", rows, args,
             place.address(), flags=flags.data_ptr(), what=PAYLOADS,
         )  # fmt: skip
 
@@ -135,7 +135,7 @@ class TernaryRows(RowCodec):
         """Sums of trits times the scaler."""
         args = source_args(source.address(), source.size, source.stride, source.ranks, divisor)
         launch_reading(
-            job.target(x), "ternary_unpack", wire.number_rows(rows, UNIT), dtype, args,
+            job.target(x), "ternary_unpack", rows, dtype, args,
             flags=flags.data_ptr(), what=PAYLOADS,
         )  # fmt: skip
 
@@ -146,6 +146,6 @@ class TernaryRows(RowCodec):
         ranks = job.worker.ranks
         args = source_args(source.address(), source.size, source.size, ranks, job.divisor)
         launch_reading(
-            job.target(x), "ternary_unpack_sums", wire.number_rows(rows, UNIT), dtype, args,
+            job.target(x), "ternary_unpack_sums", rows, dtype, args,
             flags=flags.data_ptr(), what=SUMS,
         )  # fmt: skip

@@ -71,7 +71,7 @@ class TopKRows(RowCodec):
         rows[:, wire.X] = 0
         payloads = self._payloads(source.address(), source.stride, source.ranks, rows)
         run_decoder(
-            job.target(source.near), "topk_reduce", wire.number_rows(rows, self.unit),
+            job.target(source.near), "topk_reduce", rows,
             payloads.native(divisor=job.divisor), self._native(job, place),
             payloads=payloads, flags=flags.data_ptr(), sums=True,
         )  # fmt: skip
@@ -89,7 +89,7 @@ class TopKRows(RowCodec):
         """Adds entries in rank order; zeros between them."""
         payloads = self._payloads(source.address(), source.stride, source.ranks, rows)
         run_decoder(
-            job.target(x), "topk_scatter", wire.number_rows(rows, self.unit), dtype,
+            job.target(x), "topk_scatter", rows, dtype,
             payloads.native(divisor=divisor), payloads=payloads, flags=flags.data_ptr(),
             sums=payloads.ranks > 1,
         )  # fmt: skip
@@ -100,6 +100,6 @@ class TopKRows(RowCodec):
         """Zeros where a place has entries: momentum factor masking."""
         payloads = self._payloads(place.address(), 0, 1, rows)
         run_decoder(
-            job.target(x), "topk_scatter", wire.number_rows(rows, self.unit), dtype,
+            job.target(x), "topk_scatter", rows, dtype,
             payloads.native(clear=True), payloads=payloads, flags=flags.data_ptr(), sums=False,
         )  # fmt: skip

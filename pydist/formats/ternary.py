@@ -82,16 +82,11 @@ def has_gaps(table: IntArray) -> bool:
     return int((-(-table[:, 1] // UNIT)).sum()) != table_units(table)
 
 
-def rows_of(table: IntArray, work: int = UNIT) -> IntArray:
-    """Rows of a segment table, addresses still zero; ``WORD`` counts units.
-
-    Args:
-        table: int64 [k, 4].
-        work: Elements that a warp takes at a time; ``WORDS_BEFORE`` counts them.
-    """
+def rows_of(table: IntArray) -> IntArray:
+    """Rows of a segment table, int64 [k, 4], addresses still zero; ``WORD`` counts units."""
     rows = wire.rows_of(table)
     rows[:, wire.WORD] = table[:, 0] // UNIT
-    return wire.number_rows(rows, work)
+    return rows
 
 
 def scale_rows(rows: IntArray) -> IntArray:

@@ -22,8 +22,6 @@ MAX_RANKS = 65535
 
 FLAG_NON_FINITE = 1
 """A NaN or an infinity was seen in this rank's contribution."""
-FLAG_MALFORMED = 4
-"""What a CUDA kernel read was written by no encoder; CPU kernels raise ValueError instead."""
 FLAG_PROBLEM = 2
 """The rank cannot take part (its reason follows in an exchange of descriptions)."""
 FLAG_MALFORMED = 4
@@ -235,7 +233,7 @@ def one_row(x: int, n: int, *, word: int = 0, ordinal: int = 0, first: int = 0) 
 
 
 def number_rows(rows: IntArray, unit: int = WORD_BITS) -> IntArray:
-    """Fills in how many units of work lie before each row (device code searches by it)."""
+    """Fills in how many units of work lie before each row: device code and Elias codes go by it."""
     words = -(-rows[:, N] // unit)
     rows[:, WORDS_BEFORE] = np.cumsum(words) - words
     return rows

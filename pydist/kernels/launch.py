@@ -97,15 +97,18 @@ def _address(rows: IntArray) -> int:
 
 
 def _on_device(target: LaunchTarget, rows: Rows, unit: int) -> tuple[tuple[int, ...], object]:
-    """Rows as launchers of CUDA kernels take them, the amount of work at the end."""
+    """Rows as launchers of CUDA kernels take them, the amount of work at the end.
+
+    Each row of a table is told the work of the rows before it, whatever it was cut out of.
+    """
     if isinstance(rows, tuple):
         return (*rows, -(-rows[wire.N] // unit)), None
     if len(rows) == 1:
-        # A row that was cut out of a table may still count the work of rows before it.
         return (*rows[0, : wire.WORDS_BEFORE].tolist(), 0, int(-(-rows[0, wire.N] // unit))), None
     assert target.upload is not None
-    address, owner = target.upload(rows)
-    work = int(rows[-1, wire.WORDS_BEFORE]) - int(-rows[-1, wire.N] // unit)
+    numbered = wire.number_rows(rows.copy(), unit)
+    address, owner = target.upload(numbered)
+    work = int(numbered[-1, wire.WORDS_BEFORE]) - int(-numbered[-1, wire.N] // unit)
     return (address, len(rows), work), owner
 
 

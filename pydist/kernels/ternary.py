@@ -99,7 +99,7 @@ def launch_reading(
     Args:
         target: Where it runs.
         kernel: Its name.
-        rows: Its rows, numbered in units.
+        rows: Its rows.
         *args: What goes between rows and flags.
         flags: Address of a word that it raises; 0 for none.
         what: What is read, for the message.
@@ -286,7 +286,7 @@ def ternary_pack(
         gaps=ternary.has_gaps(table),
     )  # fmt: skip
     _, raised = call.flags(flags, values, payload)
-    rows = ternary.rows_of(table, WARP_UNITS * ternary.UNIT)
+    rows = ternary.rows_of(table)
     wire.dense_addresses(rows, wire.X, values.address, ITEMSIZE[values.dtype])
     ternary.place_scalers(rows, own.address, common.address)
     known, step_at = call.step(step, payload)

@@ -288,7 +288,7 @@ class LionCoder(NoScales):
         address = 0 if skip is None else skip.data_ptr()
         for (dtype, lr, weight_decay), indices in groups.items():
             args = lion_apply_args(lr, weight_decay, self.bits, self.units * wire.WORD_BYTES, ranks)
-            rows = wire.number_rows(self.rows[indices])
+            rows = self.rows[indices]
             with on_device_of(self.planes):
                 launch(
                     self.job.target(self.planes), "lion_apply", rows, FLOATS[dtype],

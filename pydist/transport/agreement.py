@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class Call:
     problem: str | None = None
     details: Callable[[], dict[str, Any]] | None = None
 
-    @property
+    @cached_property
     def digest(self) -> int:
-        """32-bit checksum of name and fields."""
+        """32-bit checksum of name and fields, which do not change any more."""
         return zlib.crc32(_json([self.name, self.fields]).encode())
 
     @property

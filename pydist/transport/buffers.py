@@ -52,11 +52,11 @@ class BufferPool:
                 if self._idle:
                     self.idle -= self._idle.pop().numel()
                 buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+                self.peak = max(self.peak, self._out_bytes() + self.idle + size)
             else:
                 buffer = self._idle.pop(place)
                 self.idle -= buffer.numel()
             self._out[buffer.data_ptr()] = buffer.untyped_storage()
-            self.peak = max(self.peak, self._out_bytes() + self.idle)
         return buffer[:size].view(rows, columns)
 
     def give(self, taken: Tensor) -> None:

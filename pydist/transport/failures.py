@@ -102,9 +102,7 @@ class Failures:
         ]
         return "; ".join(causes) or self._who_is_lost(found, mine, hung_up)
 
-    def _who_is_lost(
-        self, found: dict[int, Report], mine: Report, hung_up: Collection[int]
-    ) -> str:
+    def _who_is_lost(self, found: dict[int, Report], mine: Report, hung_up: Collection[int]) -> str:
         lost = [place for place in range(len(self._ranks)) if place not in found]
         gone = [place for place in lost if place in hung_up]
         if gone or self._store is None:  # without a store nobody can say anything
