@@ -26,6 +26,8 @@ from pydist.transport import exchange
 from pydist.transport.communicator import communicator
 from pydist.transport.variable import VariableMessages
 
+DTYPES = ["float32", "float16", "bfloat16"]
+
 CODECS = [
     Sign("l1", block=64), Sign("l2"), QSGD(2, block=32), QSGD(3, block=96, norm="l2"), QSGD(4),
     QSGD(8, block=128), QSGD(4, norm="l2", entropy="elias"), QSGD(2, block=64, entropy="elias"),
@@ -164,13 +166,16 @@ def expected_all_gather(tensors: list[Tensor], codec: Codec, *, seed: int, step:
 
 
 def equals_reference(
-    rank: int, ranks: int, codecs: list[Codec], sizes: list[int], dtypes: list[str]
+    rank: int, ranks: int, codecs: list[Codec], sizes: list[int], every_dtype: bool
 ) -> list[bytes]:
-    """Every collective; rank 0 compares with the specification, the test the ranks."""
+    """Every collective; rank 0 compares with the specification, the test the ranks.
+
+    Sizes take the dtypes in turn, each codec from another one on; or every one.
+    """
     results = []
     for number, codec in enumerate(codecs):
-        for n in sizes:
-            for name in dtypes:
+        for i, n in enumerate(sizes):
+            for name in DTYPES if every_dtype else [DTYPES[(number + i) % len(DTYPES)]]:
                 dtype, options = getattr(torch, name), {"seed": 11, "step": 5 + number}
                 what = f"{codec}, {n} {name}"
                 for op in ("mean", "sum"):

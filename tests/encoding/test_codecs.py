@@ -24,12 +24,15 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 HALVES = [cases.CODECS[::2], cases.CODECS[1::2]]
 
 
+EVERY_DTYPE = pytest.param(True, marks=pytest.mark.soak, id="every dtype")
+
+
+@pytest.mark.parametrize("every_dtype", [pytest.param(False, id="in turn"), EVERY_DTYPE])
 @pytest.mark.parametrize("codecs", HALVES, ids=["even", "odd"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_equals_reference(worlds: Worlds, ranks: int, codecs: list[Any]) -> None:
-    dtypes = ["float32", "float16", "bfloat16"]
-    run = worlds(ranks).run(cases.equals_reference, codecs, [0, 1, 31, 257], dtypes, timeout=150)
-    same_on_all_ranks(run)
+def test_equals_reference(worlds: Worlds, ranks: int, codecs: list[Any], every_dtype: bool) -> None:
+    args = codecs, [0, 1, 31, 257], every_dtype
+    same_on_all_ranks(worlds(ranks).run(cases.equals_reference, *args, timeout=150))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -50,7 +50,9 @@ def _serve(
         try:
             pipe.send((True, case(rank, world_size, *args)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            # Cases share the process: what groups there are may tell who left them.
+            names = list(dist.distributed_c10d._world.pg_names.values())
+            pipe.send((False, f"{traceback.format_exc()}process groups: {names}\n"))
     if destroy:
         dist.destroy_process_group()
 
