@@ -69,3 +69,7 @@ __all__ = [
     "unpack_signs",
     "unpack_votes",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__  # the kernels, and nothing of how they came here

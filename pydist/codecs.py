@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydist.formats import ternary, wire
 from pydist.formats.blocks import BlockFormat, check_bits, check_block, check_choice
 from pydist.formats.elias import ENTROPIES
 from pydist.formats.ternary import check_clip
@@ -15,7 +16,8 @@ from pydist.formats.topk import TopKFormat
 
 __all__ = ["QSGD", "BlockFloat", "BlockInt", "Codec", "Raw", "Sign", "Ternary", "TopK"]
 
-RAW_DTYPES = ("float32", "float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
+RAW_DTYPES = ("float32", *HALVES)
 
 
 class Codec:
@@ -57,8 +59,13 @@ class Codec:
         return None
 
     def payload_bytes(self, n: int) -> int:
-        """Bytes of the payload of ``n`` elements, of any number of blocks."""
-        raise NotImplementedError(f"{type(self).__name__} is encoded by kernels: pydist.ops")
+        """Bytes of the payload of ``n`` elements, of any number of blocks.
+
+        Of ``QSGD(entropy="elias")`` those before it is shortened, by as much as the data allows.
+        """
+        if self.block_format is None:
+            raise NotImplementedError(f"{type(self).__name__} has no payload_bytes: pydist.Codec")
+        return self.block_format.payload_bytes(n)
 
     def encode(self, x: Any) -> Any:
         """Makes a payload of elements.
@@ -120,6 +127,10 @@ class Sign(Codec):
     def block_format(self) -> BlockFormat | None:
         """What the kernels are told; ``None`` for bare votes, which have kernels of their own."""
         return None if self.scale is None else BlockFormat("sign", 1, self.block, self.scale)
+
+    def payload_bytes(self, n: int) -> int:
+        """Bytes of the payload of ``n`` elements."""
+        return wire.payload_bytes(n) if self.scale is None else super().payload_bytes(n)
 
 
 @dataclass(frozen=True)
@@ -250,6 +261,10 @@ class Ternary(Codec):
         if self.clip is not None:  # 2 and 2.0 are the same codec on all ranks
             object.__setattr__(self, "clip", float(self.clip))
 
+    def payload_bytes(self, n: int) -> int:
+        """Bytes of the payload of ``n`` elements."""
+        return ternary.payload_bytes(n)
+
 
 @dataclass(frozen=True)
 class TopK(Codec):
@@ -283,6 +298,10 @@ class TopK(Codec):
         """What the kernels are told."""
         return TopKFormat(self.density, self.block, self.values)
 
+    def payload_bytes(self, n: int) -> int:
+        """Bytes of the payload of ``n`` elements."""
+        return self.topk_format.payload_bytes(n)
+
 
 @dataclass(frozen=True)
 class Raw(Codec):
@@ -306,3 +325,7 @@ class Raw(Codec):
     def __post_init__(self) -> None:
         if self.dtype is not None:
             check_choice("dtype", self.dtype, RAW_DTYPES)
+
+    def payload_bytes(self, n: int) -> int:
+        """Bytes of ``n`` values; with ``dtype=None`` those of float32."""
+        return wire.WORD_BYTES * wire.words_for(n * (16 if self.dtype in HALVES else 32))

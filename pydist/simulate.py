@@ -11,13 +11,18 @@ whatever algorithm they choose::
         print(bits, float((mean - exact).norm() / exact.norm()))
 
 The tensors stay as they are; the result is made once, as all ranks hold the same bits. Beside
-inputs and result only a chunk of each worker's bytes is in memory.
+inputs and result only a chunk of each worker's bytes is in memory. NumPy arrays may stand in the
+tensors' place; the result then is one, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +42,27 @@ from pydist.kernels.torch_tensors import on_device_of
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.exchange import chunk_units
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _or_arrays(function: Function) -> Function:
+    """Lets a function of the workers' tensors take their NumPy arrays."""
+    signature = inspect.signature(function)
+    (name, *_) = signature.parameters
+
+    @functools.wraps(function)
+    def called(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options).arguments
+        if not any(isinstance(x, np.ndarray) for x in given[name]):
+            return function(*args, **options)
+        given[name] = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in given[name]]
+        result = function(**given)
+        return [x.numpy() for x in result] if isinstance(result, list) else result.numpy()
+
+    return called  # type: ignore[return-value]
+
+
+@_or_arrays
 def all_reduce(
     tensors: Sequence[Tensor],
     codec: Codec,
@@ -52,9 +77,8 @@ def all_reduce(
     """What :func:`pydist.all_reduce` leaves on every rank.
 
     Args:
-        tensors: One per worker, in rank order: same shape, dtype and device. With ``nodes``, those
-        of
-            the first node come first.
+        tensors: One per worker, in rank order: same shape, dtype and device. With ``nodes``,
+            those of the first node come first.
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
         seed: Seed of stochastic rounding and the tie hash.
@@ -143,6 +167,7 @@ def _all_reduce(
     return result
 
 
+@_or_arrays
 def reduce_scatter(
     inputs: Sequence[Tensor], codec: Codec, *, op: str = "mean", seed: int = 0, step: int = 0
 ) -> list[Tensor]:
@@ -190,6 +215,7 @@ def _reduce_scatter(coders: Sequence[Coder]) -> None:
             coder.finish(flags)
 
 
+@_or_arrays
 def all_gather(inputs: Sequence[Tensor], codec: Codec, *, seed: int = 0, step: int = 0) -> Tensor:
     """What :func:`pydist.all_gather` leaves in every rank's output.
 

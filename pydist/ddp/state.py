@@ -53,10 +53,10 @@ class CompressionState:
             (``fnmatch``, on the parameter's name) to codecs: the first that matches counts,
             ``None`` and no match travel raw; or a :class:`pydist.ddp.Schedule` of either.
         error_feedback: ``"auto"``: residuals where they help
-        (:func:`pydist.training.residuals.contracts`);
-            ``True`` or ``False``: for all codecs, or for none; ``"worker"``: as ``True``, but
-            without the residuals of what is encoded again after the reduction. With ``"auto"`` an
-            optimizer is warned of that was measured to do worse with them (``docs/ddp.md``).
+            (:func:`pydist.training.residuals.contracts`); ``True`` or ``False``: for all codecs, or
+            for none; ``"worker"``: as ``True``, but without the residuals of what is encoded again
+            after the reduction. With ``"auto"`` an optimizer is warned of that was measured to do
+            worse with them (``docs/ddp.md``).
         warmup_steps: Steps at first in which everything travels raw.
         min_numel: Parameters with fewer elements travel raw.
         exclude: Patterns of names, or a predicate ``(name, parameter) -> bool``, of parameters that

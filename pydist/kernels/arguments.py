@@ -34,7 +34,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _is_array(value: object) -> bool:
-    interfaces = ("__array_interface__", "__cuda_array_interface__")
+    interfaces = ("__array_interface__", "__cuda_array_interface__", "__dlpack__")
     return any(hasattr(value, name) for name in interfaces) or _is_tensor(value)
 
 

@@ -149,6 +149,53 @@ class NumPy(_NumPyLike):
         return cpu_target(len(os.sched_getaffinity(0)) if threads is None else threads)
 
 
+class DLPack(NumPy):
+    """Arrays of any library in host memory, such as JAX's: read without copying.
+
+    Results are arrays of NumPy. Most such arrays are read-only, and then nothing writes into them.
+    """
+
+    def holds(self, x: Array) -> bool:
+        """Whether it speaks DLPack, from host memory."""
+        return isinstance(x, np.ndarray) or _in_host_memory(x)
+
+    @staticmethod
+    def _seen(x: Array) -> Array:
+        # NumPy's own door to DLPack knows no bfloat16; __array__ of JAX copies nothing either.
+        return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
+
+    def info(self, name: str, x: Array, *, written: bool = False) -> ArrayInfo:
+        """Describes an array."""
+        return super().info(name, self._seen(x), written=written)
+
+    def is_contiguous(self, x: Array) -> bool:
+        """Whether its elements lie one behind the other."""
+        return super().is_contiguous(self._seen(x))
+
+    def contiguous(self, x: Array) -> Array:
+        """NumPy's view of the array, or a contiguous copy."""
+        return super().contiguous(self._seen(x))
+
+    def writable(self, name: str, x: Array) -> Array:
+        """NumPy's view of an array that may be written, or a contiguous copy."""
+        return super().writable(name, self._seen(x))
+
+    def written(self, x: Array, dense: Array) -> None:
+        """Copies ``dense`` back where it is a copy."""
+        seen = self._seen(x)
+        if not np.may_share_memory(seen, dense):
+            seen[...] = dense
+
+    def may_overlap(self, a: Array, b: Array) -> bool:
+        """Whether they may share memory."""
+        return super().may_overlap(self._seen(a), self._seen(b))
+
+
+def _in_host_memory(x: Array) -> bool:
+    device = getattr(x, "__dlpack_device__", None)
+    return device is not None and int(device()[0]) == 1  # kDLCPU
+
+
 class CuPy(_NumPyLike):
     """Arrays in device memory; work runs on CuPy's current stream."""
 
@@ -187,6 +234,7 @@ def cupy_target() -> LaunchTarget:
     return LaunchTarget(stream=cupy.cuda.get_current_stream().ptr, upload=upload, scratch=scratch)
 
 
+_DLPACK = DLPack()
 LIBRARIES: dict[type, Library] = {np.ndarray: NumPy()}
 """By the type of an array; others are looked for when they are first seen."""
 
@@ -205,6 +253,8 @@ def _look_for(name: str, x: Array) -> Library:
         return library_of_tensors()
     if hasattr(x, "__cuda_array_interface__"):
         return LIBRARIES.setdefault(type(x), CuPy())
+    if _in_host_memory(x):
+        return _DLPACK  # not by its type: another array of it may be on a device
     raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")
 
 
