@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydist.training.replicas import check_replicas
 
 try:
-    __version__ = version("pydist")
+    __version__ = version("pydist-train")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
@@ -32,6 +32,7 @@ _MODULES = {
 _MOVED = {  # modules of older releases
     "blocks": "formats.blocks",
     "elias": "formats.elias",
+    "environment": "kernels.environment",
     "feedback": "training.residuals",
     "reference_blocks": "reference.blocks",
     "reference_elias": "reference.elias",

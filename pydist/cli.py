@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pydist import __version__, environment, selfcheck
+from pydist import __version__, selfcheck
 from pydist.bench import options as bench_options
+from pydist.kernels import environment
 
 
 def _cuda_line(facts: dict[str, Any]) -> str:
@@ -19,7 +20,7 @@ def _cuda_line(facts: dict[str, Any]) -> str:
         return "not built (no nvcc was found, or PYDIST_CUDA=0)"
     if facts["cuda_devices"]:
         return str(facts["cuda_build"])
-    return f"{facts['cuda_build']}; built, but this machine shows no device, so it was not tried"
+    return f"{facts['cuda_build']}; built, but this machine shows no device"
 
 
 def info(args: argparse.Namespace) -> int:
@@ -53,16 +54,34 @@ def check(args: argparse.Namespace) -> int:
     if facts["isa_error"]:
         print(f"pydist check: {facts['isa_error']}", file=sys.stderr)
         return 1
-    failures = 0
+    checked: list[dict[str, Any]] = []
     for run, kernel, cases, difference in selfcheck.check_all(args.device):
-        print(f"{run.name:<16} {kernel:<14} {cases:>5} cases  {'DIFFERS' if difference else 'ok'}")
+        found = None if difference is None else str(difference)
+        checked.append({"backend": run.name, "kernel": kernel, "cases": cases, "difference": found})
+        if not args.json:
+            verdict = "DIFFERS" if difference else "ok"
+            print(f"{run.name:<16} {kernel:<19} {cases:>5} cases  {verdict}")
         if difference:
-            failures += 1
             print(f"  {difference}", file=sys.stderr)
     unchecked = _why_cuda_is_unchecked(facts) if args.device != "cpu" else ""
-    if unchecked:
-        print(f"{'cuda':<16} not checked: {unchecked}")
+    failures = sum(1 for one in checked if one["difference"])
+    if args.json:
+        print(json.dumps({"checked": checked, "cuda_unchecked": unchecked or None}, indent=2))
+    else:
+        if unchecked:
+            print(f"cuda: not checked: {unchecked}")
+        print(_summary(checked, failures))
     return 1 if failures or (unchecked and args.device == "cuda") else 0
+
+
+def _summary(checked: Sequence[dict[str, Any]], failures: int) -> str:
+    """One line about everything that was checked."""
+    if not checked:
+        return "nothing was checked"
+    backends = len({one["backend"] for one in checked})
+    cases = sum(one["cases"] for one in checked)
+    verdict = f"{failures} kernels DIFFER from the reference" if failures else "all bit-identical"
+    return f"{len(checked)} kernels on {backends} backends, {cases:,} cases: {verdict}"
 
 
 def _why_cuda_is_unchecked(facts: dict[str, Any]) -> str:
@@ -83,7 +102,7 @@ def bench_kernels(args: argparse.Namespace, **held_against: Any) -> int:
     except ModuleNotFoundError as error:
         print(
             f"pydist bench kernels: {error.name} is not installed: "
-            "pip install 'pydist[torch,bench]'",
+            "pip install 'pydist-train[torch,bench]'",
             file=sys.stderr,
         )
         return 2
@@ -96,19 +115,21 @@ def parser() -> argparse.ArgumentParser:
         prog="pydist", description="Data-parallel training where the network is slow."
     )
     main_parser.add_argument("--version", action="version", version=f"pydist {__version__}")
-    commands = main_parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = main_parser.add_subparsers(dest="command", metavar="command")
     described = commands.add_parser("info", help="what was built and what this machine has")
     described.add_argument("--json", action="store_true", help="print JSON")
     described.set_defaults(run=info)
     checked = commands.add_parser(
         "check", help="compare every kernel on every backend with the reference, bit for bit"
     )
+    checked.add_argument("--json", action="store_true", help="print JSON")
     checked.add_argument(
         "--device", choices=("cpu", "cuda"), help="check the backends on it alone; default both"
     )
     checked.set_defaults(run=check)
     timed = commands.add_parser("bench", help="benchmarks")
-    what = timed.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    timed.set_defaults(run=lambda _: timed.print_help())
+    what = timed.add_subparsers(dest="benchmark", metavar="benchmark")
     kernels = what.add_parser("kernels", help="every kernel against memory and its rivals")
     bench_options.add_arguments(kernels)
     kernels.set_defaults(run=bench_kernels)
@@ -125,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where something is wrong, 2 for wrong usage.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(typed)
+    described = parser()
+    args = described.parse_args(typed)
     args.typed = shlex.join(["pydist", *typed])
-    status: int = args.run(args)
-    return status
+    if not args.command:
+        described.print_help()
+        return 0
+    status: int | None = args.run(args)
+    return status or 0

@@ -14,10 +14,10 @@ from pathlib import Path
 LAYERS = (
     {"errors", "formats"},
     {"reference", "kernels", "codecs", "transport"},
-    {"encoding", "environment", "ops", "arrays"},
+    {"encoding", "ops", "arrays"},
     {"collectives", "selfcheck", "bench"},
     {"training", "simulate", "cli"},
-    {"ddp", "fsdp", "optim", "__main__"},
+    {"ddp", "fsdp", "optim", "integrations", "__main__"},
 )
 """From the bottom to the top; rooms of one layer are blind to each other."""
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pydist.bench import measure, timing
 from pydist.bench.machine import machine
-from pydist.environment import describe
+from pydist.kernels.environment import describe
 
 WORKERS = 4  # of the normal input
 NORMAL_SIDE = 1024  # a parameter of normal numbers is a square matrix

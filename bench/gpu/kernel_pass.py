@@ -19,9 +19,10 @@ import numpy as np
 # Each array gets an allocation of its own, so that the sanitizer sees where it ends.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
-from pydist import _C, environment, selfcheck
+from pydist import _C, selfcheck
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
+from pydist.kernels import environment
 from pydist.kernels.lion import LionOptions
 from pydist.selfcheck import HostMemory, KernelRunner, backends, cases
 from pydist.selfcheck import blocks as block_cases

@@ -23,7 +23,7 @@ from pydist.bench import options as arguments
 from pydist.bench import show
 from pydist.bench.machine import machine
 from pydist.bench.rows import Goals, Rows, no_goals
-from pydist.environment import describe
+from pydist.kernels.environment import describe
 
 Report = dict[str, Any]
 _NOT_RECORDED = ("run", "typed", "command", "benchmark", "json", "table", "plot")
@@ -67,7 +67,7 @@ def prepare(options: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401
         except ModuleNotFoundError:
-            raise UsageError("--plot needs matplotlib: pip install 'pydist[bench]'") from None
+            raise UsageError("--plot needs matplotlib: pip install 'pydist-train[bench]'") from None
     for name in ("compare", "compare_module"):
         file = getattr(options, name)
         if file and not Path(file).is_file():

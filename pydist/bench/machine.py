@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydist.environment import package_version
+from pydist.kernels.environment import package_version
 
 
 def machine() -> dict[str, Any]:

@@ -77,7 +77,8 @@ def shown(elements: int) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the benchmark can be told."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.epilog = f"kernels: {', '.join(KERNELS)}"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     add(
         "--sizes",
         type=size,
@@ -86,12 +87,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="elements, such as 64Ki 32Mi; default on the CPU "
         f"{' '.join(SIZES['cpu'])}, on CUDA {' '.join(SIZES['cuda'])}",
     )
-    add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    add("--without", nargs="+", choices=KERNELS, default=[], help="kernels to leave out")
-    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add(
+        "--kernels",
+        nargs="+",
+        choices=KERNELS,
+        default=list(KERNELS),
+        metavar="KERNEL",
+        help="kernels to measure; default all of those below",
+    )
+    add(
+        "--without",
+        nargs="+",
+        choices=KERNELS,
+        default=[],
+        metavar="KERNEL",
+        help="kernels to leave out",
+    )
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        metavar="DTYPE",
+        help=f"of {', '.join(DTYPES)}; default all",
+    )
     add("--threads", type=int, nargs="+", metavar="N", help="on the CPU; default 1 2")
     add("--isa", help="instruction set of the CPU kernels; default the best")
-    add("--repeats", type=int, default=20, help="samples of each row; default 20")
+    add("--repeats", type=int, default=20, metavar="N", help="samples of each row; default 20")
     add(
         "--budget",
         type=float,

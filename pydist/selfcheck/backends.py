@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pydist import _C, environment
-from pydist.kernels import blocks, elias, lion, raw, signs, ternary, topk
+from pydist import _C
+from pydist.kernels import blocks, elias, environment, lion, raw, signs, ternary, topk
 from pydist.kernels.checks import ArrayInfo
 from pydist.kernels.launch import LaunchTarget
 from pydist.kernels.libraries import LIBRARIES

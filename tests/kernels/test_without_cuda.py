@@ -84,7 +84,8 @@ def test_a_check_of_cuda_alone_fails_without_it(
     monkeypatch.setattr(_C, "CUDA_BUILD", None)
     assert cli.main(["check", "--device", "cuda"]) == 1
     printed = capsys.readouterr().out
-    assert "cuda             not checked: not built" in printed and "cpu " not in printed
+    assert "cuda: not checked: not built" in printed and "nothing was checked" in printed
+    assert "cpu " not in printed
 
 
 def test_a_check_of_the_cpu_alone(

@@ -217,7 +217,7 @@ sys.exit(main(["bench", "kernels"]))
 """
     done = run_python(code)
     assert done.returncode == 2, done.stderr
-    assert f"{missing} is not installed: pip install 'pydist[torch,bench]'" in done.stderr
+    assert f"{missing} is not installed: pip install 'pydist-train[torch,bench]'" in done.stderr
 
 
 def test_the_script_is_the_same_command() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import pydist
-from pydist import _C, cli, environment, selfcheck
+from pydist import _C, cli, selfcheck
+from pydist.kernels import environment
 from pydist.reference import blocks as reference_blocks
 from pydist.reference import elias as reference_elias
 from pydist.reference import raw as reference_raw
@@ -89,11 +90,28 @@ def test_a_forced_instruction_set_is_used() -> None:
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["nonsense"]):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(arguments)
-        assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["nonsense"])
+    assert stopped.value.code == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["bench"]])
+def test_without_a_command_it_prints_help(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("usage: pydist")
+
+
+HELP = (["--help"], ["info", "--help"], ["check", "--help"], ["bench", "kernels", "--help"])
+
+
+@pytest.mark.parametrize("command", [*HELP, ["info"]], ids=" ".join)
+def test_lines_fit_80_columns(command: list[str]) -> None:
+    done = run_cli(*command, COLUMNS="80")
+    assert done.returncode == 0 and done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80, done.stdout
 
 
 # --------------------------------------------------------------------------- check
@@ -114,6 +132,20 @@ def test_check(few_cases: None, capsys: pytest.CaptureFixture[str]) -> None:
         checked = [line.split() for line in lines if line.startswith(f"cpu {isa} ")]
         assert [words[2] for words in checked] == list(selfcheck.KERNELS)
         assert all(int(words[3]) > 0 and words[-1] == "ok" for words in checked)
+    assert re.fullmatch(r"\d+ kernels on \d+ backends, [\d,]+ cases: all bit-identical", lines[-1])
+    assert max(map(len, lines)) <= 80
+
+
+def test_check_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = selfcheck.KernelRunner(selfcheck.HostMemory("scalar"))
+    one = (run, "pack_signs", *cases.check_kernel(run, "pack_signs"))
+    other = (run, "sum_values", 1, selfcheck.DifferenceError("element 3"))
+    for found, status in (([one], 0), ([one, other], 1)):
+        monkeypatch.setattr(selfcheck, "check_all", lambda device, found=found: found)
+        assert cli.main(["check", "--json", "--device", "cpu"]) == status
+        said = json.loads(capsys.readouterr().out)["checked"]
+        assert said[0]["kernel"] == "pack_signs" and said[0]["cases"] > 0
+        assert [entry["difference"] for entry in said] == [None, "element 3"][: len(found)]
 
 
 def test_check_finds_a_planted_difference(

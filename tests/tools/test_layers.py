@@ -19,21 +19,20 @@ import house  # noqa: E402
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = {
-    "__init__", "__main__", "arrays", "cli", "codecs", "environment", "errors", "formats",
-    "reference",
+    "__init__", "__main__", "arrays", "cli", "codecs", "errors", "formats", "reference",
 }  # fmt: skip
 TORCH_KERNELS = {"operators", "torch_tensors"}
 CALLS_C = {
     "arrays.py": "the instruction set, as it is imported",
     "bench/kernels.py": "how the module was built",
     "bench/worker.py": "a module of the caller's in its place",
-    "environment.py": "how the module was built",
     "selfcheck/backends.py": "the instruction sets",
     "transport/message.py": "checksums of messages, which no array is",
 }
 ALSO_SEND = {
     "ddp/local.py": "local steps: torch's own all-reduce among near ranks",
     "fsdp/sharded.py": "what stays uncompressed goes the way it would without pydist",
+    "integrations/lightning.py": "what a checkpoint gathers, as Lightning writes one file",
     "optim/checkpoint.py": "a checkpoint's gather",
     "optim/replicas.py": "weights of rank 0, once",
     "optim/shards.py": "one number among the ranks of a sharded parameter",
