@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -96,8 +95,8 @@ def test_states_of_other_steps(worlds: Worlds) -> None:
 
 def test_recipe_of_the_documentation(worlds: Worlds, tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "ddp.md").read_text()
-    begin = text.index('    rank, folder, start = dist.get_rank(), Path("checkpoints"), 0')
-    code = textwrap.dedent(text[begin : text.index("    TORCH_DISABLE_SHARE")])
+    begin = text.index('rank, folder, start = dist.get_rank(), Path("checkpoints"), 0')
+    code = text[begin : text.index("```", begin)]
     assert code.count("        ...  ") == 0 and code.count("    ...  ") == 1
     code = code.replace("    ...  ", "    train(step)  ").replace("% 1000", "% 2")
     same_on_all_ranks(worlds(2).run(damage.recipe, code, str(tmp_path)))
