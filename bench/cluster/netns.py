@@ -281,6 +281,7 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         *,
         timeout: float = 600.0,
+        echo: bool = False,
     ) -> list[Finished]:
         """Run the same command on every host and wait for all of them.
 
@@ -288,6 +289,7 @@ class Cluster:
             command: Program and arguments.
             env: Variables to add to this process's own and to :meth:`environment`.
             timeout: Seconds after which everything is killed.
+            echo: Host 0 writes to this process's own output, as it goes.
 
         Returns:
             What each host's process left behind, in the order of the hosts.
@@ -305,7 +307,8 @@ class Cluster:
             ]
             stack.callback(self._kill)
             for host, (out, err) in enumerate(files):
-                self._running.append(self._start(host, command, dict(env or {}), out, err))
+                outputs = (None, None) if echo and not host else (out, err)
+                self._running.append(self._start(host, command, dict(env or {}), *outputs))
             problem = self._wait(timeout)
             finished = [
                 Finished(host, process.wait(), _text(out), _text(err))
@@ -317,7 +320,12 @@ class Cluster:
         return finished
 
     def _start(
-        self, host: int, command: Sequence[str], env: dict[str, str], out: IO[bytes], err: IO[bytes]
+        self,
+        host: int,
+        command: Sequence[str],
+        env: dict[str, str],
+        out: IO[bytes] | None,
+        err: IO[bytes] | None,
     ) -> subprocess.Popen[bytes]:
         """Start one process; ``ip netns exec`` turns into it, so the id is the one to kill."""
         return subprocess.Popen(
