@@ -127,6 +127,13 @@ fuzz: $(BUILD_STAMP) ## damaged payloads under AddressSanitizer (part of soak): 
 bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--device cuda --sizes 32Mi"
 	@$(BIN)/python bench/kernels.py $(ARGS)
 
+# Their releases as constraints.txt has them; a test that cannot run them fails here, and is skipped
+# by `make test`.
+.PHONY: integrations
+integrations: $(BUILD_STAMP) ## the tests with Lightning, Transformers, Accelerate and torchft
+	@$(PIP) install --quiet -c constraints.txt accelerate jax lightning peft torchft transformers
+	@PYDIST_INTEGRATIONS=1 $(BIN)/python -m pytest -rP tests/integrations $(ARGS)
+
 # One environment of several GB a version, all with the same wheel; reports what pip can't install.
 test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VERSIONS="2.9.1 2.14.1"
 	@rm -rf build/lib* build/wheels
@@ -138,7 +145,7 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 	  if $(PYTHON) -m venv $$venv && $$venv/bin/python -m pip --disable-pip-version-check install \
 	    --quiet -c build/constraints-matrix.txt torch==$$version numpy pytest pytest-timeout \
 	    hypothesis psutil rich matplotlib && $$venv/bin/python -m pip install --quiet --no-deps \
-	    --force-reinstall build/wheels/pydist-*.whl; then \
+	    --force-reinstall build/wheels/*.whl; then \
 	    tested=$$((tested + 1)); \
 	    if $$venv/bin/pytest -m "not soak and not gpu" $(ARGS); then verdict=passed; \
 	    else verdict=FAILED; failed=1; fi; \
@@ -150,7 +157,7 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 
 # ----------------------------------------------------------------- care
 
-.PHONY: fmt lint ptxas package clean
+.PHONY: fmt lint ptxas package docs clean
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -171,6 +178,11 @@ package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment 
 	@$(PYTHON) -m venv build/package-venv
 	@build/package-venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
 	cd build/package-venv && bin/pydist info
+
+# What a page links to must be there; a warning is an error.
+docs: $(ENV_STAMP) ## the documentation site, into build/site
+	@$(PIP) install --quiet -c constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean: ## remove what was built; keeps .venv and its packages
 	rm -rf build dist *.egg-info pydist/*.so $(VENV)/.stamp-*
