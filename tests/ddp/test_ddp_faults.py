@@ -113,7 +113,7 @@ def test_delays(worlds: Worlds, codec: str, algorithm: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("codec", "steps"),
     [
-        ("all", 60),
+        ("all", 30),
         *(pytest.param(codec, 200, marks=pytest.mark.soak) for codec in ("qsgd", "sign", "topk")),
     ],
 )

@@ -289,8 +289,8 @@ def not_finite(
     rank: int, ranks: int, codecs: Any = None, device: str = "cpu", group: Any = None
 ) -> None:  # fmt: skip
     """On any rank, in any chunk, of any share: everything is NaN on all ranks."""
-    exchange.CHUNK_BYTES, whole = 512, exchange.CHUNK_BYTES
-    n = 3001
+    exchange.CHUNK_BYTES, whole = 1000, exchange.CHUNK_BYTES
+    n = 1501
     try:
         for codec in codecs or (*CODECS, Sign(None)):
             for who, at in ((0, 0), (ranks - 1, n * ranks - 1)):

@@ -76,7 +76,9 @@ def test_warmup_equals_adamw(worlds: Worlds, kind: str) -> None:
     worlds(2).run(cases.warmup_equals_adamw, kind)
 
 
-@KIND
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "adam" else pytest.mark.soak) for k in cases.SETTINGS]
+)
 def test_converges(worlds: Worlds, kind: str) -> None:
     """Compressed momenta cost little.
 
