@@ -102,6 +102,15 @@ if not TYPE_CHECKING:  # else every name would be there, of any type
             home = f"pydist.{_MOVED[name]}"
             warnings.warn(f"pydist.{name} is now {home}", DeprecationWarning, stacklevel=2)
             return importlib.import_module(home)
+        if name == "_C":  # whatever needs it comes by here first
+            try:
+                return importlib.import_module("pydist._C")
+            except ModuleNotFoundError as error:
+                raise ImportError(
+                    f"pydist._C, the compiled module, is not in {__path__[0]}: in a checkout run "
+                    "'pip install -e .' or 'make build', or leave its folder to use what is "
+                    "installed elsewhere"
+                ) from error
         raise AttributeError(f"module 'pydist' has no attribute {name!r}")
 
 

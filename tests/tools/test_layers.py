@@ -182,6 +182,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("what", ["ops", "arrays", "all_reduce"])
+def test_a_source_tree_without_the_module_says_what_to_do(what: str) -> None:
+    done = run_python(f"import sys; sys.modules['pydist._C'] = None; from pydist import {what}")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: pydist._C, the compiled module, is not in"), done.stderr
+    assert str(PACKAGE) in last and "pip install -e ." in last
+
+
 def test_without_torch() -> None:
     done = run_python(WITHOUT_TORCH)
     assert done.returncode == 0, done.stderr
