@@ -53,6 +53,8 @@ def check(args: argparse.Namespace) -> int:
     facts = environment.describe()
     if facts["isa_error"]:
         print(f"pydist check: {facts['isa_error']}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"checked": [], "error": facts["isa_error"]}))
         return 1
     checked: list[dict[str, Any]] = []
     for run, kernel, cases, difference in selfcheck.check_all(args.device):
@@ -78,10 +80,10 @@ def _summary(checked: Sequence[dict[str, Any]], failures: int) -> str:
     """One line about everything that was checked."""
     if not checked:
         return "nothing was checked"
-    backends = len({one["backend"] for one in checked})
+    kernels, backends = (len({one[what] for one in checked}) for what in ("kernel", "backend"))
     cases = sum(one["cases"] for one in checked)
-    verdict = f"{failures} kernels DIFFER from the reference" if failures else "all bit-identical"
-    return f"{len(checked)} kernels on {backends} backends, {cases:,} cases: {verdict}"
+    verdict = f"{failures} comparisons DIFFER" if failures else "all bit-identical"
+    return f"{kernels} kernels on {backends} backends, {cases:,} cases: {verdict}"
 
 
 def _why_cuda_is_unchecked(facts: dict[str, Any]) -> str:

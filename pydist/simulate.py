@@ -11,8 +11,8 @@ whatever algorithm they choose::
         print(bits, float((mean - exact).norm() / exact.norm()))
 
 The tensors stay as they are; the result is made once, as all ranks hold the same bits. Beside
-inputs and result only a chunk of each worker's bytes is in memory. NumPy arrays may stand in the
-tensors' place; the result then is one, too.
+inputs and result only a chunk of each worker's bytes is in memory. NumPy arrays of float32 or
+float16 may stand in the tensors' place; the result then is one, too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def _or_arrays(function: Function) -> Function:
         given = signature.bind(*args, **options).arguments
         if not any(isinstance(x, np.ndarray) for x in given[name]):
             return function(*args, **options)
-        given[name] = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in given[name]]
+        given[name] = [
+            torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+            for x in given[name]
+        ]
         result = function(**given)
         return [x.numpy() for x in result] if isinstance(result, list) else result.numpy()
 

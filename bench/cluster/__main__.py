@@ -23,7 +23,7 @@ from netns import Cluster, ClusterError
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command, and prints what went over the links."""
-    program, *arguments = options.command[options.command[:1] == ["--"] :]
+    program, *arguments = options.command
     found = sys.executable if program == "python" else shutil.which(program)
     if found is None:
         raise ClusterError(f"{program} was not found")
@@ -50,6 +50,7 @@ def main() -> int:
     described.add_argument("command", nargs=argparse.REMAINDER, help="such as: -- python train.py")
     described.set_defaults(run=run)
     options = parser.parse_args()
+    options.command = options.command[options.command[:1] == ["--"] :]
     if not options.command:
         described.error("no command was given: -- python train.py")
     try:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import pydist
 
@@ -46,7 +49,7 @@ class Compress(Callback):
         model = trainer.strategy.model
         if self.codec is None:
             for optimizer in trainer.optimizers:
-                if hasattr(optimizer, "attach"):
+                if hasattr(optimizer, "attach") and isinstance(model, DistributedDataParallel):
                     optimizer.attach(model)
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -68,8 +71,11 @@ class Compress(Callback):
             if hasattr(optimizer, "consolidate_state_dict"):
                 optimizer.consolidate_state_dict()
         if self.state is not None:
-            everyone: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(everyone, self.state.state_dict())
+            # From the host: else every rank would get all others' tensors on their devices.
+            mine = tree_map_only(Tensor, Tensor.cpu, self.state.state_dict())
+            everyone: list[Any] = [mine] * trainer.world_size
+            if trainer.world_size > 1:
+                dist.all_gather_object(everyone, mine)
             checkpoint["pydist"] = everyone
 
     def on_load_checkpoint(

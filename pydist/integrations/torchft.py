@@ -32,13 +32,15 @@ class CompressedProcessGroup(ProcessGroupWrapper):
     Args:
         group: torchft's process group, which can be reconfigured.
         codec: One with blocks: ``QSGD``, ``BlockInt``, ``BlockFloat`` or a scaled ``Sign``.
-        min_numel: Smaller tensors go to the group inside.
+        min_numel: Lists with a smaller tensor go to the group inside.
     """
 
     def __init__(self, group: ProcessGroup, codec: Any, *, min_numel: int = 1024) -> None:
         super().__init__(pg=group)
-        if getattr(codec, "block_format", None) is None:
-            raise TypeError(f"codec must be one with blocks, got {codec!r}")
+        if getattr(codec, "block_format", None) is None or getattr(codec, "entropy", None):
+            raise TypeError(
+                f"codec must be one with blocks and without entropy coding, got {codec!r}"
+            )
         self.codec, self.min_numel, self.step = codec, min_numel, 0
 
     def configure(self, *args: Any, **kwargs: Any) -> None:
@@ -50,9 +52,8 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         """Reduces each tensor in place."""
         op: Any = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
         fits = all(x.dtype in DTYPES and x.numel() >= self.min_numel for x in tensors)
-        if (
-            not (op == ReduceOp.SUM or op == ReduceOp.AVG) or not fits
-        ):  # no `in`: torch's == is one-sided
+        known = op == ReduceOp.SUM or op == ReduceOp.AVG  # no `in`: torch's == is one-sided
+        if not (known and fits):
             return super().allreduce(tensors, opts)
         for x in tensors:
             x.copy_(self._reduced(x.reshape(-1), mean=op == ReduceOp.AVG).view_as(x))
@@ -65,10 +66,10 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         share = -(-x.numel() // (ranks * block)) * block
         flat = x.new_zeros(share * ranks)
         flat[: x.numel()] = x
-        # Draws depend on (rank, element): each share's rank is another one.
+        # Draws depend on (rank, step, element): each share's step is another one.
         sent = torch.stack(
             [
-                pydist.ops.quantize(part, self.codec, rank=rank * ranks + i, step=step)
+                pydist.ops.quantize(part, self.codec, rank=rank, step=step * ranks + i)
                 for i, part in enumerate(flat.view(ranks, share))
             ]
         )

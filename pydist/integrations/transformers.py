@@ -10,6 +10,7 @@ Each rank has a file of its own in the Trainer's checkpoints.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,19 @@ class CompressCallback(TrainerCallback):
             return
         scaler = self.trainer.accelerator.scaler
         self.state = pydist.ddp.compress(model, self.codec, scaler=scaler, **self.options)
-        if self.resume is not None:
-            saved = torch.load(self._file(self.resume, args), weights_only=True)
-            self.state.load_state_dict(saved)
-
-    @staticmethod
-    def _file(folder: str | Path, args: Any) -> Path:
-        return Path(folder) / f"pydist_{args.process_index:05d}.pt"
+        if self.resume is not None:  # written by as many ranks as there were then
+            files = sorted(Path(self.resume).glob("pydist_*.pt"))
+            if files:
+                self.state.load_state_dict([torch.load(f, weights_only=True) for f in files])
+            else:
+                warnings.warn(f"{self.resume} has no residuals: they begin at zero", stacklevel=2)
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Saves what this rank has beside the Trainer's files."""
         if self.state is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.state.state_dict(), self._file(folder, args))
+            torch.save(self.state.state_dict(), folder / f"pydist_{args.process_index:05d}.pt")
 
 
 class CompressMixin:
@@ -91,9 +91,11 @@ class CompressMixin:
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """``Trainer.train``, which is the only one to know where it resumes."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        self.compression.resume = resume_from_checkpoint or None
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            output = self.args.output_dir  # type: ignore[attr-defined]
+            folder = get_last_checkpoint(output) if Path(output).is_dir() else None
+        self.compression.resume = folder
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -160,13 +160,16 @@ class DLPack(NumPy):
         return isinstance(x, np.ndarray) or _in_host_memory(x)
 
     @staticmethod
-    def _seen(x: Array) -> Array:
-        # NumPy's own door to DLPack knows no bfloat16; __array__ of JAX copies nothing either.
-        return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
+    def _seen(x: Array, *, written: bool = False) -> Array:
+        # NumPy's own door to DLPack knows no bfloat16; __array__ of JAX copies nothing either, but
+        # that of others may: so nothing is written through it.
+        if isinstance(x, np.ndarray):
+            return x
+        return np.asarray(x) if hasattr(x, "__array__") and not written else np.from_dlpack(x)
 
     def info(self, name: str, x: Array, *, written: bool = False) -> ArrayInfo:
         """Describes an array."""
-        return super().info(name, self._seen(x), written=written)
+        return super().info(name, self._seen(x, written=written), written=written)
 
     def is_contiguous(self, x: Array) -> bool:
         """Whether its elements lie one behind the other."""
@@ -178,11 +181,11 @@ class DLPack(NumPy):
 
     def writable(self, name: str, x: Array) -> Array:
         """NumPy's view of an array that may be written, or a contiguous copy."""
-        return super().writable(name, self._seen(x))
+        return super().writable(name, self._seen(x, written=True))
 
     def written(self, x: Array, dense: Array) -> None:
         """Copies ``dense`` back where it is a copy."""
-        seen = self._seen(x)
+        seen = self._seen(x, written=True)
         if not np.may_share_memory(seen, dense):
             seen[...] = dense
 
@@ -252,7 +255,10 @@ def _look_for(name: str, x: Array) -> Library:
     if torch is not None and isinstance(x, torch.Tensor):
         return library_of_tensors()
     if hasattr(x, "__cuda_array_interface__"):
-        return LIBRARIES.setdefault(type(x), CuPy())
+        library = CuPy()
+        if type(x).__module__.partition(".")[0] == "cupy":  # of others some are in host memory
+            LIBRARIES[type(x)] = library
+        return library
     if _in_host_memory(x):
         return _DLPACK  # not by its type: another array of it may be on a device
     raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")

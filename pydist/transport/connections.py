@@ -84,7 +84,7 @@ class Connections:
         timeout: How long to wait for the others' addresses.
 
     Attributes:
-        hung_up: Places of the peers that ended a connection before this rank did, in that order.
+        hung_up: Places of the peers that ended a connection before this rank did.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def main(folder: str) -> None:
     say(
         version=accelerate.__version__, plain=plain, raw=raw, through=through, resumed=resumed,
         lion=lion, lion_resumed=lion_resumed, logged=True,
-        ratio=signs.handler.state.stats()["ratio"],
+        ratio=signs.handler.states[0].stats()["ratio"],
     )  # fmt: skip
 
 
