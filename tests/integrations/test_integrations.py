@@ -1,4 +1,4 @@
-"""Other libraries, as they are on PyPI, on two gloo ranks. ``make integrations`` installs them."""
+"""Other libraries, as they are released, on two gloo ranks. ``make integrations`` installs them."""
 
 from __future__ import annotations
 
