@@ -73,7 +73,7 @@ def print_table(report: dict[str, Any]) -> None:
         )
     Console(width=110).print(
         table,
-        "Sent: bytes a worker sends, as the loopback interface counts them, headers included.\n"
+        "Sent: bytes that a worker's own TCP connections sent, as the kernel counts them.\n"
         "All workers share one machine without a slow network, so the step time shows the cost of "
         "the processor, not the gain of the wire: bench/cluster/ddp.py measures that.",
     )
