@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from pydist import QSGD, Sign, fsdp
+from pydist.fsdp.private import groups_of
 from pydist.fsdp.sharded import _LAYOUTS
 
 OPTIONS: dict[str, Any] = {"min_numel": 100, "error_feedback": True}
@@ -141,7 +142,7 @@ def experts(rank: int, ranks: int) -> None:
     net = Experts()
     fully_shard(net)
     state = fsdp.compress(net, QSGD(4, block=64), min_numel=16)
-    unit = net._get_fsdp_state()._fsdp_param_groups[0]._reduce_scatter_comm.unit  # type: ignore[operator,union-attr]
+    unit = groups_of(net)[0]._reduce_scatter_comm.unit  # type: ignore[arg-type]
     sizes = set()
     for step in range(40):
         use = [i for i in range(8) if (step + 1) >> i & 1]
