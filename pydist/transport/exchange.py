@@ -35,6 +35,7 @@ from pydist.transport.agreement import Confirmation
 from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Coder, Span, entropy_coder_of, spans
 from pydist.transport.communicator import Call, Communicator
+from pydist.transport.profiling import phase
 from pydist.transport.variable import VariableMessages
 
 CHUNK_BYTES = 512 * 1024
@@ -121,6 +122,7 @@ class Chunk:
         self._sent: Tensor | None = None
         self._arriving: _Pending | VariableMessages | None = None
 
+    @phase("pydist.encode")
     def encode(self) -> None:
         """Makes the messages of phase 1."""
         exchange = self.exchange
@@ -171,6 +173,7 @@ class Chunk:
         send = self.exchange.scatter if self.exchange.route.scatters else self.exchange.gather
         self._arriving, self._sent = send(self._sent), None
 
+    @phase("pydist.wait")
     def _arrived(self) -> Tensor:
         """Waits for what was issued last."""
         assert self._arriving is not None
@@ -180,6 +183,7 @@ class Chunk:
             self.exchange.done(arriving.sent)
         return received
 
+    @phase("pydist.reduce")
     def reduce(self) -> None:
         """Waits for phase 1, reduces this rank's shard, issues phase 2; where there is one."""
         with self.exchange.stream():
@@ -215,6 +219,7 @@ class Chunk:
             exchange.done(sent)
             self._arriving.send()
 
+    @phase("pydist.decode")
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.exchange.stream():
@@ -311,6 +316,7 @@ class Exchange:
                 chunk.send()
                 yield chunk
 
+    @phase("pydist.agree")
     def _agree(self, first: list[Chunk]) -> int:
         """Agrees, and exchanges scales; returns how many chunks have been encoded meanwhile."""
         all_scales: list[Tensor] = []

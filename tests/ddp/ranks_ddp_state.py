@@ -411,9 +411,12 @@ def observed(rank: int, ranks: int) -> Any:
     assert all(exact), exact
     warm = state.stats()
     assert set(warm["fallbacks"]) == {"warm-up"} and warm["residual_bytes"] == 0
-    with torch.profiler.profile() as profile:
+    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=threads) as profile:
         steps_of(net, opt, rank, [1, 2], ddp)
-    assert "pydist.compression_hook" in {event.key for event in profile.key_averages()}
+    phases = {f"pydist.{phase}" for phase in ("agree", "encode", "wait", "reduce", "decode")}
+    missing = {"pydist.compression_hook", *phases} - {event.key for event in profile.key_averages()}
+    assert not missing, missing
     writer = Writer()
     state.log(writer)
     summary = state.stats()
