@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ranks_fsdp as cases
 import ranks_fsdp1 as cases1
+import ranks_fsdp_recipes as recipes
 import ranks_fsdp_state as states
 from ranks import Worlds
 from torch.distributed.fsdp._fully_shard import _fsdp_common
@@ -97,6 +98,10 @@ def test_not_finite(worlds: Worlds, codec: Any, feedback: bool) -> None:
 
 def test_resumes_to_the_bit(worlds: Worlds, tmp_path: Path) -> None:
     worlds(2).run(states.resumes, str(tmp_path))
+
+
+def test_as_torchtitan_writes_it(worlds: Worlds, tmp_path: Path) -> None:
+    worlds(2).run(recipes.as_torchtitan, str(tmp_path))
 
 
 def test_takes_over_from_another_world(worlds: Worlds) -> None:
