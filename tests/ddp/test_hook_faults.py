@@ -254,6 +254,7 @@ WRONG = (
 
 
 def test_types(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
     path = tmp_path / "use.py"
     path.write_text(RIGHT + "".join(f"    {call}\n" for call in WRONG))
     first = len(RIGHT.splitlines()) + 1

@@ -121,6 +121,7 @@ def test_wrong_types(worlds: Worlds, kind: str) -> None:
 
 def test_types_are_part_of_the_interface(tmp_path: Path) -> None:
     """What type checkers of users say; an option that is misspelt or of a wrong type."""
+    pytest.importorskip("mypy")
     lines = ["import pydist, torch", "def f(p: torch.nn.Parameter) -> None:"]
     wrong = []
     for name in ("DistributedLion", "Signum", "SignSGD", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"):

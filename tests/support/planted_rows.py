@@ -55,7 +55,7 @@ PLANTED = {
     ("unpack_signs", "float32"): reads_back_in_capture,
     ("ternary_scale", "float32"): crashes,
     ("ternary_pack", "float32"): aborts,
-    ("topk_select", "float32"): hangs,
+    ("topk_scatter", "float32"): hangs,
 }
 
 

@@ -178,7 +178,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=PACKAGE.parent, env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
 
 
