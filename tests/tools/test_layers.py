@@ -13,7 +13,7 @@ import pytest
 import pydist
 
 PACKAGE = Path(pydist.__file__).parent
-sys.path.append(str(PACKAGE.parent / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import house  # noqa: E402
 
