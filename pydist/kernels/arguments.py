@@ -41,6 +41,7 @@ def _is_array(value: object) -> bool:
 # What an annotation asks for, and whether a value is that. Others are not looked at.
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "A": ("a tensor, or a NumPy or CuPy array", _is_array),
+    "Sequence[A]": ("a sequence of them", lambda value: isinstance(value, list | tuple)),
     "int": ("an int", _is_int),
     "float": ("a number", lambda value: isinstance(value, Real | np.number)),
     "bool": ("a bool", lambda value: isinstance(value, bool | np.bool_)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydist import _C
@@ -197,7 +197,7 @@ def quantize_feedback_(
 
 @kernel(result=_of_n, codec=_FIXED)
 def sum_quantized(
-    payloads: A,
+    payloads: A | Sequence[A],
     codec: BlockCodec,
     n: int,
     *,
@@ -210,7 +210,7 @@ def sum_quantized(
     """What the payloads of all ranks decode to, added in rank order in float32.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         codec: What they were encoded with.
         n: Elements.
         mean: Divide the sum by the number of ranks.
@@ -278,7 +278,7 @@ def dequantize(
 
 @kernel(result=_as_one_payload, writes=("flags",), codec=_FIXED)
 def reduce_quantized(
-    payloads: A,
+    payloads: A | Sequence[A],
     codec: BlockCodec,
     n: int,
     *,
@@ -296,7 +296,7 @@ def reduce_quantized(
     """Decodes the payloads of all ranks, adds them in rank order, and quantizes the result again.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         codec: What they were encoded with, and the result is.
         n: Elements.
         mean: Divide the sum by the number of ranks.

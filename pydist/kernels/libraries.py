@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -262,6 +263,29 @@ def _look_for(name: str, x: Array) -> Library:
     if _in_host_memory(x):
         return _DLPACK  # not by its type: another array of it may be on a device
     raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")
+
+
+def stacked(name: str, arrays: Sequence[Array]) -> Array:
+    """Arrays of one library, shape and dtype as the rows of one.
+
+    Raises:
+        TypeError: They are of several libraries or dtypes, or one is no array.
+        ValueError: There are none, or they have several shapes.
+    """
+    libraries = [library_of(f"{name}[{i}]", x) for i, x in enumerate(arrays)]
+    if not libraries:
+        raise ValueError(f"{name} must be an array, or a sequence of at least one, got {arrays}")
+    for what, values, error in (
+        ("library", [library.kind for library in libraries], TypeError),
+        ("dtype", [str(x.dtype) for x in arrays], TypeError),
+        ("shape", [list(x.shape) for x in arrays], ValueError),
+    ):
+        for i, value in enumerate(values):
+            if value != values[0]:
+                raise error(f"{name} must have one {what}, got {values[0]} and, at {i}, {value}")
+    library: Any = libraries[0]
+    module = sys.modules["torch"] if library.kind == "torch" else library.module
+    return module.stack(list(arrays))
 
 
 def library_of_tensors() -> Library:

@@ -89,7 +89,8 @@ def call(kernel: Kernel, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 # --------------------------------------------------------------------------- schemas
 
 _TYPES = {
-    "A": "Tensor", "A | None": "Tensor?", "Segments": "Tensor?", "DType": "ScalarType?",
+    "A": "Tensor", "A | Sequence[A]": "Tensor", "A | None": "Tensor?",
+    "Segments": "Tensor?", "DType": "ScalarType?",
     "int": "int", "int | None": "int?", "float": "float", "float | None": "float?",
     "bool": "bool", "str": "str",
 }  # fmt: skip

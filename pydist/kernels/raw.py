@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydist import _C
@@ -22,7 +22,7 @@ def _of_a_row(given: Mapping[str, Any]) -> tuple[Shape, str]:
 
 @kernel(result=_of_a_row, writes=("flags",))
 def sum_values(
-    values: A,
+    values: A | Sequence[A],
     *,
     mean: bool = False,
     dtype: DType = None,
@@ -33,7 +33,7 @@ def sum_values(
     """The sum of all ranks' values, in float32 and in rank order, rounded once.
 
     Args:
-        values: float32, float16 or bfloat16 [ranks, n].
+        values: float32, float16 or bfloat16 [ranks, n], or a sequence of [n].
         mean: Divide the sum by the number of ranks.
         dtype: float32, float16 or bfloat16 of the result; default that of ``out``, or float32.
         flags: int32[1]; 1 is OR-ed in where the result holds a NaN or an infinity.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from pydist.kernels.arguments import explain
+from pydist.kernels.libraries import stacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -97,12 +98,16 @@ def kernel(
     def declare(function: F) -> F:
         entry = Kernel(function, writes, result, codec, returns)
         KERNELS[entry.name] = entry
-        first_name = next(iter(inspect.signature(function).parameters))
+        first_name, declared = next(iter(inspect.signature(function).parameters.items()))
+        takes_sequence = "Sequence" in str(declared.annotation)
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             try:
-                first = args[0] if args else options.get(first_name)
+                first: Any = args[0] if args else options.get(first_name)
+                if takes_sequence and type(first) in (list, tuple):
+                    first = stacked(first_name, first)
+                    args, options = (first, *args[1:]), _without(first_name, options)
                 if type(first) is not np.ndarray and _watched(first):
                     return _operators.call(entry, args, options)
                 return function(*args, **options)
@@ -114,6 +119,10 @@ def kernel(
         return call  # type: ignore[return-value]
 
     return declare
+
+
+def _without(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
 
 
 def _watched(first: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydist import _C
@@ -193,11 +193,13 @@ def unpack_signs(
 
 
 @kernel(result=_counts)
-def count_votes(payloads: A, *, out: A | None = None, threads: int | None = None) -> A:
+def count_votes(
+    payloads: A | Sequence[A], *, out: A | None = None, threads: int | None = None
+) -> A:
     """Counts how many ranks voted +1, bit-sliced.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         out: Receives the planes, and is returned.
         threads: CPU threads; default those of torch for tensors, all cores for arrays.
 
@@ -220,7 +222,7 @@ def count_votes(payloads: A, *, out: A | None = None, threads: int | None = None
 
 @kernel(result=_sides)
 def majority_vote(
-    payloads: A,
+    payloads: A | Sequence[A],
     *,
     ties: str = "hash",
     seed: int = 0,
@@ -233,7 +235,7 @@ def majority_vote(
     """Finds the side that most ranks voted for.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         ties: ``"hash"``: a fair bit of (seed, step, parameter, element), flipped every second step;
             ``"zero"``: no update, as the paper's sign(0), at the price of a second plane;
             ``"positive"``: +1.

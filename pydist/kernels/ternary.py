@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydist import _C
 from pydist.formats import ternary, wire
@@ -309,7 +309,7 @@ def _payload_table(payloads: ArrayInfo, n: int, segments: Segments) -> IntArray:
 
 @kernel(result=_sums, writes=("flags",))
 def ternary_sum(
-    payloads: A,
+    payloads: A | Sequence[A],
     n: int,
     *,
     flags: A | None = None,
@@ -320,7 +320,7 @@ def ternary_sum(
     """The exact sums of all ranks' trits, ``ceil(log2(2 * ranks + 1))`` bits each.
 
     Args:
-        payloads: uint8 [ranks, bytes], packed with one shared scaler.
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], packed with one shared scaler.
         n: Elements.
         flags: int32[1]; on CUDA 4 is OR-ed in where a byte is malformed.
         segments: int64 [k, 4] in host memory; default one segment of ``n``.
@@ -369,7 +369,7 @@ def _value_rows(table: IntArray, scalers: ArrayInfo, out: ArrayInfo, source: Arr
 
 @kernel(result=_of_n, writes=("flags",))
 def ternary_unpack(
-    payloads: A,
+    payloads: A | Sequence[A],
     scalers: A,
     n: int,
     *,
@@ -386,7 +386,7 @@ def ternary_unpack(
     and 1 otherwise.
 
     Args:
-        payloads: uint8 [bytes], or [ranks, bytes] packed with one shared scaler.
+        payloads: uint8 [bytes]; or packed with one shared scaler [ranks, bytes], or a sequence.
         scalers: float32 [k], the shared ones.
         n: Elements.
         mean: Divide the sum by the number of ranks.
@@ -405,8 +405,8 @@ def ternary_unpack(
         ValueError: The payloads or ``out`` do not fit ``n``, or, on the CPU, a byte of them is
             above 242.
     """
-    call = Call("payloads", payloads, threads)
-    source = call.input("payloads", payloads[None] if len(payloads.shape) == 1 else payloads)
+    call, given = Call("payloads", payloads, threads), cast(Any, payloads)
+    source = call.input("payloads", given[None] if len(given.shape) == 1 else given)
     own = call.input("scalers", scalers)
     ranks, size = check_payloads(source)
     table = _payload_table(source, n, segments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -312,7 +312,7 @@ def topk_feedback_(
 
 @kernel(result=_of_n, writes=("flags",), codec=_CODEC)
 def topk_scatter(
-    payloads: A,
+    payloads: A | Sequence[A],
     codec: TopKCodec,
     n: int,
     *,
@@ -326,7 +326,7 @@ def topk_scatter(
     """The entries of all ranks' payloads, added to zeros in rank order in float32.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         codec: The ``TopK`` they were encoded with.
         n: Elements.
         mean: Divide the sum by the number of ranks.
@@ -360,7 +360,7 @@ def topk_scatter(
 
 @kernel(result=_as_one_payload, writes=("flags",), codec=_CODEC)
 def topk_reduce(
-    payloads: A,
+    payloads: A | Sequence[A],
     codec: TopKCodec,
     n: int,
     *,
@@ -375,7 +375,7 @@ def topk_reduce(
     """Adds the entries of all ranks, as :func:`topk_scatter`, and selects the largest again.
 
     Args:
-        payloads: uint8 [ranks, bytes].
+        payloads: uint8 [ranks, bytes], or a sequence of [bytes], one per rank.
         codec: The ``TopK`` they were encoded with, and the result is.
         n: Elements.
         mean: Divide the sum by the number of ranks.
