@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from pydist.bench import options as arguments
 from pydist.bench.case import BITS, COMPILED, Case, Maker
@@ -114,7 +120,9 @@ class Rows:
     def measure(self, console: Console) -> None:
         """Runs all cases, with a progress bar."""
         options, start = self.options, time.monotonic()
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Short ones first: a name has what is left of a line.
+        name = TextColumn("{task.description}")
+        columns = (BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), name)
         chosen = plan(options)
         once = sum(not case.compiled for case in chosen)
         self.record |= {"planned": once * len(options.threads), "skipped": []}

@@ -24,9 +24,10 @@ def title(row: Report) -> str:
     return f"{_name(row)} {row['dtype']}, {shown(row['numel'])}{threads}"
 
 
-def _paired(ratio: dict[str, float]) -> str:
+def _paired(ratio: dict[str, float], *, wide: bool) -> str:
     """A percentage: the median of the repeats' ratios, and the ratio of the medians."""
-    return f"{100 * ratio['median']:.0f} ({100 * ratio['of_medians']:.0f})"
+    rest = f" ({100 * ratio['of_medians']:.0f})" if wide else ""
+    return f"{100 * ratio['median']:.0f}{rest}"
 
 
 def _times(seconds: dict[str, float]) -> tuple[str, str]:
@@ -38,45 +39,88 @@ def _times(seconds: dict[str, float]) -> tuple[str, str]:
     )
 
 
-def show_rows(rows: Sequence[Report], title: str, device: str, console: Console) -> None:
-    """Prints the figures; a rival's last column says how many times slower it is."""
-    cuda = device == "cuda"
-    caption = "percent: median of each repeat's ratio (ratio of medians); bytes: the least possible"
-    if cuda:
-        caption += (
-            "\nµs, GB/s and %: the device alone, from a replayed graph; rivals and 'called': as a "
-            "program calls them; 'host': until a call returns"
-        )
+def _table(heads: Sequence[str], title: str, caption: str) -> Table:
+    """A table whose first column holds names, which are folded and never cut."""
     table = Table(title=title, caption=caption)
+    table.add_column(heads[0], overflow="fold")
+    for head in heads[1:]:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+WIDE = 118
+"""Columns of a terminal that has room for all that was measured."""
+
+
+def _heads(cuda: bool, wide: bool) -> list[str]:
     heads = ["", "dtype", "size", "µs", "quartiles", "GB/s", "% read", "% copy"]
     heads += ["hot µs", "called µs", "host µs"] if cuda else ["threads"]
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
+    left_out = () if wide else ("quartiles", "threads", "hot µs", "host µs")
+    if cuda and not wide:
+        left_out = (*left_out, "% read")
+    return [head for head in heads if head not in left_out]
+
+
+def _caption(cuda: bool, wide: bool) -> str:
+    percent = "each repeat's ratio (ratio of medians)" if wide else "the repeats' ratios"
+    lines = [
+        f"percent: median of {percent}; bytes: the least possible; of a rival: its time / ours"
+    ]
+    if cuda:
+        lines.append(
+            "µs, GB/s and %: the device alone, from a replayed graph; rivals and 'called': as a "
+            "program calls them" + ("; 'host': until a call returns" if wide else "")
+        )
+    if not wide:
+        lines.append(f"more columns: in a terminal of {WIDE} columns, and with --json")
+    return "\n".join(lines)
+
+
+def _cells(row: Report, *, cuda: bool, wide: bool) -> dict[str, str]:
+    """What a row says, by the head of its column."""
+    median, quartiles = _times(row["seconds"])
+    cells = {
+        "": f"[bold]{_name(row)}", "dtype": row["dtype"], "size": shown(row["numel"]),
+        "µs": median, "quartiles": quartiles, "GB/s": f"{row['gigabytes_per_second']:.2f}",
+        "% read": _paired(row["of_read"], wide=wide),
+        "% copy": _paired(row["of_copy"], wide=wide), "threads": str(row["threads"]),
+    }  # fmt: skip
+    if cuda:
+        cells |= {f"{key} µs": _times(row[key]["seconds"])[0] for key in ("hot", "called")}
+        cells["host µs"] = f"{1e6 * row['host_seconds']:.1f}"
+    return cells
+
+
+def _rival_cells(name: str, rival: Report, mine: float) -> dict[str, str]:
+    median, quartiles = _times(rival["seconds"])
+    return {
+        "": f"  [dim]{name}", "µs": median, "quartiles": quartiles,
+        "GB/s": f"{rival['gigabytes_per_second']:.2f}",
+        "% copy": f"{rival['seconds']['median'] / mine:.1f}x",
+    }  # fmt: skip
+
+
+def _notes(row: Report) -> list[str]:
+    notes = [f"{name}: {why}" for name, why in row["rivals_failed"].items()]
+    if row.get("late"):
+        notes.insert(0, f"{row['late']} samples of it were late: they hold time of the host")
+    if not row.get("captured", True):
+        notes.insert(0, "waits for the device: timed as called, not from a graph")
+    return notes
+
+
+def show_rows(rows: Sequence[Report], title: str, device: str, console: Console) -> None:
+    """Prints the figures; a rival's last column says how many times our time it takes."""
+    cuda, wide = device == "cuda", console.width >= WIDE
+    heads = _heads(cuda, wide)
+    table = _table(heads, title, _caption(cuda, wide))
     for row in rows:
-        last = [str(row["threads"])]
-        if cuda:
-            last = [_times(row[key]["seconds"])[0] for key in ("hot", "called")]
-            last.append(f"{1e6 * row['host_seconds']:.1f}")
-        table.add_row(
-            f"[bold]{_name(row)}", row["dtype"], shown(row["numel"]), *_times(row["seconds"]),
-            f"{row['gigabytes_per_second']:.2f}", _paired(row["of_read"]),
-            _paired(row["of_copy"]), *last,
-        )  # fmt: skip
         mine = (row["called"] if cuda else row)["seconds"]["median"]
-        for name, rival in row["rivals"].items():
-            table.add_row(
-                f"  [dim]{name}", "", "", *_times(rival["seconds"]),
-                f"{rival['gigabytes_per_second']:.2f}", "",
-                f"{rival['seconds']['median'] / mine:.1f}x time",
-            )  # fmt: skip
-        if not row.get("captured", True):
-            table.add_row("  [dim]waits for the device: timed as called, not from a graph")
-        if row.get("late"):
-            table.add_row(
-                f"  [dim]{row['late']} samples of it were late: they hold time of the host"
-            )
-        for name, why in row["rivals_failed"].items():
-            table.add_row(f"  [dim]{name}: {why}")
+        lines = [_cells(row, cuda=cuda, wide=wide)]
+        lines += [_rival_cells(name, rival, mine) for name, rival in row["rivals"].items()]
+        lines += [{"": f"  [dim]{note}"} for note in _notes(row)]
+        for cells in lines:
+            table.add_row(*(cells.get(head, "") for head in heads))
     console.print(table)
 
 
@@ -106,13 +150,10 @@ def show_goals(found: Sequence[Report], console: Console) -> None:
         console.print("\n[bold]Goals")
     colours = {"yes": "green", "no": "red"}
     for goal in found:
-        met, model = goal["met"], ""
-        if "model" in goal:
-            model = f"model {goal['model']:.2f}"
-        console.print(
-            f"  {goal['goal']:<78} {goal['measured']:<24} {model:<12} "
-            f"[{colours.get(met, 'yellow')}]{met}"
-        )
+        met = goal["met"]
+        model = f" (model {goal['model']:.2f})" if "model" in goal else ""
+        colour = colours.get(met, "yellow")
+        console.print(f"  {goal['goal']}: {goal['measured']}{model} [{colour}]{met}")
 
 
 # ---------------------------------------------------------------- an earlier run
@@ -154,13 +195,12 @@ def compared(record: Report, old: Report) -> list[Report]:
 
 def show_comparison(found: Sequence[Report], name: str, console: Console) -> None:
     """Prints what changed since an earlier run."""
-    table = Table(
-        title=f"against {name}",
-        caption="above 1: faster now; *: beyond the quartiles of both runs. On a shared machine "
-        "trust the ratio of the shares of a copy",
-    )
-    for head in ("", "dtype", "size", "threads", "time then / now", "share of copy now / then"):
-        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
+    heads = ("", "dtype", "size", "threads", "time then / now", "of copy")
+    table = _table(
+        heads, f"against {name}",
+        "of copy: share of a copy, now / then. Above 1: faster now; *: "
+        "beyond the quartiles of both runs. On a shared machine trust the shares of a copy",
+    )  # fmt: skip
     for entry in found:
         row, mark = entry["row"], "*" if entry["beyond_spread"] else " "
         slower = entry["beyond_spread"] and entry["speedup"] < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import subprocess
@@ -56,6 +57,10 @@ def test_every_kernel_is_timed_and_written_down(
     few = [*SMALL, "--kernels", "pack_signs", "--dtype", "float32", "--no-rivals"]
     assert cli.main([*few, "--compare", files["json"]]) == 0
     assert "time then / now" in capsys.readouterr().out
+    with Console(width=80, record=True, file=io.StringIO()) as console:
+        show.show_comparison(show.compared(record, record), "an earlier run", console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
 
 
 WRONG = {
@@ -447,7 +452,12 @@ def test_the_way_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["hot"]["seconds"]["median"] > 0 and found["host_seconds"] > 0
     assert found["copy"]["bytes"] == (1 << 17) * 2, "an eighth of the free memory"
     assert found["rivals_failed"] == {"broken": "RuntimeError: not here"}
-    show.show_rows([found], "", "cuda", Console(quiet=True))
+    for width in (80, 130):
+        with Console(width=width, record=True, file=io.StringIO()) as console:
+            show.show_rows([found], "", "cuda", console)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width and "…" not in "".join(lines)
+        assert ("host µs" in lines[1] + lines[2]) == (width == 130)
 
 
 @pytest.mark.parametrize(("too_short", "late"), [(0, 0), (2, 0), (9, 1)])
