@@ -7,8 +7,6 @@ as bit planes of a unit. ``docs/wire_format.md`` says what the bits mean,
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from pydist.formats import wire
@@ -30,9 +28,10 @@ def check_clip(clip: float | None) -> None:
     """Raises unless ``clip`` is ``None`` or a positive number that float32 holds."""
     if clip is None:
         return
-    if isinstance(clip, bool) or not isinstance(clip, int | float):
+    number = isinstance(clip, (int, float))  # torch 2.9 compiles no int | float
+    if isinstance(clip, bool) or not number:
         raise TypeError(f"clip must be a number or None, got {clip!r}")
-    if not (2.0**-126 <= clip <= 2.0**126) or math.isnan(clip):
+    if not 2.0**-126 <= clip <= 2.0**126:
         raise ValueError(f"clip must be from 2**-126 to 2**126 (or None), got {clip!r}")
 
 

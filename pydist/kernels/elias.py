@@ -64,7 +64,7 @@ def entropy_coded(encoder: F) -> F:
         codec: Any = args[at] if len(args) > at else options.get("codec")
         if getattr(codec, "entropy", None) is None:
             return encoder(*args, **options)
-        given = dict(zip(names, args, strict=False)) | options
+        given = dict(zip(names[: len(args)], args, strict=True)) | options
         if given.get("out") is not None:
             raise ValueError(f"out must be None with {codec}: the length is not known beforehand")
         payload = encoder(**given | {"codec": without_entropy(codec)})

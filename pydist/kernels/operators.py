@@ -64,7 +64,8 @@ def watched(first: object) -> bool:
 
 def call(kernel: Kernel, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Calls a kernel as the operator that it is."""
-    given = dict(zip(_POSITIONAL[kernel.name], args, strict=False))
+    # torch 2.9 compiles no zip of several lengths.
+    given = dict(zip(_POSITIONAL[kernel.name][: len(args)], args, strict=True))
     given.update(options)
     given.pop("threads", None)
     out = given.pop("out", None)

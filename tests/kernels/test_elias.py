@@ -296,7 +296,9 @@ def test_compiled() -> None:
 
     x = torch.randn(300)
     wanted = ops.dequantize(ops.quantize(x, ELIAS4, seed=2), ELIAS4, 300)
-    assert torch.equal(there_and_back(x), wanted)
+    # Before torch 2.10 or so a graph holds lengths that depend on values only if asked to.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert torch.equal(there_and_back(x), wanted)
 
 
 def test_block_integers_too() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ranks_optim_checkpoints as cases
 from ranks import Worlds
+from torch.distributed.checkpoint import state_dict
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -33,6 +34,12 @@ def test_copies_with_groups(worlds: Worlds) -> None:
 # --------------------------------------------------------------------------- torch's checkpoints
 
 
+def skip_unless_flattened(flatten: bool) -> None:
+    """The states of all ranks are a dictionary; torch 2.9 flattens numbers and tensors alone."""
+    if flatten and "nest" not in str(state_dict._flatten_optim_state_dict.__doc__):
+        pytest.skip("this torch flattens no nested states")
+
+
 @KIND
 @pytest.mark.parametrize(
     ("how", "until", "flatten"),
@@ -48,6 +55,7 @@ def test_copies_with_groups(worlds: Worlds) -> None:
 def test_torch_checkpoint(
     worlds: Worlds, tmp_path: Path, kind: str, how: str, until: int, flatten: bool
 ) -> None:
+    skip_unless_flattened(flatten)
     worlds(2).run(cases.torch_checkpoint, kind, how, until, flatten, str(tmp_path))
 
 
@@ -56,6 +64,7 @@ def test_torch_checkpoint(
 def test_torch_checkpoint_of_attached(
     worlds: Worlds, tmp_path: Path, kind: str, until: int, flatten: bool
 ) -> None:
+    skip_unless_flattened(flatten)
     args = (kind, "attached", until, flatten, str(tmp_path))
     worlds(2).run(cases.torch_checkpoint, *args)
 
