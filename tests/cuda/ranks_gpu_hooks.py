@@ -12,13 +12,13 @@ from typing import Any
 
 import ranks_fsdp
 import torch
+from ranks import forget_shardings
 from ranks_codecs import first_difference
 from ranks_collectives import bits
 from ranks_ddp import CODECS, chunks_of
 from ranks_gpu_collectives import group_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, debug
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pydist
@@ -178,14 +178,6 @@ def fsdp_equals_cpu(
             for (_, _, wanted, *_), (unit, _, got, *_) in zip(*logs, strict=True):
                 first_difference(got.cpu(), wanted, f"{of_weights}: weights of {unit.name!r}")
         forget_shardings()
-
-
-def forget_shardings() -> None:
-    """DTensor remembers specs by ranks, not by groups: later models would get these dead ones."""
-    clear = getattr(debug, "_clear_sharding_prop_cache", None)
-    if clear is None:  # before torch 2.10
-        clear = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear
-    clear()
 
 
 def same_gradients(here: nn.Module, there: nn.Module, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,7 +113,6 @@ def _plain_options(kind: str, ranks: int) -> Options:
     }.get(kind, {})
 
 
-@functools.cache
 def _hybrid(ranks: int) -> Any:
     return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("across", "inside"))
 

@@ -8,6 +8,7 @@ world is made anew for the next test.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -46,6 +47,7 @@ def _serve(
     )
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
+        destroy_groups_left_over()
         case, args = order
         try:
             pipe.send((True, case(rank, world_size, *args)))
@@ -55,6 +57,37 @@ def _serve(
             pipe.send((False, f"{traceback.format_exc()}process groups: {names}\n"))
     if destroy:
         dist.destroy_process_group()
+
+
+def destroy_groups_left_over() -> None:
+    """Ends the groups that the last case has left; all ranks are past it.
+
+    Each group of gloo's has threads that wake a hundred times a second, and so have pydist's of it.
+    """
+    import torch.distributed as dist
+
+    def left() -> list[Any]:
+        return [
+            group for group, name in list(dist.distributed_c10d._world.pg_names.items())
+            if group is not dist.group.WORLD and not name.startswith("pydist/")
+        ]  # fmt: skip
+
+    if not left():
+        return
+    for group in left():
+        dist.destroy_process_group(group)
+    forget_shardings()
+    gc.collect()  # models hold their groups in circles
+
+
+def forget_shardings() -> None:
+    """DTensor remembers specs by ranks, not by groups: later models would get these dead ones."""
+    from torch.distributed.tensor import DTensor, debug
+
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)
+    if clear is None:  # before torch 2.10
+        clear = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear
+    clear()
 
 
 class World:
