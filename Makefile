@@ -161,7 +161,7 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 
 # ----------------------------------------------------------------- care
 
-.PHONY: fmt lint ptxas package docs clean
+.PHONY: fmt lint ptxas package docs docs-look clean
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -187,6 +187,11 @@ package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment 
 docs: $(ENV_STAMP) ## the documentation site, into build/site
 	@$(PIP) install --quiet -c constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# CHROMIUM names a browser, where none is called chromium.
+docs-look: docs ## every page of it in a browser, wide and narrow, into build/site-shots: CHROMIUM=path
+	@$(PIP) install --quiet -c constraints.txt 'playwright>=1.40'
+	@CHROMIUM="$(CHROMIUM)" $(BIN)/python tools/look_at_docs.py build/site --shots build/site-shots
 
 clean: ## remove what was built; keeps .venv and its packages
 	rm -rf build dist *.egg-info pydist/*.so $(VENV)/.stamp-*

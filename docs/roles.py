@@ -1,4 +1,4 @@
-"""Sphinx's roles in docstrings, as Markdown: :func:`x` becomes `x`."""
+"""Sphinx's markup in docstrings, as Markdown: :func:`x` becomes `x`, and two colons one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from griffe import Extension
 
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?([^`]+)`")
+CODE_FOLLOWS = re.compile(r"::$", re.MULTILINE)
 
 
 class Roles(Extension):
@@ -16,4 +17,5 @@ class Roles(Extension):
     def on_object(self, *, obj: Any, **_: Any) -> None:
         """A module, class, function or attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = CODE_FOLLOWS.sub(":", text)

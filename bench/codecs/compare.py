@@ -246,6 +246,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no-rivals", action="store_true", help="pydist's codecs alone")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--plot", type=Path, metavar="FILE", help="draw error against bits here")
+    add("--redraw", type=Path, metavar="JSON", help="measure nothing: the figures of this file")
     options = parser.parse_args(arguments)
     if options.numel < 1 or options.repeats < 0:
         parser.error("--numel must be at least 1, --repeats at least 0")
@@ -295,7 +296,10 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     command = shlex.join(["python", "bench/codecs/compare.py", *arguments])
     try:
-        record = run(options, command, console)
+        if options.redraw:
+            record = json.loads(options.redraw.read_text())
+        else:
+            record = run(options, command, console)
     except UsageError as error:
         print(f"codecs.py: {error}", file=sys.stderr)
         return 2

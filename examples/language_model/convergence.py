@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from demo import run_workers
-from matplotlib import pyplot as plt
 from methods import CODECS, METHODS, Settings
 from rich.console import Console
 from rich.table import Table
+
+from pydist.bench import drawing
 
 BASELINE = "adamw"
 TRAINED = METHODS | CODECS
@@ -82,32 +83,54 @@ def curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws curves with and without error feedback, and the final loss against bits."""
+    """Draws curves with and without error feedback, and every method's final loss."""
     runs = by_method(report)
-    figure, (by_step, by_bits) = plt.subplots(1, 2, figsize=(11, 4.6))
+    figure, (by_step, ends) = drawing.panels(
+        2, 1, (8, 4 + 0.22 * len(runs)), height_ratios=(3, 0.5 + 0.22 * len(runs))
+    )
     for name, style in ((BASELINE, "--"), ("sgd", "-")):
         if name in runs:
             by_step.plot(*curve(runs[name]), style, color="black", label=TITLES[name])
     for number, (name, plain) in enumerate(PAIRS.items()):
         for which, style in ((name, "-"), (plain, ":")):
             if which in runs:
-                by_step.plot(*curve(runs[which]), style, color=f"C{number}", label=TITLES[which])
-    for name, mine in runs.items():
-        bits = TRAINED[name].bits_a_gradient()
-        ends = losses(mine)
-        middle = statistics.mean(ends)
-        spread = [[middle - min(ends)], [max(ends) - middle]]
-        by_bits.errorbar([bits], [middle], yerr=spread, fmt="o", capsize=3)
-        by_bits.annotate(TITLES[name], (bits, middle), (5, 4), textcoords="offset points",
-                          fontsize=7)  # fmt: skip
-    by_bits.axhline(statistics.mean(losses(runs[BASELINE])), color="black", lw=0.6)
-    by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
-    by_bits.set(xlabel="bits per gradient element", xscale="log")
-    for axes in (by_step, by_bits):
-        axes.grid(alpha=0.3)
-    by_step.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+                by_step.plot(*curve(runs[which]), style, color=drawing.COLOURS[number],
+                             label=TITLES[which])  # fmt: skip
+    by_step.set(xlabel="steps", ylabel="validation loss, nats per byte")
+    drawing.legend_above(figure, by_step, 3)
+    final_losses(ends, runs)
+    drawing.save(figure, path)
+
+
+def final_losses(panel: Any, runs: Runs) -> None:
+    """Draws a row for each method: mean and range over seeds; bits stand beside the name."""
+    kinds = list(dict.fromkeys(kind(name) for name in runs))
+    names = sorted(
+        runs, key=lambda name: (kinds.index(kind(name)), statistics.mean(losses(runs[name])))
+    )
+    for row, name in enumerate(names):
+        values = losses(runs[name])
+        colour = drawing.COLOURS[kinds.index(kind(name))]
+        panel.plot([min(values), max(values)], [row, row], color=colour)
+        panel.plot([statistics.mean(values)], [row], "o", color=colour)
+    for edge in (row for row in range(1, len(names)) if kind(names[row]) != kind(names[row - 1])):
+        panel.axhline(edge - 0.5, color="black", linewidth=0.6)
+    base = statistics.mean(losses(runs[BASELINE]))
+    panel.axvline(base, color="black", linewidth=1, linestyle="--")
+    labels = [f"{TITLES[name]}   {round(TRAINED[name].bits_a_gradient(), 2):g}" for name in names]
+    panel.set_yticks(range(len(names)), labels, fontsize=9)
+    panel.set_title("gradients as, and bits per element", loc="left")
+    panel.set(
+        ylim=(len(names) - 0.5, -0.5),
+        xlabel="final validation loss, nats per byte\n(dot: mean of the seeds; line: their range; "
+        "dashed: AdamW, fp32)",
+    )
+
+
+def kind(name: str) -> str:
+    """What a method is compared with: AdamW, SGD, or AdamW under FSDP2."""
+    method = TRAINED[name]
+    return "SGD" if method.sgd else "FSDP2" if method.sharded else "AdamW"
 
 
 def main() -> int:
@@ -121,11 +144,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--output", type=Path, default=Path("build/convergence"))
+    parser.add_argument("--redraw", type=Path, help="trains nothing: runs of a convergence.json")
     arguments = parser.parse_args()
     if arguments.workers < 1 or arguments.steps < 12:
         parser.error("--workers must be at least 1 and --steps at least 12")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.redraw:
+        report = json.loads(arguments.redraw.read_text())
+        print_table(report)
+        plot(report, arguments.output / "convergence.png")
+        return 0
     path = arguments.output / "convergence.json"
     command = shlex.join(["python", "examples/language_model/convergence.py", *sys.argv[1:]])
     settings = Settings(steps=arguments.steps, warmup=max(1, arguments.steps // 50))

@@ -18,13 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from methods import METHODS, Settings
 from rich.console import Console
 from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from pydist.bench import drawing
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,20 +79,18 @@ def print_table(report: dict[str, Any]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draws validation loss against steps and against bytes sent."""
-    figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for run in report["runs"]:
+    figure, (by_step, by_bytes) = drawing.panels(1, 2, (8, 4), sharey=True)
+    for i, run in enumerate(report["runs"]):
         points = run["curve"][1:]
         loss = [point["validation_loss"] for point in points]
         title = METHODS[run["method"]].title
-        by_step.plot([point["step"] for point in points], loss, marker=".", label=title)
-        by_bytes.plot([point["bytes_sent"] / 1e6 for point in points], loss, marker=".")
-    by_step.set(xlabel="step", ylabel="validation loss (nats a byte)")
-    by_bytes.set(xlabel="MB sent by a worker", xscale="log")
-    for axes in (by_step, by_bytes):
-        axes.grid(alpha=0.3)
-    by_step.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        by_step.plot([point["step"] for point in points], loss, label=title, **drawing.look(i))
+        by_bytes.plot([point["bytes_sent"] / 1e6 for point in points], loss, **drawing.look(i))
+    by_step.set(xlabel="steps", ylabel="validation loss, nats per byte")
+    by_bytes.set(xlabel="MB sent per worker", xscale="log")
+    drawing.log_ticks(by_bytes.xaxis)
+    drawing.legend_above(figure, by_step, 2)
+    drawing.save(figure, path)
 
 
 def main() -> int:
@@ -109,6 +105,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the results")
+    parser.add_argument("--redraw", type=Path, help="trains nothing: the runs of this demo.json")
     arguments = parser.parse_args()
     if arguments.workers < 1 or arguments.steps < 12:
         parser.error("--workers must be at least 1 and --steps at least 12")
@@ -120,6 +117,11 @@ def main() -> int:
         learning_rate=arguments.learning_rate,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.redraw:
+        report = json.loads(arguments.redraw.read_text())
+        plot(report, arguments.output / "demo.png")
+        print_table(report)
+        return 0
     with tempfile.TemporaryDirectory() as directory:
         results = Path(directory) / "results.json"
         code = run_workers(

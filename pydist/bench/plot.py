@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydist.bench import drawing
+
 Report = dict[str, Any]
 
-_COLUMNS = 3
+_COLUMNS = 2
 
 
 def draw(rows: Sequence[Report], title: str, path: str | Path) -> None:
@@ -23,54 +25,58 @@ def draw(rows: Sequence[Report], title: str, path: str | Path) -> None:
     if not rows:
         print(f"{path} was not drawn: no row was measured")
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(row["kernel"] for row in rows))
     columns = min(_COLUMNS, len(names))
     lines = -(-len(names) // columns)
-    figure, panels = pyplot.subplots(
-        lines, columns, figsize=(5 * columns, 3.6 * lines + 0.6), squeeze=False, sharey=True
+    series = max(len(_series(rows, name)) for name in names)
+    height = 3.2 + 0.2 * series
+    figure, all_panels = drawing.panels(
+        lines, columns, (5 * columns, height * lines), squeeze=False, sharey=True
     )
-    for panel, name in zip(panels.flat, names, strict=False):
-        _panel(panel, name, [row for row in rows if row["kernel"] == name])
-    for panel in panels.flat[len(names) :]:
+    for panel, name in zip(all_panels.flat, names, strict=False):
+        _panel(panel, name, rows)
+    for panel in all_panels.flat[len(names) :]:
         panel.set_visible(False)
-    for line in panels:
+    for line in all_panels:
         line[0].set_ylabel("GB/s")
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    drawing.save(figure, path)
+
+
+def _series(rows: Sequence[Report], name: str) -> dict[tuple[Any, ...], list[Report]]:
+    """A kernel's rows from small to large, by variant, dtype and threads."""
+    found: dict[tuple[Any, ...], list[Report]] = {}
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        if row["kernel"] == name:
+            found.setdefault((row["variant"], row["dtype"], row["threads"]), []).append(row)
+    return found
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}" if number else ""
 
 
 def _panel(panel: Any, name: str, rows: Sequence[Report]) -> None:
-    series: dict[tuple[Any, ...], list[Report]] = {}
-    for row in rows:
-        series.setdefault((row["variant"], row["dtype"], row["threads"]), []).append(row)
-    for (variant, dtype, threads), points in series.items():
-        points.sort(key=lambda row: row["bytes"])
-        label = ", ".join(
-            part for part in (dtype, variant, f"{threads} thr" if threads else "") if part
-        )
+    series = _series(rows, name)
+    for i, ((variant, dtype, threads), points) in enumerate(series.items()):
         panel.plot(
             [row["bytes"] for row in points],
             [row["gigabytes_per_second"] for row in points],
-            marker="o", markersize=3, linewidth=1, label=label,
-        )  # fmt: skip
-    for threads in sorted({row["threads"] for row in rows}):
-        largest = max(row["bytes"] for row in rows)
+            label=", ".join(filter(None, (dtype, variant, _threads(threads)))),
+            **drawing.look(i),
+        )
+    largest = max(points[-1]["bytes"] for points in series.values())
+    for i, threads in enumerate(sorted({threads for _, _, threads in series})):
         speeds = [
             row["copy"]["gigabytes_per_second"]
-            for row in rows
+            for points in series.values()
+            for row in points
             if row["threads"] == threads and row["bytes"] == largest
         ]
-        label = f"copy, {threads} thr" if threads else "copy"
-        panel.axhline(
-            statistics.median(speeds), color="black", linewidth=0.8, linestyle="--", label=label
-        )
-    panel.set(xscale="log", yscale="log", title=name, xlabel="bytes, the least possible")
-    panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=6)
+        label = ", ".join(filter(None, ("copy", _threads(threads))))
+        speed = statistics.median(speeds)
+        panel.axhline(speed, color="black", linewidth=1, linestyle=("--", ":")[i % 2], label=label)
+    panel.set(xscale="log", yscale="log", title=name, xlabel="bytes that it must move, at least")
+    drawing.binary_ticks(panel.xaxis)
+    drawing.log_ticks(panel.yaxis)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))

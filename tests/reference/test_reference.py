@@ -174,8 +174,9 @@ def test_lion_against_the_paper_in_double_precision() -> None:
 
 
 def golden() -> dict[str, bytes]:
-    """The blocks ```golden <name>``` of the document: hex in lines, comments after #."""
-    found = re.findall(r"```golden (\S+)\n(.*?)```", WIRE_FORMAT.read_text(), re.DOTALL)
+    """The blocks of the document titled golden <name>: hex in lines, comments after #."""
+    blocks = r'```text title="golden (\S+)"\n(.*?)```'
+    found = re.findall(blocks, WIRE_FORMAT.read_text(), re.DOTALL)
     lines = {name: [line.split("#")[0] for line in text.splitlines()] for name, text in found}
     return {name: bytes.fromhex("".join(hexes)) for name, hexes in lines.items()}
 
