@@ -118,17 +118,18 @@ def rate(step: int, settings: Settings) -> float:
 
 def sent_bytes() -> int:
     """Bytes that this process has sent over its open TCP connections (0 where Linux is not)."""
-    total = 0
+    sent: dict[str, int] = {}
     for entry in Path("/proc/self/fd").glob("*"):
         try:
-            if entry.readlink().name.startswith("socket:"):
+            name = entry.readlink().name  # one socket may have several descriptors
+            if name.startswith("socket:") and name not in sent:
                 with socket.socket(fileno=os.dup(int(entry.name))) as connection:
                     # struct tcp_info of linux/tcp.h; tcpi_bytes_sent is there since Linux 4.19.
                     facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += sum(struct.unpack_from("Q", facts, 200))
+                    (sent[name],) = struct.unpack_from("Q", facts, 200)
         except (OSError, struct.error):
             continue  # closed meanwhile, or not a TCP connection
-    return total
+    return sum(sent.values())
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -28,19 +28,16 @@ CODECS = [
     Sign("l1", block=32), Raw(), Raw("bfloat16"), TopK(0.1, block=64),
     QSGD(3, block=64, norm="l2", entropy="elias"),
 ]  # fmt: skip
-_kept: dict[int, Any] = {}
 
 
 def levels(ranks: int, local: int) -> tuple[Any, Any]:
-    """This rank's groups across and inside, made once a world."""
-    if local not in _kept:
-        nodes = [list(range(i, i + local)) for i in range(0, ranks, local)]
-        peers = [list(range(i, ranks, local)) for i in range(local)]
-        inside = [dist.new_group(node) for node in nodes]
-        across = [dist.new_group(column) for column in peers]
-        rank = dist.get_rank()
-        _kept[local] = across[rank % local], inside[rank // local]
-    return _kept[local]
+    """This rank's groups across and inside."""
+    nodes = [list(range(i, i + local)) for i in range(0, ranks, local)]
+    peers = [list(range(i, ranks, local)) for i in range(local)]
+    inside = [dist.new_group(node) for node in nodes]
+    across = [dist.new_group(column) for column in peers]
+    rank = dist.get_rank()
+    return across[rank % local], inside[rank // local]
 
 
 # --------------------------------------------------------------------------- values
@@ -235,8 +232,7 @@ def differs(rank: int, ranks: int, local: int, who: list[int], change: dict[str,
 
 
 def no_grid(rank: int, ranks: int, kind: str) -> tuple[str, str]:
-    """Groups that four ranks cannot use as two levels; new ones, so that they are looked at."""
-    _kept.clear()
+    """Groups that four ranks cannot use as two levels."""
     across, inside = levels(ranks, 2)
     crosswise = [dist.new_group([0, 3]), dist.new_group([1, 2])][0 if rank in (0, 3) else 1]
     pair = {
@@ -281,11 +277,10 @@ def wrong(rank: int, ranks: int) -> None:
 
 def traffic(rank: int, ranks: int, local: int, n: int) -> dict[str, int]:
     """Bytes of messages that this rank sent across and inside in a call."""
-    where = hierarchy.grid(levels(ranks, local))
+    group = levels(ranks, local)
+    where = hierarchy.grid(group)
     before = where.traffic()
-    pydist.all_reduce(
-        torch.ones(n), BlockInt(8, block=64), group=levels(ranks, local), algorithm="two_phase"
-    )
+    pydist.all_reduce(torch.ones(n), BlockInt(8, block=64), group=group, algorithm="two_phase")
     after = where.traffic()
     return {
         level: sum((after[level] - before[level]).values())

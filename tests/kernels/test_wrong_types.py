@@ -21,13 +21,18 @@ def array_of(door: str, dtype: str = "int32") -> Any:
     return torch.from_numpy(x) if door == "ops" else x
 
 
+def kind_of(parameter: inspect.Parameter) -> str:
+    """The first kind of its annotation."""
+    return str(parameter.annotation).split(" | ")[0]
+
+
 def usual(door: str, function: Any) -> dict[str, Any]:
     """An argument of the right type for everything that must be given."""
     codecs = {"tern": Ternary(), "topk": TopK(0.1, 64)}
     codec = codecs.get(function.__name__[:4], BlockInt(4, 32))
     parameters = inspect.signature(function).parameters.values()
     return {
-        p.name: {"A": array_of(door), "int": 3, "float": 0.5}.get(p.annotation, codec)
+        p.name: {"A": array_of(door), "int": 3, "float": 0.5}.get(kind_of(p), codec)
         for p in parameters
         if p.default is p.empty
     }
