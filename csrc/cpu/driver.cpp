@@ -25,23 +25,27 @@ namespace {
 // ------------------------------------------------------------ which instruction set
 
 #if defined(PYDIST_X86)
-// Not every compiler's __builtin_cpu_supports() knows the name (clang 14 does not).
-bool has_f16c() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+constexpr unsigned kYmm = 0x06, kZmm = 0xe6;  // registers, as bits of XCR0
+
+// Whether the processor has F16C and these features of cpuid's leaf 7, and the system saves these
+// registers. __builtin_cpu_supports() answers from the compiler's runtime library: that of clang 14
+// does not know f16c, and zig's says no to everything.
+bool can_run(unsigned features, unsigned registers) {
+  constexpr unsigned needed = bit_OSXSAVE | bit_F16C;
+  unsigned a = 0, b = 0, c = 0, d = 0, saved = 0, saved_high = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return false;
+  __asm__("xgetbv" : "=a"(saved), "=d"(saved_high) : "c"(0));
+  return (saved & registers) == registers && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (b & features) == features;
 }
 #endif
 
 std::vector<const Kernels*> supported_tables() {
   std::vector<const Kernels*> tables = {&kScalar};
 #if defined(PYDIST_X86)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
-  if (avx2) tables.push_back(&kAvx2);
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    tables.push_back(&kAvx512);
-  }
+  if (can_run(bit_AVX2, kYmm)) tables.push_back(&kAvx2);
+  constexpr unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if (can_run(bit_AVX2 | avx512, kZmm)) tables.push_back(&kAvx512);
 #elif defined(PYDIST_AARCH64)
   // Every AArch64 has vectors; what counts checksums came with the first revision.
   if (getauxval(AT_HWCAP) & HWCAP_CRC32) tables.push_back(&kNeon);
