@@ -43,7 +43,7 @@ if(PYDIST_X86)
   pydist_isa(avx2 kAvx2 ${avx2})
   pydist_isa(avx512 kAvx512 ${avx512})
 elseif(PYDIST_AARCH64)
-  pydist_isa(neon kNeon -march=armv8-a+crc)
+  pydist_isa(neon kNeon -mcpu=generic+crc)  # zig takes no -march
 endif()
 
 set(PYDIST_CPU_SOURCES ${CMAKE_CURRENT_LIST_DIR}/../csrc/cpu/driver.cpp
