@@ -10,8 +10,8 @@ links against glibc 2.28 and puts its C++ library into the module; has auditwhee
 it in a root that holds nothing but Python, numpy and what these are linked to; and runs
 `pydist check` there.
 
-nvcc takes no zig. With CUDA the compiler is this machine's, and auditwheel says how old a glibc may
-be; the CUDA runtime is in the module, the driver is looked for when CUDA data comes.
+With CUDA the compiler is this machine's, since nvcc refuses zig's C++ library, and auditwheel says
+which glibc that needs. The CUDA runtime is in the module, and it asks for a driver when it runs.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def unpacked_sdist(out: Path) -> Path:
 def compiler(python: str, machine: str, cuda: str | None) -> dict[str, str]:
     """Environment of a build: zig, or with CUDA the machine's compiler."""
     if cuda:
-        link = "-s -static-libstdc++ -static-libgcc"
-        return {"PYDIST_CUDA": "1", "CMAKE_CUDA_ARCHITECTURES": cuda, "LDFLAGS": link}
+        return {"PYDIST_CUDA": "1", "CMAKE_CUDA_ARCHITECTURES": cuda, "LDFLAGS": "-s"}
     zig, target = f"{sys.executable} -m ziglang", f"-target {machine}-linux-gnu.{GLIBC}"
     paths = paths_of(python)
     variables = {
