@@ -228,6 +228,8 @@ def main() -> int:
             print(missing, flush=True)
             continue
         wheel = build(python, source, options.machine, options.cuda)
+        for old in options.out.glob(f"{wheel.name.split('manylinux')[0]}*{options.machine}.whl"):
+            old.unlink()  # its tag may have been another one
         shutil.copy2(wheel, options.out)
         print(f"{wheel.name}: {sizes(wheel)}", flush=True)
         if options.machine == platform.machine():
