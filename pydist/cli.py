@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def check(args: argparse.Namespace) -> int:
         print(json.dumps({"checked": checked, "cuda_unchecked": unchecked or None}, indent=2))
     else:
         if unchecked:
-            print(f"cuda: not checked: {unchecked}")
+            print(textwrap.fill(f"cuda: not checked: {unchecked}", 80, subsequent_indent="  "))
         print(_summary(checked, failures))
     return 1 if failures or (unchecked and args.device == "cuda") else 0
 
