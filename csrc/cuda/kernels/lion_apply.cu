@@ -14,7 +14,7 @@ PYDIST_DEVICE void apply_chunk(P* x, int n, int lane, const unsigned char* plane
   constexpr int kBatch = kWidth == 8 ? 2 : 4;  // loads in flight
   const LaneVotes<kKind> votes =
       load_votes<kKind, kWidth>(planes, 4 * a.plane_words, a.planes, word, n, lane);
-  const float ranks = static_cast<float>(a.ranks);
+  const int ranks = static_cast<int>(a.ranks);
 #pragma unroll 1
   for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
     if (!kVector && k0 * kWidth * kWarpSize >= n) break;
@@ -27,7 +27,7 @@ PYDIST_DEVICE void apply_chunk(P* x, int n, int lane, const unsigned char* plane
     for (int k = 0; k < kBatch; ++k) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const float update = a.step * votes.value(kWidth * (k0 + k) + j, ranks);
+        const float update = a.step * votes.value(kWidth * k0, kWidth * k + j, ranks);
         narrow(lion_step(widen(v[k][j]), a.decay, update), &v[k][j]);
       }
       store_run<P, kWidth, kVector>(x, kWidth * ((k0 + k) * kWarpSize + lane), n, v[k]);

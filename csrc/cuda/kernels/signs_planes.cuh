@@ -33,26 +33,58 @@ inline PlaneKind plane_kind(int count, int64_t ranks) {
   return count <= 8 ? PlaneKind::kCounts8 : PlaneKind::kCounts16;
 }
 
-// The bits of a lane's elements: bit kWidth * k + j of a plane belongs to element j of step k.
+template <PlaneKind kKind>
+constexpr bool kCounts = kKind != PlaneKind::kSign && kKind != PlaneKind::kSignNonZero;
+
+// Planes of counts are made into nibbles, four planes at a time.
+constexpr int kNibble = 4;
+
+// Transposes the 4 x 4 bits (plane, element) of every nibble: of four planes p, word j becomes the
+// nibbles of the elements 4 * q + j, that of element 4 * q + j at bit 4 * q.
+PYDIST_DEVICE void planes_to_nibbles(uint32_t* p) {
+  constexpr uint32_t kEven = 0x55555555u, kLow = 0x33333333u;
+#pragma unroll
+  for (int i = 0; i < kNibble; i += 2) {
+    const uint32_t even = (p[i] & kEven) | (p[i + 1] << 1 & ~kEven);
+    const uint32_t odd = (p[i] >> 1 & kEven) | (p[i + 1] & ~kEven);
+    p[i] = even, p[i + 1] = odd;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t low = (p[i] & kLow) | (p[i + 2] << 2 & ~kLow);
+    const uint32_t high = (p[i] >> 2 & kLow) | (p[i + 2] & ~kLow);
+    p[i] = low, p[i + 2] = high;
+  }
+}
+
+// The votes of a lane's elements: element j of step k is number kWidth * k + j. Bit i of a plane
+// belongs to element i; of counts, planes are turned into nibbles.
 template <PlaneKind kKind>
 struct LaneVotes {
   uint32_t planes[kSlots<kKind>];
 
-  // The sum of the ranks' votes of one element: ±1 (or 0) for a majority, 2 * count - ranks for
+  // Four bits and more of the count of element first + offset, the lowest in bit 0, from plane
+  // 4 * group on. `first` is a multiple of four, `offset` a constant: words are numbered registers.
+  PYDIST_DEVICE_MEMBER uint32_t nibble(int group, int first, int offset) const {
+    const int word = offset % kNibble;
+    return planes[kNibble * group + word] >> (first + offset - word);
+  }
+
+  // The sum of the ranks' votes of that element: ±1 (or 0) for a majority, 2 * count - ranks for
   // counts (exact: below 2^24).
-  __device__ __forceinline__ float value(int bit, float ranks) const {
-    if constexpr (kKind == PlaneKind::kSign) {
-      return (planes[0] >> bit) & 1u ? 1.0f : -1.0f;
-    } else if constexpr (kKind == PlaneKind::kSignNonZero) {
-      const float sign = (planes[0] >> bit) & 1u ? 1.0f : -1.0f;
-      return (planes[1] >> bit) & 1u ? sign : 0.0f;
-    } else {
-      float sum = -ranks;
+  PYDIST_DEVICE_MEMBER float value(int first, int offset, int ranks) const {
+    if constexpr (kCounts<kKind>) {
+      uint32_t count = 0;
 #pragma unroll
-      for (int k = 0; k < kSlots<kKind>; ++k) {
-        sum += (planes[k] >> bit) & 1u ? static_cast<float>(2 << k) : 0.0f;
+      for (int g = 0; g < kSlots<kKind> / kNibble; ++g) {
+        count |= (nibble(g, first, offset) & 15u) << (kNibble * g);
       }
-      return sum;
+      return static_cast<float>(2 * static_cast<int>(count) - ranks);
+    } else {
+      const int bit = first + offset;
+      const float sign = (planes[0] >> bit) & 1u ? 1.0f : -1.0f;
+      if constexpr (kKind == PlaneKind::kSign) return sign;
+      return (planes[kSlots<kKind> - 1] >> bit) & 1u ? sign : 0.0f;
     }
   }
 };
@@ -74,6 +106,10 @@ PYDIST_DEVICE LaneVotes<kKind> load_votes(const unsigned char* planes, int64_t p
   for (int k = 0; k < kSlots<kKind>; ++k) {
     // `count` is the same everywhere: no lane leaves a shuffle that others enter.
     if (k < count) votes.planes[k] = transpose_bits<kWidth>(votes.planes[k], lane);
+  }
+  if constexpr (kCounts<kKind>) {
+#pragma unroll
+    for (int k = 0; k < kSlots<kKind>; k += kNibble) planes_to_nibbles(votes.planes + k);
   }
   return votes;
 }

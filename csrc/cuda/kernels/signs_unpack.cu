@@ -7,38 +7,78 @@
 namespace pydist::cuda {
 namespace {
 
-// The three values of a majority after the division.
+// What a vote can come to, already divided and stored as T: of a majority the three values, of
+// small counts one a lane, that of count lane % 16.
+template <typename T, PlaneKind kKind>
 struct Levels {
-  float plus, minus, zero;
+  T plus, minus, zero;
+};
+template <typename T>
+struct Levels<T, PlaneKind::kCounts4> {
+  uint32_t bits;
 };
 
-template <PlaneKind kKind>
-PYDIST_DEVICE float divided(const LaneVotes<kKind>& votes, int bit, const Levels& levels,
-                            const Unpack& a) {
-  if constexpr (kKind == PlaneKind::kSign || kKind == PlaneKind::kSignNonZero) {
-    const float sign = (votes.planes[0] >> bit) & 1u ? levels.plus : levels.minus;
-    if constexpr (kKind == PlaneKind::kSign)
-      return sign;
-    else
-      return (votes.planes[1] >> bit) & 1u ? sign : levels.zero;
+PYDIST_DEVICE float share(int votes, const Unpack& a) {
+  return static_cast<float>(votes) / a.divisor;
+}
+
+template <typename T, PlaneKind kKind>
+PYDIST_DEVICE Levels<T, kKind> levels_of(const Unpack& a, int lane) {
+  Levels<T, kKind> levels = {};
+  if constexpr (kKind == PlaneKind::kCounts4) {
+    T level;
+    narrow(share(2 * (lane % (1 << kNibble)) - static_cast<int>(a.ranks), a), &level);
+    put(&levels.bits, 0, level);
   } else {
-    return votes.value(bit, static_cast<float>(a.ranks)) / a.divisor;
+    narrow(share(1, a), &levels.plus);
+    narrow(share(-1, a), &levels.minus);
+    narrow(share(0, a), &levels.zero);
   }
+  return levels;
+}
+
+// The value of element first + offset (see LaneVotes). All lanes call it together.
+template <typename T, PlaneKind kKind>
+PYDIST_DEVICE T decoded(const LaneVotes<kKind>& votes, int first, int offset,
+                        const Levels<T, kKind>& levels, const Unpack& a) {
+  T value;
+  if constexpr (kKind == PlaneKind::kCounts4) {
+    // Lanes are numbered modulo 32 and two hold each level: bits above the nibble do not matter.
+    const auto from = static_cast<int>(votes.nibble(0, first, offset));
+    const uint32_t bits = __shfl_sync(kAllLanes, levels.bits, from);
+    take(&bits, 0, &value);
+  } else if constexpr (kCounts<kKind>) {
+    narrow(votes.value(first, offset, static_cast<int>(a.ranks)) / a.divisor, &value);
+  } else {
+    const int bit = first + offset;
+    value = (votes.planes[0] >> bit) & 1u ? levels.plus : levels.minus;
+    if constexpr (kKind == PlaneKind::kSignNonZero) {
+      value = (votes.planes[1] >> bit) & 1u ? value : levels.zero;
+    }
+  }
+  return value;
 }
 
 template <typename T, PlaneKind kKind, int kWidth, bool kVector>
-PYDIST_DEVICE void unpack_chunk(T* out, int n, int lane, int64_t word, const Levels& levels,
-                                const Unpack& a) {
+PYDIST_DEVICE void unpack_chunk(T* out, int n, int lane, int64_t word,
+                                const Levels<T, kKind>& levels, const Unpack& a) {
   constexpr int kSteps = kWordBits / kWidth;
+  constexpr bool kCheap = kKind <= PlaneKind::kCounts4;  // wide counts are divided one by one
+  constexpr int kBatch = !kVector ? kNibble : kCheap ? kSteps : 2;
   const LaneVotes<kKind> votes =
       load_votes<kKind, kWidth>(a.planes, a.plane_bytes, a.count, word, n, lane);
-#pragma unroll 2
-  for (int k = 0; k < kSteps; ++k) {
-    if (!kVector && k * kWidth * kWarpSize >= n) break;
-    T v[kWidth];
+#pragma unroll 1
+  for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
+    if (!kVector && k0 * kWidth * kWarpSize >= n) break;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) narrow(divided(votes, kWidth * k + j, levels, a), &v[j]);
-    store_run<T, kWidth, kVector>(out, kWidth * (k * kWarpSize + lane), n, v);
+    for (int k = 0; k < kBatch; ++k) {
+      T v[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        v[j] = decoded(votes, kWidth * k0, kWidth * k + j, levels, a);
+      }
+      store_run<T, kWidth, kVector>(out, kWidth * ((k0 + k) * kWarpSize + lane), n, v);
+    }
   }
 }
 
@@ -46,7 +86,7 @@ template <typename T, PlaneKind kKind>
 __global__ void __launch_bounds__(kBlockThreads, 2) unpack_votes_kernel(Rows rows, Unpack a) {
   constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
   const int lane = lane_id();
-  const Levels levels = {1.0f / a.divisor, -1.0f / a.divisor, 0.0f / a.divisor};
+  const Levels<T, kKind> levels = levels_of<T, kKind>(a, lane);
   for_chunks<kElementTile>(rows, [&](const Row& row, int64_t start) {
     const int n = chunk_elements<kElementTile>(row, start);
     T* out = device_pointer<T>(row.x) + start * kWordBits;
