@@ -7,31 +7,57 @@
 namespace pydist::cuda {
 namespace {
 
+// Calls body(k, j) for every element of a batch of runs.
+template <int kBatch, int kWidth, typename Body>
+PYDIST_DEVICE void for_all(const float (&)[kBatch][kWidth], const Body& body) {
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) body(k, j);
+  }
+}
+
+// v = runs of rank r's values from step k0 on: loads in flight.
+template <typename From, int kWidth, bool kVector, int kBatch>
+PYDIST_DEVICE void load_steps(const SumArgs& a, const unsigned char* values, int64_t r, int k0,
+                              int n, int lane, From (&v)[kBatch][kWidth]) {
+  const From* x = reinterpret_cast<const From*>(values + r * a.stride);
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+    load_run<From, kWidth, kVector>(x, kWidth * ((k0 + k) * kWarpSize + lane), n, v[k]);
+  }
+}
+
 template <typename From, typename To, int kWidth, bool kVector>
 PYDIST_DEVICE void sum_chunk(To* out, int n, int lane, const unsigned char* values,
                              const SumArgs& a, uint32_t* largest) {
   constexpr int kSteps = kWordBits / kWidth;
-#pragma unroll 2
-  for (int k = 0; k < kSteps; ++k) {
-    const int i = kWidth * (k * kWarpSize + lane);
-    if (!kVector && k * kWidth * kWarpSize >= n) break;
-    float sum[kWidth];
-    for (int64_t r = 0; r < a.ranks; ++r) {
-      From v[kWidth];
-      const From* x = reinterpret_cast<const From*>(values + r * a.stride);
-      load_run<From, kWidth, kVector>(x, i, n, v);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum[j] = r ? sum[j] + widen(v[j]) : widen(v[j]);
+  constexpr int kBatch = kVector ? 16 / kWidth : 4;
+#pragma unroll 1
+  for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
+    if (!kVector && k0 * kWidth * kWarpSize >= n) break;
+    From v[kBatch][kWidth];
+    float sum[kBatch][kWidth];
+    load_steps<From, kWidth, kVector>(a, values, 0, k0, n, lane, v);
+    for_all(sum, [&](int k, int j) { sum[k][j] = widen(v[k][j]); });
+#pragma unroll 1
+    for (int64_t r = 1; r < a.ranks; ++r) {
+      load_steps<From, kWidth, kVector>(a, values, r, k0, n, lane, v);
+      for_all(sum, [&](int k, int j) { sum[k][j] = sum[k][j] + widen(v[k][j]); });
     }
-    To result[kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      if (a.divisor != 1.0f) sum[j] = sum[j] / a.divisor;
-      const uint32_t magnitude = float_bits(sum[j]) & kAbsMask;  // elements past n are zero
+    if (a.divisor != 1.0f) {
+      for_all(sum, [&](int k, int j) { sum[k][j] = sum[k][j] / a.divisor; });
+    }
+    To result[kBatch][kWidth];
+    for_all(sum, [&](int k, int j) {
+      const uint32_t magnitude = float_bits(sum[k][j]) & kAbsMask;  // elements past n are zero
       *largest = magnitude > *largest ? magnitude : *largest;
-      narrow(sum[j], &result[j]);
+      narrow(sum[k][j], &result[k][j]);
+    });
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      store_run<To, kWidth, kVector>(out, kWidth * ((k0 + k) * kWarpSize + lane), n, result[k]);
     }
-    store_run<To, kWidth, kVector>(out, i, n, result);
   }
 }
 
