@@ -53,7 +53,7 @@ PYDIST_DEVICE void divide(float (&v)[kCount], const Divisor& d) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) v[j] = divided(v[j], d);
   } else {
-#pragma unroll 1
+#pragma unroll
     for (int j = 0; j < kCount; ++j) v[j] = v[j] / d.value;
   }
 }

@@ -2,6 +2,7 @@
 // one rank it is a conversion, or a copy that canonicalises NaN.
 //
 // Reads every rank's element once, writes one, and ORs into `flags` if any result is not finite.
+#include "../division.cuh"
 #include "../rows.cuh"
 
 namespace pydist::cuda {
@@ -30,7 +31,7 @@ PYDIST_DEVICE void load_steps(const SumArgs& a, const unsigned char* values, int
 
 template <typename From, typename To, int kWidth, bool kVector>
 PYDIST_DEVICE void sum_chunk(To* out, int n, int lane, const unsigned char* values,
-                             const SumArgs& a, uint32_t* largest) {
+                             const SumArgs& a, const Divisor& d, uint32_t* largest) {
   constexpr int kSteps = kWordBits / kWidth;
   constexpr int kBatch = kVector ? 16 / kWidth : 4;
 #pragma unroll 1
@@ -45,8 +46,9 @@ PYDIST_DEVICE void sum_chunk(To* out, int n, int lane, const unsigned char* valu
       load_steps<From, kWidth, kVector>(a, values, r, k0, n, lane, v);
       for_all(sum, [&](int k, int j) { sum[k][j] = sum[k][j] + widen(v[k][j]); });
     }
-    if (a.divisor != 1.0f) {
-      for_all(sum, [&](int k, int j) { sum[k][j] = sum[k][j] / a.divisor; });
+    if (d.value != 1.0f) {
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) divide(sum[k], d);
     }
     To result[kBatch][kWidth];
     for_all(sum, [&](int k, int j) {
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   constexpr int kFrom = kVectorBytes<From, kVectorWidth>, kTo = kVectorBytes<To, kVectorWidth>;
   const int lane = lane_id();
   const auto base = reinterpret_cast<int64_t>(a.values);
+  const Divisor d(a.divisor);
   uint32_t largest = 0;
   for_chunks<kElementTile>(rows, [&](const Row& row, int64_t start) {
     const int n = chunk_elements<kElementTile>(row, start);
@@ -78,9 +81,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     const unsigned char* values = device_pointer<const unsigned char>(at);
     const bool even = aligned<kFrom>(base) && (a.ranks == 1 || aligned<kFrom>(a.stride));
     if (n == kElementChunk && even && aligned<kTo>(row.x)) {
-      sum_chunk<From, To, kVectorWidth, true>(out, n, lane, values, a, &largest);
+      sum_chunk<From, To, kVectorWidth, true>(out, n, lane, values, a, d, &largest);
     } else {
-      sum_chunk<From, To, 1, false>(out, n, lane, values, a, &largest);
+      sum_chunk<From, To, 1, false>(out, n, lane, values, a, d, &largest);
     }
   });
   raise_flags(flags, largest >= FiniteLimit<To>::value);

@@ -2,6 +2,7 @@
 //
 // Reads the bits of the planes, writes every element once; values are divided by `divisor` with
 // IEEE rounding (sign planes know two or three values, which are divided once).
+#include "../division.cuh"
 #include "signs_planes.cuh"
 
 namespace pydist::cuda {
@@ -18,21 +19,18 @@ struct Levels<T, PlaneKind::kCounts4> {
   uint32_t bits;
 };
 
-PYDIST_DEVICE float share(int votes, const Unpack& a) {
-  return static_cast<float>(votes) / a.divisor;
-}
-
 template <typename T, PlaneKind kKind>
-PYDIST_DEVICE Levels<T, kKind> levels_of(const Unpack& a, int lane) {
+PYDIST_DEVICE Levels<T, kKind> levels_of(const Unpack& a, const Divisor& d, int lane) {
   Levels<T, kKind> levels = {};
   if constexpr (kKind == PlaneKind::kCounts4) {
     T level;
-    narrow(share(2 * (lane % (1 << kNibble)) - static_cast<int>(a.ranks), a), &level);
+    const int votes = 2 * (lane % (1 << kNibble)) - static_cast<int>(a.ranks);
+    narrow(divided(static_cast<float>(votes), d), &level);
     put(&levels.bits, 0, level);
   } else {
-    narrow(share(1, a), &levels.plus);
-    narrow(share(-1, a), &levels.minus);
-    narrow(share(0, a), &levels.zero);
+    narrow(divided(1.0f, d), &levels.plus);
+    narrow(divided(-1.0f, d), &levels.minus);
+    narrow(divided(0.0f, d), &levels.zero);
   }
   return levels;
 }
@@ -40,7 +38,7 @@ PYDIST_DEVICE Levels<T, kKind> levels_of(const Unpack& a, int lane) {
 // The value of element first + offset (see LaneVotes). All lanes call it together.
 template <typename T, PlaneKind kKind>
 PYDIST_DEVICE T decoded(const LaneVotes<kKind>& votes, int first, int offset,
-                        const Levels<T, kKind>& levels, const Unpack& a) {
+                        const Levels<T, kKind>& levels, int ranks, const Divisor& d) {
   T value;
   if constexpr (kKind == PlaneKind::kCounts4) {
     // Lanes are numbered modulo 32 and two hold each level: bits above the nibble do not matter.
@@ -48,7 +46,7 @@ PYDIST_DEVICE T decoded(const LaneVotes<kKind>& votes, int first, int offset,
     const uint32_t bits = __shfl_sync(kAllLanes, levels.bits, from);
     take(&bits, 0, &value);
   } else if constexpr (kCounts<kKind>) {
-    narrow(votes.value(first, offset, static_cast<int>(a.ranks)) / a.divisor, &value);
+    narrow(divided(votes.value(first, offset, ranks), d), &value);
   } else {
     const int bit = first + offset;
     value = (votes.planes[0] >> bit) & 1u ? levels.plus : levels.minus;
@@ -61,9 +59,10 @@ PYDIST_DEVICE T decoded(const LaneVotes<kKind>& votes, int first, int offset,
 
 template <typename T, PlaneKind kKind, int kWidth, bool kVector>
 PYDIST_DEVICE void unpack_chunk(T* out, int n, int lane, int64_t word,
-                                const Levels<T, kKind>& levels, const Unpack& a) {
+                                const Levels<T, kKind>& levels, const Unpack& a, const Divisor& d) {
   constexpr int kSteps = kWordBits / kWidth;
   constexpr bool kCheap = kKind <= PlaneKind::kCounts4;  // wide counts are divided one by one
+  const int ranks = static_cast<int>(a.ranks);
   constexpr int kBatch = !kVector ? kNibble : kCheap ? kSteps : 2;
   const LaneVotes<kKind> votes =
       load_votes<kKind, kWidth>(a.planes, a.plane_bytes, a.count, word, n, lane);
@@ -75,7 +74,7 @@ PYDIST_DEVICE void unpack_chunk(T* out, int n, int lane, int64_t word,
       T v[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        v[j] = decoded(votes, kWidth * k0, kWidth * k + j, levels, a);
+        v[j] = decoded(votes, kWidth * k0, kWidth * k + j, levels, ranks, d);
       }
       store_run<T, kWidth, kVector>(out, kWidth * ((k0 + k) * kWarpSize + lane), n, v);
     }
@@ -86,14 +85,15 @@ template <typename T, PlaneKind kKind>
 __global__ void __launch_bounds__(kBlockThreads, 2) unpack_votes_kernel(Rows rows, Unpack a) {
   constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
   const int lane = lane_id();
-  const Levels<T, kKind> levels = levels_of<T, kKind>(a, lane);
+  const Divisor d(a.divisor);
+  const Levels<T, kKind> levels = levels_of<T, kKind>(a, d, lane);
   for_chunks<kElementTile>(rows, [&](const Row& row, int64_t start) {
     const int n = chunk_elements<kElementTile>(row, start);
     T* out = device_pointer<T>(row.x) + start * kWordBits;
     if (n == kElementChunk && aligned<16>(row.x)) {
-      unpack_chunk<T, kKind, kVectorWidth, true>(out, n, lane, row.word + start, levels, a);
+      unpack_chunk<T, kKind, kVectorWidth, true>(out, n, lane, row.word + start, levels, a, d);
     } else {
-      unpack_chunk<T, kKind, 1, false>(out, n, lane, row.word + start, levels, a);
+      unpack_chunk<T, kKind, 1, false>(out, n, lane, row.word + start, levels, a, d);
     }
   });
 }
