@@ -115,6 +115,34 @@ def test_blocks_that_mislead_the_next(door: Door, rng: np.random.Generator) -> N
             cases.check_select(door, x.ravel(), TopKFormat(density, block), cases.some_order(rng))
 
 
+def test_samples_that_mislead(door: Door, rng: np.random.Generator) -> None:
+    """CUDA guesses a block's threshold from a sixteenth to a half of it: runs of 256, evenly apart.
+
+    A guess that is too high or too low must not show, nor what the guess never saw.
+    """
+    block, apart = 8192, 528
+    seen = (np.arange(0, 15 * apart + 1, apart)[:, None] + np.arange(256)).ravel()
+    hidden = np.setdiff1d(np.arange(block), seen)
+    x = rng.standard_normal((14, block)).astype(np.float32)
+    x[0], x[1], x[2], x[3] = 1, 0, -0.0, np.sort(x[3])
+    x[4] = np.sort(np.abs(x[4]))[::-1]
+    x[5, seen[:90]] *= 1e3  # too high a guess, where 90 are fewer than k
+    x[6, hidden] *= 1e3  # too low: thousands are above it
+    x[7, hidden] = np.where(rng.random(hidden.size) < 0.01, x[7, hidden], 0)
+    x[7, seen] = 0
+    x[8] = 0
+    x[8, hidden[::99]] = -1e-45  # fewer than k that are not zero
+    x[9, hidden[7]] = 3e38
+    x[10, hidden[11]], x[11, hidden[-1]], x[12, seen[5]] = np.nan, -np.inf, np.inf
+    x[13] = np.round(x[13] * 2)  # ties, more than there is room for
+    form = TopKFormat(100 / block, block)
+    cases.check_select(door, x.ravel(), form, cases.some_order(rng))
+    kept = (rng.standard_normal(x.size) * (rng.random(x.size) < 0.5)).astype(np.float32)
+    cases.check_feedback(door, x.ravel(), kept, form, cases.some_order(rng))
+    if door.kind != "emulated":
+        cases.check_select(door, x.ravel(), TopKFormat(1.0, block), cases.some_order(rng))
+
+
 # --------------------------------------------------------------------------- values
 
 

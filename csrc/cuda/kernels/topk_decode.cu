@@ -1,6 +1,6 @@
 // topk_scatter and topk_reduce: what all ranks sent for a block, added in rank order and divided
 // once; written as values, or selected from again. A payload is checked before it is used.
-#include "topk.cuh"
+#include "topk_entries.cuh"
 
 namespace pydist::cuda {
 namespace {

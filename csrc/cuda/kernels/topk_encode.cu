@@ -1,15 +1,15 @@
 // topk_select and topk_feedback: the k largest entries of a block, and with feedback, of
 // x + residual, whose rest becomes the residual.
 //
-// The k-th largest magnitude is found digit by digit, by counting (a radix selection): a block is
-// read four times, once from memory and then out of the cache.
-#include "topk.cuh"
+// A block is read once, and with feedback a second time: whether it is finite has to be known
+// before the first residual is written.
+#include "topk_entries.cuh"
 
 namespace pydist::cuda {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     topk_select_kernel(Rows rows, TopKEncode a, uint32_t* flags) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
@@ -20,23 +20,29 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 }
 
 // residual[i, i + kRun) = p, less what was sent, where R holds it.
-template <typename R>
-PYDIST_DEVICE void keep_unsent(DType values, const Plain<R>& old, R* residual, bool vector, int i,
-                               const Run& p, uint32_t taken) {
-  Run kept;
-  old.run(i, kept);
-  R next[kRun];
+template <bool kVector, typename T, typename R>
+PYDIST_DEVICE void keep_unsent(DType values, const Compensated<T, R>& source, R* residual, int i,
+                               uint32_t taken) {
+  const int n = source.x.n;
+  T x[kRun];
+  R kept[kRun];
+  load_run<T, kRun, kVector>(source.x.x, i, n, x);
+  load_run<R, kRun, kVector>(source.residual.x, i, n, kept);
+  Run rest;
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) rest[j] = widen(x[j]) + widen(kept[j]);
+  if (taken) {
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      if (taken >> j & 1u) rest[j] = rest[j] - travelled(values, rest[j]);
+    }
+  }
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
-    const float rest = taken >> j & 1u ? p[j] - travelled(values, p[j]) : p[j];
-    const bool fits = (float_bits(rest) & kAbsMask) < FiniteLimit<R>::value;
-    narrow(fits ? rest : kept[j], &next[j]);
+    const bool fits = (float_bits(rest[j]) & kAbsMask) < FiniteLimit<R>::value;
+    narrow(fits ? rest[j] : widen(kept[j]), &kept[j]);
   }
-  if (vector && i + kRun <= old.n) {
-    store_run<R, kRun, true>(residual, i, old.n, next);
-  } else {
-    store_run<R, kRun, false>(residual, i, old.n, next);
-  }
+  store_run<R, kRun, kVector>(residual, i, n, kept);
 }
 
 template <typename T, typename R>
@@ -46,12 +52,15 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
     const Plain<R> old = plain<R>(row.momentum, begin, n);
     R* residual = device_pointer<R>(row.momentum_out) + begin;
-    const bool vector = aligned<16>(row.momentum_out);
     const Compensated<T, R> p = {plain<T>(row.x, begin, n), old};
-    const bool finite =
-        select_block(p, a, row, index, begin, n, &s, [&](int i, const Run& v, uint32_t taken) {
-          keep_unsent(a.format.values, old, residual, vector, i, v, taken);
-        });
+    const bool vector = p.x.vector && old.vector && aligned<16>(row.momentum_out);
+    const bool finite = select_block(p, a, row, index, begin, n, &s, [&](int i, uint32_t taken) {
+      if (vector && i + kRun <= n) {
+        keep_unsent<true>(a.format.values, p, residual, i, taken);
+      } else {
+        keep_unsent<false>(a.format.values, p, residual, i, taken);
+      }
+    });
     if (!finite && row.momentum_out != row.momentum) {  // nothing of the block is sent
       for (int i = thread_id(); i < n; i += kBlockThreads) residual[i] = old.x[i];
     }
