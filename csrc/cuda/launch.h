@@ -52,7 +52,7 @@ void sum_values(const Rows& rows, DType from, DType to, const SumArgs& args, uin
 void elias_encode(const Rows& rows, const EliasArgs& args, void* stream);
 void elias_decode(const Rows& rows, const EliasArgs& args, void* stream);
 // Ternary; `word` counts units, of ternary_scale segments. `words_before` and `words` count what a
-// warp takes: a segment (ternary_scale), eight units (ternary_pack), a unit.
+// warp takes: a segment (ternary_scale), else sixteen units.
 void ternary_scale(const Rows& rows, DType dtype, const TernaryScaleArgs& args, uint32_t* flags,
                    void* stream);
 void ternary_pack(const Rows& rows, DType dtype, const TernaryPackArgs& args, uint32_t* flags,

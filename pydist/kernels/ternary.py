@@ -34,8 +34,8 @@ from pydist.kernels.signs import DType, Segments
 if TYPE_CHECKING:
     from pydist.kernels.register import A
 
-WARP_UNITS = 8
-"""Units that a warp packs at a time; kWarpUnits of csrc/cuda/kernels/ternary_pack.cu."""
+WARP_UNITS = 16
+"""Units that a warp takes at a time; kWarpUnits of csrc/cuda/kernels/ternary.cuh."""
 
 
 class TernaryCodec(Protocol):
@@ -109,7 +109,7 @@ def launch_reading(
             raises ``wire.FLAG_MALFORMED`` instead, and goes on with zeros.
     """
     if target.stream is not None:
-        launch(target, kernel, rows, *args, flags, unit=ternary.UNIT)
+        launch(target, kernel, rows, *args, flags, unit=WARP_UNITS * ternary.UNIT)
         return
     raised = ctypes.c_uint32(0)
     launch(target, kernel, rows, *args, ctypes.addressof(raised))

@@ -170,7 +170,7 @@ def test_layers_of_equal_values_do_not_vanish(door: Door, n: int) -> None:
     assert scaler[0] == np.float32(0.3)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 127, 128, 254, 255, 4096, 65535])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 15, 16, 127, 128, 254, 255, 4096, 65535])
 def test_every_sum_there_is(door: Door, ranks: int) -> None:
     """From -ranks to ranks: exact, in ceil(log2(2 ranks + 1)) bits."""
     bits = ternary.sum_bits(ranks)
@@ -185,11 +185,12 @@ def test_every_sum_there_is(door: Door, ranks: int) -> None:
 
 def test_many_ranks(door: Door) -> None:
     """All ranks agree, on every side: no accumulator is too narrow."""
-    ranks = 700 if door.kind == "emulated" else 65_534
     trits = np.array([1, -1, 0, 1] * 40, dtype=np.int32)
-    payloads = np.tile(reference.pack_trits(trits), (ranks, 1))
-    sums, _ = door.ternary_sum(payloads, trits.size, None)
-    assert np.array_equal(reference.unpack_sums(sums, ranks), trits * ranks)
+    for ranks in (15, 16, 31, 700 if door.kind == "emulated" else 65_534):
+        payloads = np.tile(reference.pack_trits(trits), (ranks, 1))
+        sums, _ = door.ternary_sum(payloads, trits.size, None)
+        assert np.array_equal(reference.unpack_sums(sums, ranks), trits * ranks)
+        cases.check_unpack(door, payloads, np.ones(1, np.float32), trits.size)
 
 
 def test_a_sum_that_float32_cannot_hold_raises_the_flag(door: Door) -> None:
@@ -280,7 +281,7 @@ def test_malformed_bytes(door: Door, byte: int, place: int) -> None:
         reference.sum_payloads(payloads, n)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 65_534])
+@pytest.mark.parametrize("ranks", [2, 4, 8, 17, 65_534])
 def test_malformed_sums(door: Door, ranks: int) -> None:
     one, how = np.ones(1, np.float32), {"mean": True, "storage": "float32", "segments": None}
     for wrong in (-ranks - 1, -(2 ** (ternary.sum_bits(ranks) - 1)), ranks + 1):

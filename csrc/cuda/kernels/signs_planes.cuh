@@ -1,6 +1,7 @@
 // Reading a vote back from bit planes; shared by lion_apply and unpack_votes.
 #pragma once
 
+#include "../nibbles.cuh"
 #include "../rows.cuh"
 
 namespace pydist::cuda {
@@ -35,27 +36,6 @@ inline PlaneKind plane_kind(int count, int64_t ranks) {
 
 template <PlaneKind kKind>
 constexpr bool kCounts = kKind != PlaneKind::kSign && kKind != PlaneKind::kSignNonZero;
-
-// Planes of counts are made into nibbles, four planes at a time.
-constexpr int kNibble = 4;
-
-// Transposes the 4 x 4 bits (plane, element) of every nibble: of four planes p, word j becomes the
-// nibbles of the elements 4 * q + j, that of element 4 * q + j at bit 4 * q.
-PYDIST_DEVICE void planes_to_nibbles(uint32_t* p) {
-  constexpr uint32_t kEven = 0x55555555u, kLow = 0x33333333u;
-#pragma unroll
-  for (int i = 0; i < kNibble; i += 2) {
-    const uint32_t even = (p[i] & kEven) | (p[i + 1] << 1 & ~kEven);
-    const uint32_t odd = (p[i] >> 1 & kEven) | (p[i + 1] & ~kEven);
-    p[i] = even, p[i + 1] = odd;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t low = (p[i] & kLow) | (p[i + 2] << 2 & ~kLow);
-    const uint32_t high = (p[i] >> 2 & kLow) | (p[i + 2] & ~kLow);
-    p[i] = low, p[i + 2] = high;
-  }
-}
 
 // The votes of a lane's elements: element j of step k is number kWidth * k + j. Bit i of a plane
 // belongs to element i; of counts, planes are turned into nibbles.
@@ -109,7 +89,7 @@ PYDIST_DEVICE LaneVotes<kKind> load_votes(const unsigned char* planes, int64_t p
   }
   if constexpr (kCounts<kKind>) {
 #pragma unroll
-    for (int k = 0; k < kSlots<kKind>; k += kNibble) planes_to_nibbles(votes.planes + k);
+    for (int k = 0; k < kSlots<kKind>; k += kNibble) transpose_nibbles(votes.planes + k);
   }
   return votes;
 }
