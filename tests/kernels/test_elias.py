@@ -119,6 +119,17 @@ def test_large_arrays_with_one_thread_and_several(group: list[tuple[str, str]]) 
                 assert_same_bits(back, fixed, f"{codec} on {door.name}")
 
 
+def test_more_blocks_than_are_summed_at_once(door: Door) -> None:
+    """CUDA sums up 8 blocks a thread in one round, 64 threads where they are emulated."""
+    codec, n = QSGD(2, 32), 1100 * 32 + 5
+    x = np.random.default_rng(3).standard_normal(n).astype(np.float32)
+    fixed = arrays.quantize(x, codec, seed=5)
+    host = Door(*HOST_DOORS[0], "dense", 1)
+    coded = door.elias_encode(fixed, n, codec.block_format, None)
+    assert_same_bits(coded, host.elias_encode(fixed, n, codec.block_format, None), door.name)
+    assert_same_bits(door.elias_decode(coded, n, codec.block_format, None), fixed, door.name)
+
+
 @pytest.mark.parametrize("group", DOOR_GROUPS)
 @given(st.data(), st.integers(2, 8), st.sampled_from([32, 64, 224, 1056]), st.integers(0, 1500),
        st.integers(0, 2**32 - 1))  # fmt: skip

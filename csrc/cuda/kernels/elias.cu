@@ -1,11 +1,17 @@
 // elias_encode and elias_decode: the codes of blocks as Elias-coded streams, and back.
 //
 // Encoding takes three launches: a warp a block counts the bytes of its stream, one block of
-// threads sums them up to where each stream ends, a warp a block writes. Decoding takes one: words
-// of variable length follow from one another, so a thread decodes a block, and the table of ends
-// lets all threads begin at once.
+// threads sums them up to where each stream ends, a warp a block writes. What the first has found
+// out waits for the third where scales go. Decoding takes one launch: words of variable length
+// follow from one another, so a thread decodes a block, and the table of ends lets all threads
+// begin at once.
 #include "../../wire/elias.h"
 #include "blocks.cuh"
+
+// Threads that sum up the bytes of streams. Emulated tests have fewer, and so several rounds.
+#if !defined(PYDIST_CUDA_SCAN_THREADS)
+#define PYDIST_CUDA_SCAN_THREADS 1024
+#endif
 
 namespace pydist::cuda {
 namespace {
@@ -68,16 +74,31 @@ struct Gaps {
   }
 };
 
-// The shortest stream of a block: its mode, its bits, how many levels are not zero; on all lanes.
-PYDIST_DEVICE StreamMode measure(const Levels& x, int lane, int64_t* bits, int* nonzero) {
-  int dense = 0, sparse = 0, before = -1;  // below 2^22 a block
-  *nonzero = 0;
+// The shortest stream of a block, and how many of its levels are not zero.
+struct Measure {
+  StreamMode mode;
+  int nonzero;
+  int64_t bits;
+
+  PYDIST_DEVICE_MEMBER uint32_t packed() const {  // without the bits
+    return static_cast<uint32_t>(mode) | static_cast<uint32_t>(nonzero) << kModeBits;
+  }
+};
+
+PYDIST_DEVICE StreamMode mode_of(uint32_t packed) {
+  return static_cast<StreamMode>(packed & ((1u << kModeBits) - 1u));
+}
+PYDIST_DEVICE int nonzero_of(uint32_t packed) { return static_cast<int>(packed >> kModeBits); }
+
+// The same on all lanes.
+PYDIST_DEVICE Measure measure(const Levels& x, int lane) {
+  int dense = 0, sparse = 0, before = -1, nonzero = 0;  // below 2^22 a block
 #pragma unroll 1
   for (int base = 0; base < x.n; base += kWarpSize) {
     const int i = base + lane;
     const int level = i < x.n ? static_cast<int>(x.code(i)) - x.top : 0;
     const Gaps gaps(level, base, lane, &before);
-    *nonzero += __popc(gaps.nonzero);
+    nonzero += __popc(gaps.nonzero);
     if (level) {
       const uint32_t magnitude = magnitude_of(level);
       dense += omega_length(magnitude + 1) + 1;
@@ -87,46 +108,68 @@ PYDIST_DEVICE StreamMode measure(const Levels& x, int lane, int64_t* bits, int* 
     }
   }
   dense = kModeBits + warp_sum(dense);
-  sparse = kModeBits + warp_sum(sparse) + omega_length(static_cast<uint32_t>(*nonzero) + 1);
-  return shortest(sparse, dense, kModeBits + static_cast<int64_t>(x.n) * x.bits, bits);
+  sparse = kModeBits + warp_sum(sparse) + omega_length(static_cast<uint32_t>(nonzero) + 1);
+  Measure found = {StreamMode::kPlain, nonzero, 0};
+  found.mode = shortest(sparse, dense, kModeBits + static_cast<int64_t>(x.n) * x.bits, &found.bits);
+  return found;
 }
 
 // ------------------------------------------------------------ counting and summing
 
+// Leaves each block's bytes in ends, and its measure in scales.
 __global__ void __launch_bounds__(kBlockThreads) elias_count_kernel(Rows rows, EliasArgs a) {
   const int lane = lane_id();
   for_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
     const int64_t j = row.words_before + begin / a.format.block;
     const uint32_t scale = load_word(a.fixed_scales + 4 * index);
-    int64_t bits = 0;
-    int nonzero;
-    if (!is_nan_scale(scale)) measure(Levels(a, index, n), lane, &bits, &nonzero);
+    Measure found = {StreamMode::kPlain, 0, 0};
+    if (!is_nan_scale(scale)) found = measure(Levels(a, index, n), lane);
     if (lane) return;
-    store_word(a.scales + 4 * j, scale);
-    store_word(a.ends + 4 * j, static_cast<uint32_t>((bits + 7) / 8));
+    store_word(a.scales + 4 * j, found.packed());
+    store_word(a.ends + 4 * j, static_cast<uint32_t>((found.bits + 7) / 8));
   });
+}
+
+constexpr int kScanThreads = PYDIST_CUDA_SCAN_THREADS;
+constexpr int kScanWarps = kScanThreads / kWarpSize;
+constexpr int kScanEach = 8;  // consecutive blocks of a thread
+static_assert(kScanWarps <= kWarpSize, "a lane adds up a warp's sums");
+
+// The sum over the threads before this one, and over all; `totals` has a place a warp. All threads
+// call it together; two calls in a row need two places.
+PYDIST_DEVICE int scan_threads(int own, int* totals, int* all) {
+  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int sum = warp_scan(own, lane);
+  if (lane == kWarpSize - 1) totals[warp] = sum;
+  __syncthreads();
+  const int warps = warp_scan(lane < kScanWarps ? totals[lane] : 0, lane);
+  *all = __shfl_sync(kAllLanes, warps, kWarpSize - 1);
+  const int before = __shfl_sync(kAllLanes, warps, warp ? warp - 1 : 0);
+  return (warp ? before : 0) + sum - own;
 }
 
 // ends[j] = ends[0] + ... + ends[j], in one block of threads, and the padding behind the last
 // stream.
-__global__ void __launch_bounds__(kBlockThreads) elias_scan_kernel(EliasArgs a, int64_t blocks) {
-  __shared__ int64_t totals[kBlockWarps];
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+__global__ void __launch_bounds__(kScanThreads) elias_scan_kernel(EliasArgs a, int64_t blocks) {
+  __shared__ int totals[2][kScanWarps];
   int64_t carried = 0;
-  for (int64_t base = 0; base < blocks; base += kBlockThreads) {
-    const int64_t j = base + threadIdx.x;
-    // Streams of 256 blocks are below 2^25 bytes.
-    const int own = j < blocks ? static_cast<int>(load_word(a.ends + 4 * j)) : 0;
-    const int sum = warp_scan(own, lane);
-    if (lane == kWarpSize - 1) totals[warp] = sum;
-    __syncthreads();
-    int64_t before = carried;
-    for (int w = 0; w < kBlockWarps; ++w) {
-      if (w < warp) before += totals[w];
-      carried += totals[w];
+  int round = 0;
+#pragma unroll 1
+  for (int64_t base = 0; base < blocks; base += kScanThreads * kScanEach, round ^= 1) {
+    const int64_t first = base + kScanEach * static_cast<int64_t>(threadIdx.x);
+    int bytes[kScanEach], sum = 0, all;  // of all threads below 2^30
+#pragma unroll
+    for (int k = 0; k < kScanEach; ++k) {
+      bytes[k] = first + k < blocks ? static_cast<int>(load_word(a.ends + 4 * (first + k))) : 0;
+      sum += bytes[k];
     }
-    if (j < blocks) store_word(a.ends + 4 * j, static_cast<uint32_t>(before + sum));
-    __syncthreads();  // totals are written anew
+    int64_t until = carried + scan_threads(sum, totals[round], &all);
+#pragma unroll
+    for (int k = 0; k < kScanEach; ++k) {
+      until += bytes[k];
+      if (first + k < blocks) store_word(a.ends + 4 * (first + k), static_cast<uint32_t>(until));
+    }
+    carried += all;
   }
   if (threadIdx.x) return;
   *a.result = carried;
@@ -190,13 +233,16 @@ __global__ void __launch_bounds__(kBlockThreads) elias_write_kernel(Rows rows, E
   __syncwarp();
   for_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
     const int64_t j = row.words_before + begin / a.format.block;
-    if (is_nan_scale(load_word(a.fixed_scales + 4 * index))) return;
+    const uint32_t scale = load_word(a.fixed_scales + 4 * index);
+    const uint32_t measured = load_word(a.scales + 4 * j);
+    __syncwarp();  // all lanes have read what goes
+    if (lane == 0) store_word(a.scales + 4 * j, scale);
+    if (is_nan_scale(scale)) return;
     const Levels x(a, index, n);
-    int64_t bits;
-    int nonzero, before = -1;
-    const StreamMode mode = measure(x, lane, &bits, &nonzero);
+    const StreamMode mode = mode_of(measured);
+    int before = -1;
     WarpWriter writer = {room, a.streams + (j ? load_word(a.ends + 4 * (j - 1)) : 0u), 0};
-    writer.put(lane ? BitCode{0, 0} : head_of(mode, nonzero), lane);
+    writer.put(lane ? BitCode{0, 0} : head_of(mode, nonzero_of(measured)), lane);
 #pragma unroll 1
     for (int base = 0; base < n; base += kWarpSize) {
       const int i = base + lane;
@@ -314,7 +360,7 @@ __global__ void __launch_bounds__(kBlockThreads) elias_decode_kernel(Rows rows, 
 
 void elias_encode(const Rows& rows, const EliasArgs& args, void* stream) {
   launch_blocks("elias_encode", elias_count_kernel, rows, stream, args);
-  launch("elias_encode", elias_scan_kernel, 1, kBlockThreads, stream, args, rows.words);
+  launch("elias_encode", elias_scan_kernel, 1, kScanThreads, stream, args, rows.words);
   launch_blocks("elias_encode", elias_write_kernel, rows, stream, args);
 }
 
