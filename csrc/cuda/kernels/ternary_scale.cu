@@ -126,7 +126,7 @@ PYDIST_DEVICE float sum_row(const SegmentSum* sums, int64_t count, int top, floa
   return warp_sum(sum);
 }
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     ternary_scale_kernel(Rows rows, TernaryScaleArgs a, uint32_t* flags) {
   __shared__ float tile[kRowTile];
   __shared__ uint32_t warps[kRowWarps];

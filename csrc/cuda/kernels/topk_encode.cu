@@ -9,7 +9,7 @@ namespace pydist::cuda {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     topk_select_kernel(Rows rows, TopKEncode a, uint32_t* flags) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
@@ -46,7 +46,7 @@ PYDIST_DEVICE void keep_unsent(DType values, const Compensated<T, R>& source, R*
 }
 
 template <typename T, typename R>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     topk_feedback_kernel(Rows rows, TopKEncode a, uint32_t* flags) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {

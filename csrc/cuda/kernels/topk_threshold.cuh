@@ -98,38 +98,52 @@ PYDIST_DEVICE int place_of(const Source&, int i) {
 }
 PYDIST_DEVICE int place_of(const Candidates& x, int i) { return x.s->places[i]; }
 
-// v[b] = the run of a whole tile b of a batch; what is not aligned is read element by element.
-template <typename T, int kBatch>
-PYDIST_DEVICE bool load_batch(const Plain<T>& x, int i, int end, Run (&v)[kBatch]) {
-  if (!x.vector || end > x.n) return false;
-  T raw[kBatch][kRun];
-#pragma unroll
-  for (int b = 0; b < kBatch; ++b) load_run<T, kRun, true>(x.x, i + b * kTile, x.n, raw[b]);
-#pragma unroll
-  for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) v[b][j] = widen(raw[b][j]);
-  }
-  return true;
-}
-
-template <typename T, typename R, int kBatch>
-PYDIST_DEVICE bool load_batch(const Compensated<T, R>& x, int i, int end, Run (&v)[kBatch]) {
-  Run r[kBatch];
-  if (!load_batch(x.x, i, end, v) || !load_batch(x.residual, i, end, r)) return false;
-#pragma unroll
-  for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) v[b][j] = v[b][j] + r[b][j];
-  }
-  return true;
-}
-
-// Runs in flight a thread: 32 floats of a plain source, 16 and their residuals of another.
+// Runs of consecutive tiles, loaded at once and as they are stored.
 template <typename Source>
-constexpr int kGatherBatch = 2;
+struct Batch;
+
 template <typename T>
-constexpr int kGatherBatch<Plain<T>> = 4;
+struct Batch<Plain<T>> {
+  static constexpr int kRuns = 4;
+  T raw[kRuns][kRun];
+
+  // Whether elements below `end` can be loaded so: all are there, and aligned.
+  PYDIST_DEVICE_MEMBER static bool fits(const Plain<T>& x, int end) {
+    return x.vector && end <= x.n;
+  }
+  PYDIST_DEVICE_MEMBER void load(const Plain<T>& x, int i, int runs = kRuns) {
+#pragma unroll
+    for (int b = 0; b < kRuns; ++b) {
+      if (b < runs) load_run<T, kRun, true>(x.x, i + b * kTile, x.n, raw[b]);
+    }
+  }
+  PYDIST_DEVICE_MEMBER void run(int b, Run& v) const {
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) v[j] = widen(raw[b][j]);
+  }
+};
+
+template <typename T, typename R>
+struct Batch<Compensated<T, R>> {
+  static constexpr int kRuns = 2;
+  Batch<Plain<T>> x;
+  Batch<Plain<R>> residual;
+
+  PYDIST_DEVICE_MEMBER static bool fits(const Compensated<T, R>& source, int end) {
+    return Batch<Plain<T>>::fits(source.x, end) && Batch<Plain<R>>::fits(source.residual, end);
+  }
+  PYDIST_DEVICE_MEMBER void load(const Compensated<T, R>& source, int i) {
+    x.load(source.x, i, kRuns);
+    residual.load(source.residual, i, kRuns);
+  }
+  PYDIST_DEVICE_MEMBER void run(int b, Run& v) const {
+    Run r;
+    x.run(b, v);
+    residual.run(b, r);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) v[j] = v[j] + r[j];
+  }
+};
 
 // Appends those of a run, whose values are v, that are not below `least`, a NaN among them.
 template <bool kWhole, typename Source>
@@ -156,23 +170,26 @@ PYDIST_DEVICE void list_run(const Source& x, const Run& v, int i, int n, float l
 // Lists all elements that are not below `least`; returns how many they are.
 template <typename Source>
 PYDIST_DEVICE int gather(const Source& x, int n, float least, TopKShared* s) {
-  constexpr int kBatch = kGatherBatch<Source>;
+  constexpr int kRuns = Batch<Source>::kRuns;
   if (thread_id() == 0) s->candidates = 0;
   __syncthreads();
 #pragma unroll 1
-  for (int base = 0; base < n; base += kBatch * kTile) {
+  for (int base = 0; base < n; base += kRuns * kTile) {
     const int i = base + kRun * thread_id();
-    Run v[kBatch];
-    if (load_batch(x, i, base + kBatch * kTile, v)) {
+    Run v;
+    if (Batch<Source>::fits(x, base + kRuns * kTile)) {
+      Batch<Source> batch;
+      batch.load(x, i);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) list_run<true>(x, v[b], i + b * kTile, n, least, s);
+      for (int b = 0; b < kRuns; ++b) {
+        batch.run(b, v);
+        list_run<true>(x, v, i + b * kTile, n, least, s);
+      }
     } else {
 #pragma unroll 1
-      for (int b = 0; b < kBatch * kTile; b += kTile) {
-        if (i + b >= n) break;
-        Run one;
-        x.run(i + b, one);
-        list_run<false>(x, one, i + b, n, least, s);
+      for (int at = i; at < n && at < i + kRuns * kTile; at += kTile) {
+        x.run(at, v);
+        list_run<false>(x, v, at, n, least, s);
       }
     }
   }
