@@ -76,11 +76,19 @@ PYDIST_DEVICE LaneVotes<kKind> load_votes(const unsigned char* planes, int64_t p
                                           int count, int64_t word, int n, int lane) {
   LaneVotes<kKind> votes;
   const int own = word_of_lane<kWidth>(lane);
+  const bool there = own * kWordBits < n;
   const unsigned char* at = planes + 4 * (word + own);
+  if (aligned<4>(reinterpret_cast<int64_t>(planes) | plane_bytes)) {  // one branch for all loads
 #pragma unroll
-  for (int k = 0; k < kSlots<kKind>; ++k) {
-    const bool present = k < count && own * kWordBits < n;
-    votes.planes[k] = present ? load_word(at + k * plane_bytes) : 0u;
+    for (int k = 0; k < kSlots<kKind>; ++k) {
+      const auto* p = reinterpret_cast<const uint32_t*>(at + k * plane_bytes);
+      votes.planes[k] = there && k < count ? *p : 0u;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kSlots<kKind>; ++k) {
+      votes.planes[k] = there && k < count ? load_word_bytes(at + k * plane_bytes) : 0u;
+    }
   }
 #pragma unroll
   for (int k = 0; k < kSlots<kKind>; ++k) {
