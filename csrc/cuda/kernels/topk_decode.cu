@@ -128,7 +128,7 @@ PYDIST_DEVICE float* slot_of(const TopKSlots& slots, int block) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     topk_scatter_kernel(Rows rows, TopKDecode a, uint32_t* flags, TopKSlots slots) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
