@@ -97,15 +97,23 @@ PYDIST_DEVICE void sum_fields(const TernarySource& a, bool even, const uint32_t*
   for (int b = 0; b < kLaneBytes; ++b) fields[b] ^= kHalves;
 }
 
-// Where word j of a lane is among the bit planes of its unit's sums, in bytes. The lane of a unit
-// holds bits 4 * lane + j of the fields of all 32 bytes.
-struct PlanePlace {
-  int plane, word;  // word of the plane, kDigits where there is none
+// Where the words of a lane are among the bit planes of a unit's sums: word j holds bit 4 * lane +
+// j of the fields of all 32 bytes.
+struct PlanePlaces {
+  int unit_bytes;           // of the planes
+  int at[kLaneBytes];       // in bytes, or -1
+  bool beyond[kLaneBytes];  // of a bit that has no plane; then `at` is that of the sign, its equal
 
-  PYDIST_DEVICE_MEMBER PlanePlace(int lane, int j) {
-    const int bit = kNibble * (lane % kLanesAUnit) + j;
-    plane = bit % kFieldBits;
-    word = bit / kFieldBits;
+  PYDIST_DEVICE_MEMBER PlanePlaces(int64_t ranks, int lane) {
+    const int planes = sum_bits(ranks);
+    unit_bytes = planes * kPlaneWords * 4;
+#pragma unroll
+    for (int j = 0; j < kLaneBytes; ++j) {
+      const int bit = kNibble * (lane % kLanesAUnit) + j;
+      const int plane = bit % kFieldBits, word = bit / kFieldBits;
+      beyond[j] = plane >= planes;
+      at[j] = bit < kFieldsBits ? 4 * ((beyond[j] ? planes - 1 : plane) * kPlaneWords + word) : -1;
+    }
   }
 };
 

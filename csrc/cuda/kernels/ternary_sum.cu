@@ -7,22 +7,20 @@ namespace {
 // Up to 15 ranks. The four words of a lane are transposed twice, within their nibbles and between
 // the lanes of a unit: then a lane holds four words of the planes.
 PYDIST_DEVICE void sum_narrow(const TernarySource& a, bool even, const uint32_t* table,
-                              unsigned char* out, int64_t first, int units, int lane,
-                              uint32_t* seen) {
-  const int planes = sum_bits(a.ranks);
+                              const PlanePlaces& places, unsigned char* out, int64_t first,
+                              int units, int lane, uint32_t* seen) {
 #pragma unroll 1
   for (int step = 0; step < units; step += kStepUnits) {
     const int unit = step + lane / kLanesAUnit;
     Fields fields;
     sum_fields(a, even, table, first + unit, unit < units, lane, fields, seen);
     transpose_nibbles(fields);
-    unsigned char* sums = out + (first + unit) * planes * kPlaneWords * 4;
+    unsigned char* sums = out + (first + unit) * places.unit_bytes;
 #pragma unroll
     for (int j = 0; j < kLaneBytes; ++j) {
-      const PlanePlace place(lane, j);
       const uint32_t word = transpose_bits<kNibble>(fields[j], lane);
-      const bool held = unit < units && place.plane < planes && place.word < kPlaneWords;
-      if (held) store_word(sums + 4 * (place.plane * kPlaneWords + place.word), word);
+      const bool held = unit < units && places.at[j] >= 0 && !places.beyond[j];
+      if (held) store_word(sums + places.at[j], word);
     }
   }
 }
@@ -56,12 +54,13 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   const int lane = lane_id();
   const bool narrow = a.ranks <= kNarrowRanks;
   const bool even = aligned<4>(reinterpret_cast<int64_t>(a.data) | a.stride);
+  const PlanePlaces places(a.ranks, lane);
   bool bad = false;
   for_units(rows, [&](const Row&, int64_t first, int64_t, int n) {
     const int units = (n + kUnit - 1) / kUnit;
     uint32_t seen = 0;
     if (narrow) {
-      sum_narrow(a, even, table, out, first, units, lane, &seen);
+      sum_narrow(a, even, table, places, out, first, units, lane, &seen);
     } else {
 #pragma unroll 1
       for (int64_t unit = first; unit < first + units; ++unit) {

@@ -9,6 +9,7 @@ namespace {
 // What comes to light about a warp's elements.
 struct Found {
   bool malformed, infinite;
+  uint32_t wrong;  // bit 0: a sum that can't be
 };
 
 PYDIST_DEVICE bool is_finite(float x) { return (float_bits(x) & kAbsMask) < kInfBits; }
@@ -70,7 +71,6 @@ template <typename T, bool kFromSums, bool kWhole>
 PYDIST_DEVICE void put_fields(const Fields& fields, const Levels<T>& levels, T* out, int n,
                               int lane, Found* found) {
   const int first = kLaneBytes * (lane % kLanesAUnit);
-  uint32_t wrong = 0;
 #pragma unroll
   for (int i = 0; i < kDigits; ++i) {
     const int at = i * kUnitBytes + first;
@@ -79,7 +79,7 @@ PYDIST_DEVICE void put_fields(const Fields& fields, const Levels<T>& levels, T* 
     for (int b = 0; b < kLaneBytes; ++b) {
       const uint32_t field = fields[b] >> (kFieldBits * i);
       bits[b] = __shfl_sync(kAllLanes, levels.bits, static_cast<int>(field));
-      if (kFromSums) wrong |= looked_up(levels.wrong, field);
+      if (kFromSums) found->wrong |= looked_up(levels.wrong, field);
     }
     if constexpr (kWhole) {
       store_four(out + at, bits);
@@ -90,44 +90,28 @@ PYDIST_DEVICE void put_fields(const Fields& fields, const Levels<T>& levels, T* 
       }
     }
   }
-  found->malformed = found->malformed || (wrong & 1u) != 0;
   if (levels.infinite && any_sum_in(levels.infinite, fields, n, lane)) found->infinite = true;
-}
-
-// words[j] = the word at p[j], or 0. One branch for all: loads are in flight together.
-PYDIST_DEVICE void load_lane_words(bool even, const unsigned char* const (&p)[kLaneBytes],
-                                   const bool (&held)[kLaneBytes], Fields& words) {
-#pragma unroll
-  for (int j = 0; j < kLaneBytes; ++j) words[j] = 0;
-  if (even) {
-#pragma unroll
-    for (int j = 0; j < kLaneBytes; ++j) {
-      if (held[j]) words[j] = *reinterpret_cast<const uint32_t*>(p[j]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kLaneBytes; ++j) {
-      if (held[j]) words[j] = load_word_bytes(p[j]);
-    }
-  }
 }
 
 // The fields of a lane's bytes from the bit planes of their unit: what ternary_sum does, backwards.
 // Fields have more bits than there may be planes; the last is the sign.
-PYDIST_DEVICE void load_fields(const TernarySource& a, bool even, int64_t unit, bool there,
-                               int lane, Fields& fields) {
-  const int planes = sum_bits(a.ranks);
-  const unsigned char* sums = a.data + unit * planes * kPlaneWords * 4;
-  const unsigned char* p[kLaneBytes];
-  bool held[kLaneBytes];
+PYDIST_DEVICE void load_fields(const TernarySource& a, bool even, const PlanePlaces& places,
+                               int64_t unit, bool there, int lane, Fields& fields) {
+  const unsigned char* sums = a.data + unit * places.unit_bytes;
 #pragma unroll
-  for (int j = 0; j < kLaneBytes; ++j) {
-    const PlanePlace place(lane, j);
-    const int plane = place.plane < planes ? place.plane : planes - 1;
-    p[j] = sums + 4 * (plane * kPlaneWords + place.word);
-    held[j] = there && place.word < kPlaneWords;
+  for (int j = 0; j < kLaneBytes; ++j) fields[j] = 0;
+  if (even) {  // one branch for all loads
+#pragma unroll
+    for (int j = 0; j < kLaneBytes; ++j) {
+      const auto* p = reinterpret_cast<const uint32_t*>(sums + places.at[j]);
+      if (there && places.at[j] >= 0) fields[j] = *p;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kLaneBytes; ++j) {
+      if (there && places.at[j] >= 0) fields[j] = load_word_bytes(sums + places.at[j]);
+    }
   }
-  load_lane_words(even, p, held, fields);
 #pragma unroll
   for (int j = 0; j < kLaneBytes; ++j) fields[j] = transpose_bits<kNibble>(fields[j], lane);
   transpose_nibbles(fields);
@@ -135,8 +119,8 @@ PYDIST_DEVICE void load_fields(const TernarySource& a, bool even, int64_t unit, 
 
 template <typename T, bool kFromSums>
 PYDIST_DEVICE void unpack_narrow(const TernarySource& a, bool even, const uint32_t* table,
-                                 const Levels<T>& levels, const Row& row, int64_t first,
-                                 int64_t begin, int n, int lane, Found* found) {
+                                 const PlanePlaces& places, const Levels<T>& levels, const Row& row,
+                                 int64_t first, int64_t begin, int n, int lane, Found* found) {
   const bool vector = aligned<16>(row.x);
   uint32_t seen = 0;
 #pragma unroll 1
@@ -144,7 +128,7 @@ PYDIST_DEVICE void unpack_narrow(const TernarySource& a, bool even, const uint32
     const int unit = step + lane / kLanesAUnit, rest = n - unit * kUnit;
     Fields fields;
     if constexpr (kFromSums) {
-      load_fields(a, even, first + unit, rest > 0, lane, fields);
+      load_fields(a, even, places, first + unit, rest > 0, lane, fields);
     } else {
       sum_fields(a, even, table, first + unit, rest > 0, lane, fields, &seen);
     }
@@ -212,12 +196,14 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   const int lane = lane_id();
   const Divisor d(a.divisor);
   const bool even = aligned<4>(reinterpret_cast<int64_t>(a.data) | (kFromSums ? 0 : a.stride));
-  Found found = {false, false};
+  const PlanePlaces places(a.ranks, lane);
+  Found found = {false, false, 0};
   for_units(rows, [&](const Row& row, int64_t first, int64_t begin, int n) {
     const float scaler = bits_float(load_word(device_pointer<unsigned char>(row.momentum_out)));
     if (a.ranks <= kNarrowRanks) {
       const Levels<T> levels(scaler, d, static_cast<int>(a.ranks), lane);
-      unpack_narrow<T, kFromSums>(a, even, table, levels, row, first, begin, n, lane, &found);
+      unpack_narrow<T, kFromSums>(a, even, table, places, levels, row, first, begin, n, lane,
+                                  &found);
       return;
     }
     T* out = device_pointer<T>(row.x) + begin;
@@ -227,7 +213,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
                                 &found);
     }
   });
-  raise_flags(flags, found.malformed, kFlagMalformed);
+  raise_flags(flags, found.malformed || (found.wrong & 1u) != 0, kFlagMalformed);
   raise_flags(flags, found.infinite);
 }
 
