@@ -53,8 +53,8 @@ PYDIST_DEVICE void divide(float (&v)[kCount], const Divisor& d) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) v[j] = divided(v[j], d);
   } else {
-#pragma unroll 1
-    for (int j = 0; j < kCount; ++j) v[j] = v[j] / d.value;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) v[j] = v[j] / d.value;  // unrolled: v stays in registers
   }
 }
 
