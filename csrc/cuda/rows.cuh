@@ -40,11 +40,11 @@ PYDIST_DEVICE int64_t find_row(const Rows& rows, int64_t word) {
 template <typename Size, typename Body>
 PYDIST_DEVICE void for_chunks(const Rows& rows, const Size& tile_words, int elements,
                               const Body& body) {
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kBlockWarps;
-  int64_t tile = static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarpSize;
-  for (; tile * tile_words() < rows.words; tile += warps) {
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarpSize;
+  int64_t begin = tile * tile_words();
+  for (; begin < rows.words;
+       begin += static_cast<int64_t>(gridDim.x) * kBlockWarps * tile_words()) {
     const int words = tile_words();
-    const int64_t begin = tile * words;
     for (int64_t r = find_row(rows, begin); r < rows.count; ++r) {
       const Row row = row_at(rows, r);
       const int64_t ahead = begin - row.words_before;  // words of this row before the tile

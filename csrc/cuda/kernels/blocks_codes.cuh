@@ -95,7 +95,7 @@ struct Encoder {
         norm(a.format.norm),
         bits(afresh(a.format.bits)),
         top(a.format.top),
-        weight(1u << bits),
+        weight(afresh(1u << bits)),  // a product is one instruction, a shift and a sum are two
         bias((float_bits(kRoundingMagic) - static_cast<uint32_t>(static_cast<int>(top))) *
              (1 + weight + weight * weight + weight * weight * weight)),
         threshold(a.zero_bit ? bits_float(0x80000001u) : 0.0f) {}  // zero lies above -2^-149
@@ -146,8 +146,9 @@ struct Encoder {
   PYDIST_DEVICE_MEMBER Codes encode(const Run& v, float factor, const Philox4& draws) const {
     if (kStochastic) return stochastic(v, factor, draws);
     if (scheme == Scheme::kLevels) return nearest(v, factor);
-    if (scheme == Scheme::kE4M3) return floats<3, 7>(v, factor);
-    if (scheme == Scheme::kE5M2) return floats<2, 15>(v, factor);
+    const Scheme other = static_cast<Scheme>(afresh(static_cast<int>(scheme)));  // no jump table
+    if (other == Scheme::kE4M3) return floats<3, 7>(v, factor);
+    if (other == Scheme::kE5M2) return floats<2, 15>(v, factor);
     return pack(0, [&](int j) { return v[j] > threshold ? 1u : 0u; });
   }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3) dequantize_kernel(Rows rows,
       return;
     }
 #pragma unroll 1
-    for (int k = 0; k < group.blocks; ++k) {
+    for (int k = 0; k < group.blocks(tiling); ++k) {
       const Group block = group.at(k, tiling);
       decode_block(Reduced(ranks, block, tiling), vector, out + block.begin);
     }

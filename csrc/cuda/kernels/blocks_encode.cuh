@@ -98,14 +98,14 @@ PYDIST_DEVICE Philox4 draws_of(const EncodeArgs& a, const Row& row, int64_t elem
 struct Output {
   const EncodeArgs& args;
   const Tiling& tiling;
-  float* shared;  // a tile for each warp
 
   PYDIST_DEVICE_MEMBER int unit() const {
     const auto low = [](const unsigned char* p) { return static_cast<int>(address_of(p)); };
     return unit_of(afresh(low(args.codes) | (low(args.scales) & 3)));
   }
-  PYDIST_DEVICE_MEMBER float* room() const {
-    return shared + threadIdx.x / kWarpSize * kTileElements;
+  static PYDIST_DEVICE_MEMBER float* room() {  // of this warp, a tile in shared memory
+    __shared__ __align__(16) float tiles[kBlockWarps * kTileElements];
+    return tiles + threadIdx.x / kWarpSize * kTileElements;
   }
   PYDIST_DEVICE_MEMBER void put_scale(int64_t index, float scale) const {
     unsigned char* out = args.scales + 4 * index;
@@ -277,8 +277,7 @@ struct Nothing {
 template <bool kStochastic, typename Make>
 PYDIST_DEVICE void encode_rows(const Rows& rows, const EncodeArgs& a, const Tiling& tiling,
                                bool tiles, uint32_t* flags, const Make& make) {
-  __shared__ __align__(16) float room[kBlockWarps * kTileElements];
-  const Output out = {a, tiling, room};
+  const Output out = {a, tiling};
   bool finite = true;
   for_groups(rows, tiling, [&](const Row& row, const Group& group) {
     const int64_t addresses = row.x | row.momentum | row.momentum_out;
@@ -288,7 +287,7 @@ PYDIST_DEVICE void encode_rows(const Rows& rows, const EncodeArgs& a, const Tili
       return;
     }
 #pragma unroll 1
-    for (int k = 0; k < group.blocks; ++k) {
+    for (int k = 0; k < group.blocks(tiling); ++k) {
       const Group block = group.at(k, tiling);
       const auto [source, kept] = make(row, block);
       finite &= encode_block<kStochastic>(source, out, row, block, kept);

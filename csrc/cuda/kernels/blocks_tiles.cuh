@@ -21,7 +21,10 @@ struct Tiling {
   int log_lanes;  // of the runs of a block: the lanes that it has, in all steps
 
   explicit __host__ PYDIST_DEVICE_MEMBER Tiling(int elements) : block(elements), log_lanes(2) {
-    while (log_lanes < kLogRuns && kRun << log_lanes != block) ++log_lanes;
+    const bool power = (block & (block - 1)) == 0;
+    for (int shorter = 32; shorter < kTileElements; shorter *= 2) {
+      log_lanes += !power || block > shorter;
+    }
   }
 
   // Blocks that a warp takes at a time: those of a tile, or one.
@@ -38,8 +41,11 @@ struct Tiling {
 struct Group {
   int64_t index;  // of the first block, in the payload
   int64_t begin;  // its first element, in the row
-  int blocks;
-  int n;  // elements
+  int n;          // elements
+
+  PYDIST_DEVICE_MEMBER int blocks(const Tiling& tiling) const {
+    return (n + tiling.block - 1) / tiling.block;
+  }
 
   PYDIST_DEVICE_MEMBER bool whole(const Tiling& tiling) const {
     return n == kTileElements && tiling.group() * tiling.block == kTileElements;
@@ -48,7 +54,7 @@ struct Group {
   // One of its blocks.
   PYDIST_DEVICE_MEMBER Group at(int k, const Tiling& tiling) const {
     const int rest = n - k * tiling.block;
-    return {index + k, begin + k * tiling.block, 1, rest < tiling.block ? rest : tiling.block};
+    return {index + k, begin + k * tiling.block, rest < tiling.block ? rest : tiling.block};
   }
 };
 
@@ -61,7 +67,7 @@ PYDIST_DEVICE void for_groups(const Rows& rows, const Tiling& tiling, const Body
     const int most = tiling.group() * tiling.block;
     const int64_t rest = row.n - begin;
     const int n = static_cast<int>(rest < most ? rest : most);
-    body(row, Group{row.word + start, begin, (n + tiling.block - 1) / tiling.block, n});
+    body(row, Group{row.word + start, begin, n});
   });
 }
 
