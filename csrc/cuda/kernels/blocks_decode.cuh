@@ -89,9 +89,11 @@ struct Reduced {
         ranks.decoder.add(now.codes[s].codes(ranks.decoder.bits, 8 * before), now.scale[s], v[s]);
       }
     }
-    const Divisor divisor(bits_float(afresh(float_bits(ranks.args->divisor))));
+    if (ranks.args->divisor != 1.0f) {
+      const Divisor divisor(bits_float(afresh(float_bits(ranks.args->divisor))));
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) divide(v[s], divisor);
+      for (int s = 0; s < kCount; ++s) divide(v[s], divisor);
+    }
     return ranks.decoder.scheme < Scheme::kE4M3 && largest < kInfBits;
   }
 
