@@ -23,36 +23,52 @@ PYDIST_DEVICE int64_t address_of(const T* p) {
   return reinterpret_cast<int64_t>(p);
 }
 
-// A run as it was loaded: nothing waits for the memory before the codes are asked for.
+// Whether runs never straddle two words.
+PYDIST_DEVICE bool one_word(int bits) { return bits == 4 || bits <= 2; }
+
+// A run as it was loaded: nothing waits for the memory before the codes are asked for. One word is
+// enough where runs never straddle two.
+template <int kWords>
 struct Packed {
-  uint32_t words[3];
+  uint32_t words[kWords];
 
   // `shift`: bits before the first code.
   PYDIST_DEVICE_MEMBER Codes codes(int bits, int shift) const {
-    if (bits == 8) return {words[0], words[1]};
-    const uint32_t low = __funnelshift_r(words[0], words[1], shift);
-    if (bits <= 4) return {low, low >> (4 * bits)};
-    const uint32_t high = __funnelshift_r(words[1], words[2], shift);
-    return {low, __funnelshift_r(low, high, 4 * bits)};
+    if constexpr (kWords == 1) {
+      const uint32_t low = words[0] >> shift;
+      return {low, low >> (4 * bits)};
+    } else if constexpr (kWords == 2) {
+      return {words[0], words[1]};
+    } else {
+      if (bits == 8) return {words[0], words[1]};
+      const uint32_t low = __funnelshift_r(words[0], words[1], shift);
+      if (bits <= 4) return {low, low >> (4 * bits)};
+      const uint32_t high = __funnelshift_r(words[1], words[2], shift);
+      return {low, __funnelshift_r(low, high, 4 * bits)};
+    }
   }
 };
 
 // A run of `bytes` bytes from p on, or in words: of those behind the `before` bytes at p. All words
 // that these are in may be read.
-PYDIST_DEVICE Packed load_bytes(const unsigned char* p, int bytes) {
-  Packed run = {};
+template <int kWords>
+PYDIST_DEVICE Packed<kWords> load_bytes(const unsigned char* p, int bytes) {
+  Packed<kWords> run = {};
 #pragma unroll
-  for (int b = 0; b < 8; ++b) {
+  for (int b = 0; b < (kWords == 1 ? 4 : 8); ++b) {
     if (b < bytes) run.words[b / 4] |= static_cast<uint32_t>(p[b]) << (b % 4 * 8);
   }
   return run;
 }
-PYDIST_DEVICE Packed load_words(const unsigned char* p, int before, int bytes) {
+template <int kWords, bool kWhole>
+PYDIST_DEVICE Packed<kWords> load_words(const unsigned char* p, int before, int bytes) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(p);
-  Packed run = {};
-  if (bytes > 0) run.words[0] = words[0];
-  if (before + bytes > 4) run.words[1] = words[1];
-  if (before + bytes > 8) run.words[2] = words[2];
+  Packed<kWords> run = {};
+  if (kWhole || bytes > 0) run.words[0] = words[0];
+#pragma unroll
+  for (int w = 1; w < kWords; ++w) {
+    if (kWords == 2 || before + bytes > 4 * w) run.words[w] = words[w];
+  }
   return run;
 }
 
@@ -167,34 +183,28 @@ PYDIST_DEVICE float half_value(uint32_t bits) {
 // What all runs of a launch share. Where a code has few bits, the lanes of a block hold the values
 // of all codes, and a value is what the lane of that number has; all lanes then decode together.
 struct Decoder {
-  Scheme scheme;
-  int bits;
-  float top, inverse_high, inverse_low;
+  const BlockFormat& f;
   int width;  // lanes that hold all values, a power of two; 0: too few
   float own;  // the value that this lane holds, of scale 1
 
-  PYDIST_DEVICE_MEMBER Decoder(const BlockFormat& f, int lanes)
-      : scheme(f.scheme),
-        bits(f.bits),
-        top(f.top),
-        inverse_high(f.inverse_high),
-        inverse_low(f.inverse_low),
-        width(scheme < Scheme::kE4M3 && (1 << f.bits) <= lanes ? 1 << f.bits : 0) {
-    const int code = lane_id() & ((1 << bits) - 1);
-    own = scheme == Scheme::kSign ? (code ? 1.0f : -1.0f) : level(static_cast<float>(code) - top);
+  PYDIST_DEVICE_MEMBER Decoder(const BlockFormat& format, int lanes)
+      : f(format), width(f.scheme < Scheme::kE4M3 && (1 << f.bits) <= lanes ? 1 << f.bits : 0) {
+    const int code = lane_id() & ((1 << f.bits) - 1);
+    own =
+        f.scheme == Scheme::kSign ? (code ? 1.0f : -1.0f) : level(static_cast<float>(code) - f.top);
   }
 
   // level_value() of q, or of top where there is more: no encoder writes that. The first product
   // is exact, so it may be fused.
   PYDIST_DEVICE_MEMBER float level(float q) const {
-    q = fminf(q, top);
-    return __fmaf_rn(q, inverse_high, q * inverse_low);
+    q = fminf(q, f.top);
+    return __fmaf_rn(q, f.inverse_high, q * f.inverse_low);
   }
 
   // Calls take(j, value) with what stands for each code before it is scaled.
   template <typename Take>
   PYDIST_DEVICE_MEMBER void each_code(Codes codes, const Take& take) const {
-    const int shift = afresh(bits);
+    const int shift = afresh(f.bits);
     const uint32_t mask = (1u << shift) - 1u;
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
@@ -205,19 +215,29 @@ struct Decoder {
   // v[j] += the value of code j. From -0, which any number is the sum with, these are the values.
   PYDIST_DEVICE_MEMBER void add(Codes codes, float scale, Run& v) const {
     if (width) {
-      const float table = own * scale;
+      add_from_lanes(codes, scale, v);
+    } else {
+      add_computed(codes, scale, v);
+    }
+  }
+
+  PYDIST_DEVICE_MEMBER void add_from_lanes(Codes codes, float scale, Run& v) const {
+    const float table = own * scale;
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        const uint32_t code = (j < 4 ? codes.low : codes.high) >> (j % 4 * bits);
-        v[j] = v[j] + __shfl_sync(kAllLanes, table, static_cast<int>(code), width);
-      }
-    } else if (scheme == Scheme::kLevels) {
+    for (int j = 0; j < kRun; ++j) {
+      const uint32_t code = (j < 4 ? codes.low : codes.high) >> (j % 4 * f.bits);
+      v[j] = v[j] + __shfl_sync(kAllLanes, table, static_cast<int>(code), width);
+    }
+  }
+
+  PYDIST_DEVICE_MEMBER void add_computed(Codes codes, float scale, Run& v) const {
+    if (f.scheme == Scheme::kLevels) {
       constexpr float kMagic = 8388608.0f;  // 2^23: in its low bits an integer is itself
-      const float zero = kMagic + top;
+      const float zero = kMagic + f.top;
       each_code(codes, [&](int j, uint32_t code) {
         v[j] = v[j] + level(bits_float(float_bits(kMagic) | code) - zero) * scale;
       });
-    } else if (scheme == Scheme::kE4M3) {  // as float16, which has eight more in the exponent
+    } else if (f.scheme == Scheme::kE4M3) {  // as float16, which has eight more in the exponent
       each_code(codes, [&](int j, uint32_t code) {
         const float x = half_value((code & 0x80u) << 8 | (code & 0x7Fu) << 7) * 256.0f;
         v[j] = v[j] + ((code & 0x7Fu) == 0x7Fu ? bits_float(kNanBits) : x) * scale;

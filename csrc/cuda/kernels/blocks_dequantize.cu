@@ -6,22 +6,26 @@
 namespace pydist::cuda {
 namespace {
 
+using FewAhead = Reduced<1>;  // of one rank, most often
+using ManyAhead = Reduced<4>;
+
 template <typename T>
-PYDIST_DEVICE void decode_tile(const Reduced& x, T* out) {
+PYDIST_DEVICE void decode_tile(const FewAhead& x, T* out) {
   Tile v;
   const bool numbers = __all_sync(kAllLanes, x.tile(v));
+  if (numbers) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) store_step(out + s * kWarpRun, v[s]);
+    return;
+  }
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    if (numbers) {
-      store_step(out + s * kWarpRun, v[s]);
-    } else {
-      store_values(out, s * kWarpRun + kRun * lane_id(), kTileElements, true, v[s]);
-    }
+    store_values(out, s * kWarpRun + kRun * lane_id(), kTileElements, true, v[s]);
   }
 }
 
 template <typename T>
-PYDIST_DEVICE void decode_block(const Reduced& x, bool vector, T* out) {
+PYDIST_DEVICE void decode_block(const FewAhead& x, bool vector, T* out) {
 #pragma unroll 1
   for (int begin = 0; begin < x.n; begin += kWarpRun) {
     const int i = begin + kRun * lane_id();
@@ -31,34 +35,40 @@ PYDIST_DEVICE void decode_block(const Reduced& x, bool vector, T* out) {
   }
 }
 
+// Thread blocks that a multiprocessor has room for: with one more of float16, ptxas would spill.
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads, 3) dequantize_kernel(Rows rows, DecodeArgs a) {
+constexpr int kRoomFor = 3;
+template <>
+constexpr int kRoomFor<Half> = 2;
+
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads, kRoomFor<T>)
+    dequantize_kernel(Rows rows, DecodeArgs a) {
   const Tiling tiling(a.format.block);
   const Ranks ranks(a, tiling);
   for_groups(rows, tiling, [&](const Row& row, const Group& group) {
     T* out = device_pointer<T>(row.x);
-    const bool vector = aligned<16>(row.x);
-    if (vector && ranks.unit > 1 && group.whole(tiling)) {
-      decode_tile(Reduced(ranks, group, tiling), out + group.begin);
+    if (aligned<16>(row.x) && ranks.in_words() && group.whole(tiling)) {
+      decode_tile(FewAhead(ranks, group, tiling), out + group.begin);
       return;
     }
 #pragma unroll 1
     for (int k = 0; k < group.blocks(tiling); ++k) {
       const Group block = group.at(k, tiling);
-      decode_block(Reduced(ranks, block, tiling), vector, out + block.begin);
+      decode_block(FewAhead(ranks, block, tiling), aligned<16>(row.x), out + block.begin);
     }
   });
 }
 
 template <bool kStochastic>
-__global__ void __launch_bounds__(kBlockThreads, kStochastic ? 2 : 3)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     reduce_quantized_kernel(Rows rows, DecodeArgs from, EncodeArgs to, uint32_t* flags) {
   const Tiling tiling(from.format.block);
   const Ranks ranks(from, tiling);
-  encode_rows<kStochastic>(rows, to, tiling, ranks.unit > 1, flags,
-                           [&](const Row&, const Group& group) {
-                             return Encoding<Reduced, Nothing>{Reduced(ranks, group, tiling), {}};
-                           });
+  encode_rows<kStochastic>(
+      rows, to, tiling, ranks.in_words(), flags, [&](const Row&, const Group& group) {
+        return Encoding<ManyAhead, Nothing>{ManyAhead(ranks, group, tiling), {}};
+      });
 }
 
 }  // namespace
