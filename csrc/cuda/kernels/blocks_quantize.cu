@@ -78,7 +78,7 @@ struct Rest {
 };
 
 template <typename T, typename R, bool kStochastic>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     quantize_feedback_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {
   const Tiling tiling(a.format.block);
   const Decoder decoder(a.format, tiling.lanes());
