@@ -27,7 +27,8 @@ struct Ranks {
   }
 };
 
-// Blocks as a source of values. So many words of each step are loaded before any is waited for.
+// Blocks as a source of values. So many words of each step are loaded before any is waited
+// for: of four ranks, where a run is one word.
 template <int kWordsAhead>
 struct Reduced {
   const Ranks& ranks;
@@ -92,8 +93,7 @@ struct Reduced {
   PYDIST_DEVICE_MEMBER uint32_t add_ranks(Place at, Run (&v)[kCount]) const {
     const int count = static_cast<int>(ranks.args->ranks);
     uint32_t largest = 0;
-    constexpr int kAhead =
-        kWords == 3 ? 1 : 4 / kWords;  // ranks that are loaded before any is added
+    constexpr int kAhead = kWordsAhead > kWords ? kWordsAhead / kWords : 1;  // ranks
 #pragma unroll 1
     for (int r = 0; r < count; r += kAhead) {
       Sent<kCount, kWords> ahead[kAhead];

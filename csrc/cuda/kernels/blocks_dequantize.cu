@@ -6,11 +6,11 @@
 namespace pydist::cuda {
 namespace {
 
-using FewAhead = Reduced<1>;  // of one rank, most often
-using ManyAhead = Reduced<4>;
+using OneByOne = Reduced<1>;  // most often of one rank alone
+using FourAhead = Reduced<4>;
 
 template <typename T>
-PYDIST_DEVICE void decode_tile(const FewAhead& x, T* out) {
+PYDIST_DEVICE void decode_tile(const OneByOne& x, T* out) {
   Tile v;
   const bool numbers = __all_sync(kAllLanes, x.tile(v));
   if (numbers) {
@@ -25,7 +25,7 @@ PYDIST_DEVICE void decode_tile(const FewAhead& x, T* out) {
 }
 
 template <typename T>
-PYDIST_DEVICE void decode_block(const FewAhead& x, bool vector, T* out) {
+PYDIST_DEVICE void decode_block(const OneByOne& x, bool vector, T* out) {
 #pragma unroll 1
   for (int begin = 0; begin < x.n; begin += kWarpRun) {
     const int i = begin + kRun * lane_id();
@@ -35,27 +35,20 @@ PYDIST_DEVICE void decode_block(const FewAhead& x, bool vector, T* out) {
   }
 }
 
-// Thread blocks that a multiprocessor has room for: with one more of float16, ptxas would spill.
 template <typename T>
-constexpr int kRoomFor = 3;
-template <>
-constexpr int kRoomFor<Half> = 2;
-
-template <typename T>
-__global__ void __launch_bounds__(kBlockThreads, kRoomFor<T>)
-    dequantize_kernel(Rows rows, DecodeArgs a) {
+__global__ void __launch_bounds__(kBlockThreads, 3) dequantize_kernel(Rows rows, DecodeArgs a) {
   const Tiling tiling(a.format.block);
   const Ranks ranks(a, tiling);
   for_groups(rows, tiling, [&](const Row& row, const Group& group) {
     T* out = device_pointer<T>(row.x);
     if (aligned<16>(row.x) && ranks.in_words() && group.whole(tiling)) {
-      decode_tile(FewAhead(ranks, group, tiling), out + group.begin);
+      decode_tile(OneByOne(ranks, group, tiling), out + group.begin);
       return;
     }
 #pragma unroll 1
     for (int k = 0; k < group.blocks(tiling); ++k) {
       const Group block = group.at(k, tiling);
-      decode_block(FewAhead(ranks, block, tiling), aligned<16>(row.x), out + block.begin);
+      decode_block(OneByOne(ranks, block, tiling), aligned<16>(row.x), out + block.begin);
     }
   });
 }
@@ -67,7 +60,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const Ranks ranks(from, tiling);
   encode_rows<kStochastic>(
       rows, to, tiling, ranks.in_words(), flags, [&](const Row&, const Group& group) {
-        return Encoding<ManyAhead, Nothing>{ManyAhead(ranks, group, tiling), {}};
+        return Encoding<FourAhead, Nothing>{FourAhead(ranks, group, tiling), {}};
       });
 }
 
