@@ -45,6 +45,16 @@ constexpr int kBlockThreads = 256;
 constexpr int kBlockWarps = kBlockThreads / kWarpSize;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// ------------------------------------------------------------ registers
+
+// A number that the compiler takes for a new one, so that it does not keep what it can make of it
+// in registers for as long as a launch takes.
+template <typename T>
+PYDIST_DEVICE T afresh(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ------------------------------------------------------------ conversions
 
 PYDIST_DEVICE float widen(float x) { return x; }

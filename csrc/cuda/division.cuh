@@ -15,10 +15,11 @@ namespace pydist::cuda {
 
 struct Divisor {
   float value, reciprocal;
-  bool power;  // of two: its reciprocal is exact, and so one product is the quotient's rounding
 
-  PYDIST_DEVICE_MEMBER explicit Divisor(float d)
-      : value(d), reciprocal(1.0f / d), power((float_bits(d) & 0x7FFFFFu) == 0) {}
+  PYDIST_DEVICE_MEMBER explicit Divisor(float d) : value(d), reciprocal(1.0f / d) {}
+
+  // Of two: the reciprocal is exact, and so one product is the quotient, rounded once.
+  PYDIST_DEVICE_MEMBER bool power() const { return (float_bits(value) & 0x7FFFFFu) == 0; }
 };
 
 constexpr uint32_t kSmallestDividend = 17u << 23;  // 2^-110
@@ -46,7 +47,7 @@ PYDIST_DEVICE bool dividable(const float (&v)[kCount]) {
 // v[j] = v[j] / d, whatever they are.
 template <int kCount>
 PYDIST_DEVICE void divide(float (&v)[kCount], const Divisor& d) {
-  if (d.power) {
+  if (d.power()) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) v[j] = v[j] * d.reciprocal;
   } else if (dividable(v)) {

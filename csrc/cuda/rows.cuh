@@ -35,22 +35,28 @@ PYDIST_DEVICE int64_t find_row(const Rows& rows, int64_t word) {
 }
 
 // Calls body(row, start) for every chunk of this warp; `start` is the chunk's first word within the
-// row. All lanes of a warp make the same calls.
-template <int kTileWords, typename Body>
-__device__ __forceinline__ void for_chunks(const Rows& rows, const Body& body) {
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kBlockWarps;
-  int64_t tile = static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarpSize;
-  for (; tile * kTileWords < rows.words; tile += warps) {
-    const int64_t begin = tile * kTileWords;
+// row. A word has `elements`, and a tile tile_words(), a power of two. All lanes of a warp make the
+// same calls.
+template <typename Size, typename Body>
+PYDIST_DEVICE void for_chunks(const Rows& rows, const Size& tile_words, int elements,
+                              const Body& body) {
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarpSize;
+  int64_t begin = tile * tile_words();
+  for (; begin < rows.words;
+       begin += static_cast<int64_t>(gridDim.x) * kBlockWarps * tile_words()) {
+    const int words = tile_words();
     for (int64_t r = find_row(rows, begin); r < rows.count; ++r) {
       const Row row = row_at(rows, r);
       const int64_t ahead = begin - row.words_before;  // words of this row before the tile
-      if (ahead <= -kTileWords) break;
-      const int64_t start =
-          ahead > 0 ? (ahead + kTileWords - 1) / kTileWords * kTileWords : int64_t{0};
-      if (start * kWordBits < row.n) body(row, start);
+      if (ahead <= -words) break;
+      const int64_t start = ahead > 0 ? (ahead + words - 1) & -words : int64_t{0};
+      if (start * elements < row.n) body(row, start);
     }
   }
+}
+template <int kTileWords, typename Body>
+PYDIST_DEVICE void for_chunks(const Rows& rows, const Body& body) {
+  for_chunks(rows, [] { return kTileWords; }, kWordBits, body);
 }
 
 // Elements of the chunk that starts at word `start` of a row.
@@ -61,20 +67,24 @@ PYDIST_DEVICE int chunk_elements(const Row& row, int64_t start) {
 }
 
 // Blocks for all tiles, or as many as are worth having.
-template <int kTileWords>
-unsigned grid_for(const Rows& rows) {
-  const int64_t per_block = static_cast<int64_t>(kTileWords) * kBlockWarps;
+inline unsigned grid_for(const Rows& rows, int tile_words) {
+  const int64_t per_block = static_cast<int64_t>(tile_words) * kBlockWarps;
   const int64_t blocks = (rows.words + per_block - 1) / per_block;
   return static_cast<unsigned>(blocks < PYDIST_CUDA_MAX_BLOCKS ? blocks : PYDIST_CUDA_MAX_BLOCKS);
 }
 
 // Launches kernel(rows, args...) over all tiles, if there are any.
+template <typename... Params, typename... Args>
+void launch_tiles(const char* name, void (*kernel)(Rows, Params...), const Rows& rows,
+                  int tile_words, void* stream, Args&&... args) {
+  if (rows.words <= 0) return;
+  launch(name, kernel, grid_for(rows, tile_words), kBlockThreads, stream, rows,
+         std::forward<Args>(args)...);
+}
 template <int kTileWords, typename... Params, typename... Args>
 void launch_over(const char* name, void (*kernel)(Rows, Params...), const Rows& rows, void* stream,
                  Args&&... args) {
-  if (rows.words <= 0) return;
-  launch(name, kernel, grid_for<kTileWords>(rows), kBlockThreads, stream, rows,
-         std::forward<Args>(args)...);
+  launch_tiles(name, kernel, rows, kTileWords, stream, std::forward<Args>(args)...);
 }
 
 // The tile of kernels that touch elements; votes, which touch words only, take larger ones.

@@ -1,4 +1,4 @@
-// What an encoder reads a block from: runs of eight values, or one, as float32.
+// What an encoder reads a block from: runs of eight values, as float32.
 #pragma once
 
 #include "rows.cuh"
@@ -16,9 +16,11 @@ struct Plain {
   int n;
   bool vector;
 
+  // kWhole: the run is within the block, and the row aligned.
+  template <bool kWhole = false>
   PYDIST_DEVICE_MEMBER void run(int i, Run& v) const {
     T raw[kRun];
-    if (vector && i + kRun <= n) {
+    if (kWhole || (vector && i + kRun <= n)) {
       load_run<T, kRun, true>(x, i, n, raw);
     } else {
       load_run<T, kRun, false>(x, i, n, raw);
@@ -26,8 +28,6 @@ struct Plain {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) v[j] = widen(raw[j]);
   }
-
-  PYDIST_DEVICE_MEMBER float one(int i) const { return widen(x[i]); }
 };
 
 template <typename T>
@@ -42,15 +42,14 @@ struct Compensated {
   Plain<T> x;
   Plain<R> residual;
 
+  template <bool kWhole = false>
   PYDIST_DEVICE_MEMBER void run(int i, Run& v) const {
     Run r;
-    x.run(i, v);
-    residual.run(i, r);
+    x.template run<kWhole>(i, v);
+    residual.template run<kWhole>(i, r);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) v[j] = v[j] + r[j];
   }
-
-  PYDIST_DEVICE_MEMBER float one(int i) const { return x.one(i) + residual.one(i); }
 };
 
 }  // namespace pydist::cuda

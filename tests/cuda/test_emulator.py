@@ -130,6 +130,11 @@ def test_bit_functions(kernels: Any) -> None:
         assert got[:, i].tolist() == [int(v) % 2**32 for v in expected], f"{a:#x}, {b:#x}"
 
 
+def rounded_up(x: Any) -> Any:
+    nearest = x.astype("f4")
+    return np.where(nearest < x, np.nextafter(nearest, np.float32(np.inf)), nearest)
+
+
 def test_float_functions(kernels: Any) -> None:
     kernels.configure(0)
     rng = np.random.default_rng(2)
@@ -137,7 +142,7 @@ def test_float_functions(kernels: Any) -> None:
                         rng.uniform(-1e-7, 1e-7, 16), rng.uniform(-5e9, 5e9, 11),
                         [0.0, -0.0, np.inf, 2.5, 65520.0]]).astype("f4")  # fmt: skip
     bits = x.view(U32)
-    got = run(kernels, "floats", bits, 19)
+    got = run(kernels, "floats", bits, 21)
     y = np.roll(x, -1)
     with np.errstate(all="ignore"):
         fused = (x.astype("f8") * y + x).astype("f4")  # of float32, rounded twice at worst
@@ -153,6 +158,8 @@ def test_float_functions(kernels: Any) -> None:
             (bits.astype("u2").astype("u4") << 16).view("f4"),
             ((bits.astype("u8") + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u4"),
             np.full(N, 1.5, "f4"),
+            rounded_up(abs(x.astype("f8")) * 65536 + 8388608),
+            ((bits.astype("u8") + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u4") | 0x3F800000,
         ]  # fmt: skip
     for row, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
         wanted = np.ascontiguousarray(wanted)

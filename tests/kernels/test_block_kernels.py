@@ -76,6 +76,23 @@ def test_every_size_of_blocks(door: Door, rng: np.random.Generator, block: int) 
         cases.check_quantize(door, x, sized, cases.some_options(rng))
 
 
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512])
+def test_blocks_that_fill_a_tile(door: Door, rng: np.random.Generator, block: int) -> None:
+    """CUDA takes 512 elements of a row at a time where there are as many, and then what is left."""
+    for k, form in enumerate(cases.FORMATS):
+        sized, n = with_block(form, block), 2 * 512 + block + 9
+        table = wire.segments([n - 520, 520], block=block)
+        storage, ranks = door.storages[k % len(door.storages)], 1 + k % 4
+        x = values_of(rng, n, sized, storage)
+        cases.check_quantize(door, x, sized, cases.some_options(rng))
+        kept_as = "bfloat16" if storage == "bfloat16" else "float32"
+        kept = cases.some_bits(rng, n, sized, kept_as, finite=True)
+        cases.check_quantize_feedback(door, x, kept, sized, cases.some_options(rng), table)
+        payloads = cases.some_payloads(rng, ranks, n, sized)
+        cases.check_sum(door, payloads, n, sized, mean=True, storage=storage)
+        cases.check_reduce(door, payloads, n, sized, cases.some_options(rng), mean=True)
+
+
 @pytest.mark.parametrize("layout", ["offset", "strided", "unaligned"])
 def test_layouts(door: Door, rng: np.random.Generator, layout: str) -> None:
     if layout not in door.layouts:

@@ -1,81 +1,106 @@
 // quantize and quantize_feedback: codes and a scale per block; with feedback, of x + residual, and
 // what was lost becomes the residual. Reads each value once from memory and writes `bits` bits.
-#include "blocks.cuh"
+#include "blocks_encode.cuh"
 
 namespace pydist::cuda {
 namespace {
 
+// A source of runs as one of a tile.
+template <typename Source>
+struct Runs {
+  Source x;
+
+  PYDIST_DEVICE_MEMBER void tile(Tile& v) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      x.template run<true>(s * kWarpRun + kRun * lane_id(), v[s]);
+    }
+  }
+  PYDIST_DEVICE_MEMBER void run(int i, Run& v) const { x.run(i, v); }
+};
+
 template <typename T, bool kStochastic>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     quantize_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {
-  const int lane = lane_id();
-  bool finite = true;
-  for_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
-    const auto nothing = [](int, const Run&, uint64_t, const Encoder&) {};
-    const bool good = encode_block<kStochastic>(plain<T>(row.x, begin, n), index, n, a,
-                                                draw_key(a, row), row.first + begin, lane, nothing);
-    finite = finite && good;
+  const Tiling tiling(a.format.block);
+  encode_rows<kStochastic>(rows, a, tiling, true, flags, [](const Row& row, const Group& group) {
+    return Encoding<Runs<Plain<T>>, Nothing>{{plain<T>(row.x, group.begin, group.n)}, {}};
   });
-  raise_flags(flags, !finite);
 }
 
-// residual[i, i + kRun) = p - what the codes decode to, where R holds it.
+// What values are less what was sent becomes their residual, where R holds it. A block that is not
+// finite sends nothing, and its residuals stay.
 template <typename R>
-PYDIST_DEVICE void keep_rest(const Plain<R>& old, R* residual, bool vector, int i, const Run& p,
-                             uint64_t codes, const Encoder& e) {
-  const int n = old.n;
-  const uint32_t mask = (1u << e.f.bits) - 1u;
-  Run kept;
-  old.run(i, kept);
-  R next[kRun];
+struct Rest {
+  Plain<R> old;
+  R* residual;
+  const Decoder& decoder;
+  bool vector;
+
+  template <bool kWhole>
+  PYDIST_DEVICE_MEMBER void step(int begin, const Run& p, Codes codes, float scale,
+                                 bool finite) const {
+    const int i = begin + kRun * lane_id();
+    Run rest;
+    bool fits = true;
 #pragma unroll
-  for (int j = 0; j < kRun; ++j) {
-    const float sent =
-        value_of(e.f, static_cast<uint32_t>(codes >> (j * e.f.bits)) & mask, e.scale);
-    const float rest = p[j] - sent;
-    const bool fits = (float_bits(rest) & kAbsMask) < FiniteLimit<R>::value;
-    narrow(fits ? rest : kept[j], &next[j]);
+    for (int j = 0; j < kRun; ++j) rest[j] = -0.0f;
+    decoder.add(codes, scale, rest);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      rest[j] = p[j] - rest[j];
+      fits = fits && holds(rest[j]);
+    }
+    if (!fits) keep_old(i, rest);
+    if (kWhole && __all_sync(kAllLanes, finite)) {
+      __syncwarp();  // in place, a lane may write what another has read
+      store_step(residual + begin, rest);
+    } else if (finite) {
+      store_values(residual, i, old.n, vector, rest);
+    } else if (residual != old.x) {
+      copy(i);
+    }
   }
-  if (vector && i + kRun <= n) {
-    store_run<R, kRun, true>(residual, i, n, next);
-  } else {
-    store_run<R, kRun, false>(residual, i, n, next);
+
+  static PYDIST_DEVICE_MEMBER bool holds(float x) {
+    return (float_bits(x) & kAbsMask) < FiniteLimit<R>::value;
   }
-}
+  PYDIST_DEVICE_MEMBER void keep_old(int i, Run& rest) const {
+    Run kept;
+    old.run(i, kept);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) rest[j] = holds(rest[j]) ? rest[j] : kept[j];
+  }
+  PYDIST_DEVICE_MEMBER void copy(int i) const {
+#pragma unroll 1
+    for (int j = i; j < i + kRun && j < old.n; ++j) residual[j] = old.x[j];
+  }
+};
 
 template <typename T, typename R, bool kStochastic>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     quantize_feedback_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {
-  const int lane = lane_id();
-  bool finite = true;
-  for_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
-    const Plain<R> old = plain<R>(row.momentum, begin, n);
-    R* residual = device_pointer<R>(row.momentum_out) + begin;
-    const bool vector = aligned<16>(row.momentum_out);
-    const Compensated<T, R> p = {plain<T>(row.x, begin, n), old};
-    const bool good =
-        encode_block<kStochastic>(p, index, n, a, draw_key(a, row), row.first + begin, lane,
-                                  [&](int i, const Run& v, uint64_t codes, const Encoder& e) {
-                                    keep_rest(old, residual, vector, i, v, codes, e);
-                                  });
-    if (!good && row.momentum_out != row.momentum) {  // nothing of the block is sent
-      for (int i = lane; i < n; i += kWarpSize) residual[i] = old.x[i];
-    }
-    finite = finite && good;
+  const Tiling tiling(a.format.block);
+  const Decoder decoder(a.format, tiling.lanes());
+  encode_rows<kStochastic>(rows, a, tiling, true, flags, [&](const Row& row, const Group& group) {
+    const Plain<R> old = plain<R>(row.momentum, group.begin, group.n);
+    R* residual = device_pointer<R>(row.momentum_out) + group.begin;
+    using Source = Runs<Compensated<T, R>>;
+    return Encoding<Source, Rest<R>>{{{plain<T>(row.x, group.begin, group.n), old}},
+                                     {old, residual, decoder, aligned<16>(row.momentum_out)}};
   });
-  raise_flags(flags, !finite);
 }
 
 template <typename T>
 void launch_plain(const Rows& rows, const EncodeArgs& a, uint32_t* flags, void* stream) {
-  launch_blocks("quantize",
+  launch_groups("quantize", a.format.block,
                 a.format.stochastic ? quantize_kernel<T, true> : quantize_kernel<T, false>, rows,
                 stream, a, flags);
 }
 
 template <typename T, typename R>
 void launch_feedback(const Rows& rows, const EncodeArgs& a, uint32_t* flags, void* stream) {
-  launch_blocks("quantize_feedback",
+  launch_groups("quantize_feedback", a.format.block,
                 a.format.stochastic ? quantize_feedback_kernel<T, R, true>
                                     : quantize_feedback_kernel<T, R, false>,
                 rows, stream, a, flags);

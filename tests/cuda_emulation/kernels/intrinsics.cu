@@ -112,6 +112,10 @@ __global__ void floats(const uint32_t* in, uint32_t* out, int n) {
   rows.put(__bfloat162float(__ushort_as_bfloat16(low)));
   rows.put(uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(a))});
   rows.put(__half22float2(__floats2half2_rn(1.5f, a)).x);
+  rows.put(__fmaf_ru(fabsf(a), 65536.0f, 8388608.0f));
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, 1.0f);
+  rows.put(static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 |
+           __bfloat16_as_ushort(pair.x));
 }
 
 // Each block's threads add to one cell of each kind, in memory and in shared memory.

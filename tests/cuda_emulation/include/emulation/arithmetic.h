@@ -114,6 +114,14 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+// Rounded up: to nearest first, and then what that lacks, from a product and a sum without errors.
+inline float __fmaf_ru(float a, float b, float c) {
+  const float nearest = std::fma(a, b, c);
+  const double product = static_cast<double>(a) * b;
+  const double sum = product + c, part = sum - product;
+  const double error = (product - (sum - part)) + (c - part);
+  return (sum - nearest) + error > 0 ? std::nextafter(nearest, HUGE_VALF) : nearest;
+}
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
