@@ -72,7 +72,7 @@ class Accesses:
         base, uniform = operand.base, operand.uniform
         if shared:
             parts = [lanes.u32(o) for o in (base, uniform) if o is not None]
-            return lambda: sum((part() for part in parts), U32(offset))
+            return lambda: sum((part() for part in parts), U32(offset % 2**32))
         if base is None or base.part != "64":
             raise ValueError(f"{operand.text}: an address that is not of 64 bits")
         pair = lanes.u64(base)

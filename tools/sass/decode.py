@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -110,6 +111,7 @@ def _memory(text: str) -> Operand:
     return Operand("mem", index=offset, base=base, uniform=uniform, text=text)
 
 
+@functools.cache
 def operand(text: str) -> Operand:
     """Decodes one operand.
 

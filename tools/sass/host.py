@@ -11,13 +11,16 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ptxas
+
 from sass.cubin import PARAMETERS, Cubins, Kernel
 from sass.decode import Instruction, decode
+from sass.lanes import WARP
 from sass.machine import Launch, execute
 from sass.memory import Memory, Traffic
 
@@ -37,6 +40,7 @@ class Done:
         launch: What it issued.
         traffic: What it moved.
         asked: Blocks that the launcher asked for.
+        registers: Of a thread.
         resident: Warps that a multiprocessor holds.
     """
 
@@ -44,6 +48,7 @@ class Done:
     launch: Launch
     traffic: Traffic
     asked: int
+    registers: int
     resident: int
 
 
@@ -62,7 +67,7 @@ class Executor:
 
     Args:
         folder: A build folder with objects and launchers.
-        resident: Warps of a kernel that a multiprocessor holds, by its symbol and block.
+        usages: What ptxas reported of each kernel, by its symbol.
 
     Attributes:
         module: The launchers.
@@ -71,13 +76,13 @@ class Executor:
         done: Launches since it was emptied.
     """
 
-    def __init__(self, folder: Path, resident: Callable[[str, int], int]) -> None:
+    def __init__(self, folder: Path, usages: dict[str, ptxas.Usage]) -> None:
         self.module = load_module(folder)
         self.cubins = Cubins(sorted(folder.rglob("csrc/cuda/**/*.cu.o")))
         self.buffers: list[tuple[int, int]] = []
         self.grids: list[int] = []
         self.done: list[Done] = []
-        self._resident = resident
+        self._usages = usages
         self._code: dict[str, list[Instruction]] = {}
         self._raised: BaseException | None = None
         self._callback = _CALLBACK(self._on_launch)  # lives as long as the module calls it
@@ -118,13 +123,22 @@ class Executor:
             start = PARAMETERS + at
             bank[start : start + size] = ctypes.string_at(parameters[i], size)
         launch = Launch(self.code(kernel), bytes(bank), kernel.shared + dynamic, grid, block)
-        resident = self._resident(name, block)
+        usage = self._usages[name]
+        usage = replace(usage, shared=usage.shared + dynamic)
+        resident = (usage.blocks_per_sm(block) or 1) * block // WARP
         memory = Memory(self.buffers, resident)
         execute(launch, memory)
-        self.done.append(Done(name, launch, memory.traffic, asked, resident))
+        self.done.append(Done(name, launch, memory.traffic, asked, usage.registers, resident))
 
 
 def base_name(symbol: str) -> str:
     """``quantize`` of the mangled name of ``quantize_kernel<float, false>``."""
-    found = re.search(r"\d+([a-z]\w*?)_kernel(?=[IE])", symbol)
-    return found[1] if found else symbol
+    at = 0
+    while match := re.compile(r"\d+").search(symbol, at):
+        # Digits of a hash may stand before a length: any that fits counts.
+        for start in range(match.start(), match.end()):
+            name = symbol[match.end() : match.end() + int(symbol[start : match.end()])]
+            if re.fullmatch(r"[a-z]\w*_kernel", name) and symbol[match.end() + len(name)] in "IE":
+                return name.removesuffix("_kernel")
+        at = match.end()
+    return symbol

@@ -38,6 +38,7 @@ class Launch:
         issued: Warps that issued each instruction.
         stalled: How long warps have waited for global memory, in times of a load from memory, all
             warps together.
+        clock: The same, of the last to be ready.
     """
 
     code: list[Instruction]
@@ -47,6 +48,7 @@ class Launch:
     block: int
     issued: np.ndarray = field(init=False)
     stalled: float = 0.0
+    clock: float = 0.0
 
     def __post_init__(self) -> None:
         self.issued = np.zeros(len(self.code), np.int64)
@@ -63,7 +65,9 @@ def execute(launch: Launch, memory: Memory) -> None:
     with np.errstate(all="ignore"):
         for first in range(0, launch.grid, at_once):
             blocks = min(at_once, launch.grid - first)
-            Machine(launch, memory, first, blocks, touched).run()
+            machine = Machine(launch, memory, first, blocks, touched)
+            machine.run()
+            launch.clock = max(launch.clock, machine.clock)
 
 
 def _registers(one: Instruction) -> int:
@@ -100,7 +104,7 @@ class Machine:
         self._barriers = Barriers(lanes, launch.block)
         self._steps: list[Callable[..., object] | None] = [None] * len(self._code)
         self._control = [one.name in CONTROL for one in self._code]
-        self._clock = 0.0
+        self.clock = 0.0
         self._pending = 0  # registers that loads still write, a bit each
         self._loads: list[tuple[int, float]] = []  # those registers, and when they have come
 
@@ -182,15 +186,15 @@ class Machine:
 
     def _wait_later(self, registers: int, duration: float) -> None:
         self._pending |= registers
-        self._loads.append((registers, self._clock + duration))
+        self._loads.append((registers, self.clock + duration))
 
     def _wait(self, registers: int, warps: int) -> None:
         """Advances the clock to when the registers have come; loads issued before have too."""
         ready = max(time for held, time in self._loads if held & registers)
-        if ready > self._clock:
-            self._launch.stalled += (ready - self._clock) * warps
-            self._clock = ready
-        self._loads = [load for load in self._loads if load[1] > self._clock]
+        if ready > self.clock:
+            self._launch.stalled += (ready - self.clock) * warps
+            self.clock = ready
+        self._loads = [load for load in self._loads if load[1] > self.clock]
         self._pending = 0
         for held, _ in self._loads:
             self._pending |= held
