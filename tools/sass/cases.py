@@ -29,7 +29,7 @@ LENGTH = 20480  # elements: a multiple of every kernel's tile that gives each wa
 LENGTHS = {
     "topk": 65536,  # a block, whatever it is given
     "elias_encode": 8192,  # hundreds of instructions for an element
-    "elias_decode": 1 << 17,  # a thread decodes a block
+    "elias_decode": 32 * 512,  # a thread decodes a block: a warp, and then two
     "ternary_scale": 1 << 19,  # a batch of the partial sums that its last launch reads
     "count_votes": 1 << 17,
     "majority_vote": 1 << 17,

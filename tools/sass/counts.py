@@ -121,7 +121,7 @@ def _widths(found: Counter[str], kind: str) -> dict[str, float]:
 
 def in_flight(launch: Row) -> float:
     """Bytes that a thread has asked for, and not got, while its warp waits."""
-    return launch["loaded"] / launch["waits"] / WARP if launch["waits"] else 0.0
+    return launch["read"] / launch["waits"] / WARP if launch["waits"] else 0.0
 
 
 def registers(folder: Path) -> dict[str, ptxas.Usage]:

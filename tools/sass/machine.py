@@ -14,7 +14,7 @@ import numpy as np
 
 from sass import floats, moves  # noqa: F401  (fill OPERATIONS)
 from sass.accesses import Accesses, Shared
-from sass.decode import Instruction
+from sass.decode import ZERO, Instruction, Operand
 from sass.integers import OPERATIONS
 from sass.lanes import WARP, Lanes, Mask, UnknownInstruction
 from sass.memory import Memory
@@ -73,12 +73,18 @@ def execute(launch: Launch, memory: Memory) -> None:
 def _registers(one: Instruction) -> int:
     """Registers that an instruction reads or writes, a bit each: what makes it wait for loads."""
     found = 0
-    for operand in one.operands:
-        for register in (operand, operand.base):
-            if register is not None and register.kind == "R" and register.index < 255:
-                wide = "128" in one.modifiers, register.part == "64" or "64" in one.modifiers
-                found |= (15 if wide[0] else 3 if wide[1] or "WIDE" in one.modifiers else 1) << register.index
+    words = 4 if "128" in one.modifiers else 2 if "64" in one.modifiers else 1
+    for i, operand in enumerate(one.operands):
+        pair = "WIDE" in one.modifiers and i in (0, len(one.operands) - 1)
+        found |= _bits(operand, 2 if pair else words)
+        if operand.base is not None:
+            found |= _bits(operand.base, 2 if operand.base.part == "64" else 1)
     return found
+
+
+def _bits(operand: Operand, words: int) -> int:
+    held = operand.kind == "R" and operand.index < ZERO
+    return ((1 << words) - 1) << operand.index if held else 0
 
 
 class Machine:

@@ -93,7 +93,9 @@ class Memory:
     def atomic(self, address: np.ndarray, width: int, values: np.ndarray, ufunc: np.ufunc) -> None:
         """``memory = ufunc(memory, value)``, lane by lane."""
         place, _ = self._checked(address, width)
-        ufunc.at(self._views[width].view(values.dtype), place // width, values)
+        view = self._views[width].view(values.dtype)
+        for at, value in zip(place // width, values, strict=True):  # ufunc.at may copy all of it
+            view[at] = ufunc(view[at], value)
 
     def _checked(self, address: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         address = address.astype(np.int64)
