@@ -161,7 +161,7 @@ test-matrix: $(BUILD_STAMP) ## the tests under other versions of torch: TORCH_VE
 
 # ----------------------------------------------------------------- care
 
-.PHONY: fmt lint ptxas package wheels docs docs-look clean
+.PHONY: fmt lint ptxas sass package wheels docs docs-look clean
 fmt: $(ENV_STAMP) ## rewrite the sources in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -175,6 +175,9 @@ lint: $(ENV_STAMP) ## style and types, changing nothing
 
 ptxas: $(ENV_STAMP) ## registers of every CUDA kernel, no spills: PTXAS_ARCHITECTURES="80 90 100"
 	@$(BIN)/python tools/ptxas.py --architectures $(PTXAS_ARCHITECTURES)
+
+sass: $(BUILD_STAMP) ## the CUDA kernels' machine code, executed and counted: ARGS=--check, --update, --json=file
+	@PYTHONPATH=tools:bench $(BIN)/python -m sass $(ARGS)
 
 package: $(ENV_STAMP) ## sdist and wheel, and the wheel in an empty environment without torch
 	@rm -rf build/lib* build/package-venv dist

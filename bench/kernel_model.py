@@ -1,147 +1,104 @@
 """What a Hopper card should give each CUDA kernel: its share of a copy's bandwidth, by counting.
 
-A kernel is held back by the first of these, each a share of what a copy moves in the same time:
+`make sass` executes the sm_90 code of the kernels and counts (tools/sass); its table is
+bench/results/sass.json. A launch takes as long as the longest of these, for each element:
 
-    0.97                                     a copy's own loops and tails
-    1 / moved                                bytes that pass the memory's bus more than once
-    0.75 * pipe / copy                       instructions: 3/4 of the busiest pipe's limit
-    in_flight / (copy per SM * 0.7 us * r)   Little's law, r the share of the bytes that is read
+    moved / (0.97 copy)                        what passes the memory's bus; a copy has tails too
+    max over pipes (issued / rate) / (0.75 SMs clock)        instructions: 3/4 of a pipe's limit
+    waits * 0.7 us / (warps of all SMs)        Little's law: a warp's waits for memory, one by one
 
-and a part that runs on one block alone adds its time. ``pipe`` is in TB/s of the kernel's own least
-bytes on 132 SMs at 1.98 GHz, from the instructions of the sm_90 code by pipe; other cards scale it
-by SMs and clock. The counts are of loops, so a number is good to about 15 points where a pipe or
-latency decides. No card has confirmed one yet.
+longer where few waves of blocks leave the last one part empty; and a launch that does not grow with
+its input, a block at the end, its waits alone. A kernel's share is the time of a copy of its least
+bytes over the sum of its launches. The formula is good to about 15 points where a pipe or latency
+decides. No card has confirmed a number yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
-SMS, HERTZ = 132, 1.98e9  # of the card that the pipes' limits are of
+TABLE = Path(__file__).parent / "results" / "sass.json"
+SMS, HERTZ = 132, 1.98e9  # of a card that is not known otherwise
+COPIES = {"h100": 3.0e12, "h200": 4.3e12}  # bytes per second of a copy
 OF_COPY = 0.97
 OF_PIPE = 0.75
 LATENCY = 0.7e-6  # seconds from a load to its data
-SERIAL_NUMEL = 64 << 20  # the length that serial parts are given for
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What was counted.
-
-    Attributes:
-        pipe: TB/s that the busiest pipe allows.
-        moved: Bytes moved, in times the least.
-        in_flight: Bytes of loads in flight per SM, where they may be too few.
-        read: Share of the least bytes that is read.
-        serial: Seconds of one block alone at 64 Mi elements.
-    """
-
-    pipe: float
-    moved: float = 1.0
-    in_flight: float | None = None
-    read: float = 1.0
-    serial: float = 0.0
-
-
-WIDE, NARROW, BITS = "float32", "16 bits", "bits"  # dtypes that need the same instructions
-# By kernel, the beginning of the variant, dtype. Numbers in comments: elements per ns.
-KERNELS: dict[tuple[str, str, str], Kernel] = {
-    ("pack_signs", "", WIDE): Kernel(11.5),
-    ("pack_signs", "", NARROW): Kernel(5.6),
-    ("unpack_signs", "", WIDE): Kernel(7.9),
-    ("unpack_signs", "", NARROW): Kernel(2.96),
-    ("count_votes", "8", BITS): Kernel(5.9),
-    ("majority_vote", "8", BITS): Kernel(5.9),
-    ("lion_pack_", "float32", WIDE): Kernel(13.9),  # 1.15
-    ("lion_pack_", "bfloat16", WIDE): Kernel(8.1),  # 1.0, between the two that were counted
-    ("lion_pack_", "float32", NARROW): Kernel(10.1),  # 1.0, likewise
-    ("lion_pack_", "bfloat16", NARROW): Kernel(5.4),  # 0.88
-    ("lion_apply_", "sign", WIDE): Kernel(16.0),
-    ("lion_apply_", "sign", NARROW): Kernel(5.3),
-    ("lion_apply_", "counts of 8", WIDE): Kernel(8.6),  # 1.0: as many more as with 16 bits
-    ("lion_apply_", "counts of 8", NARROW): Kernel(3.5),
-    ("quantize", "BlockInt(4), blocks of 512", WIDE): Kernel(3.27),
-    ("quantize", "BlockInt(4), blocks of 512", NARROW): Kernel(1.75),
-    ("quantize", "BlockInt(8), blocks of 512", WIDE): Kernel(3.6),
-    ("quantize", "BlockInt(8), blocks of 512", NARROW): Kernel(2.1),  # 0.70, as 4 bits
-    ("quantize", "BlockInt(3), blocks of 128", WIDE): Kernel(1.32),
-    ("quantize", "BlockInt(3), blocks of 128", NARROW): Kernel(0.70),
-    ("quantize", "QSGD(4), blocks of 512", WIDE): Kernel(2.6),
-    ("quantize", "QSGD(4), blocks of 512", NARROW): Kernel(1.4),
-    ("dequantize", "BlockInt(4), blocks of 512", WIDE): Kernel(3.16),
-    ("dequantize", "BlockInt(4), blocks of 512", NARROW): Kernel(1.7),
-    ("dequantize", "BlockInt(8), blocks of 512", WIDE): Kernel(3.5),
-    ("dequantize", "BlockInt(8), blocks of 512", NARROW): Kernel(2.0),
-    ("dequantize", "BlockInt(3), blocks of 128", WIDE): Kernel(1.4),
-    ("dequantize", "BlockInt(3), blocks of 128", NARROW): Kernel(0.74),
-    ("dequantize", "QSGD(4), blocks of 512", WIDE): Kernel(3.16),  # decodes as integers do
-    ("dequantize", "QSGD(4), blocks of 512", NARROW): Kernel(1.7),
-    # 16 warps per SM, and the second pass waits for the first: half of 4 loads of 16 bytes, of
-    # which 128 elements fill half a warp.
-    ("quantize_feedback_", "BlockInt(4), blocks of 512", WIDE): Kernel(9.0, 1, 10e3, 0.68),
-    ("quantize_feedback_", "BlockInt(4), blocks of 512", NARROW): Kernel(7.5, 1, 8e3, 0.57),
-    ("quantize_feedback_", "BlockInt(8), blocks of 128", WIDE): Kernel(4.5, 1, 6.4e3, 0.62),
-    ("quantize_feedback_", "BlockInt(8), blocks of 128", NARROW): Kernel(3.7, 1, 5e3, 0.54),
-    # About 20 instructions per rank beside the 48 of the first; not counted by pipe.
-    ("sum_quantized", "BlockInt(4), blocks of 512, 2", WIDE): Kernel(2.5),
-    ("sum_quantized", "BlockInt(4), blocks of 512, 2", NARROW): Kernel(1.45),
-    ("sum_quantized", "BlockInt(4), blocks of 512, 8", WIDE): Kernel(1.4),
-    ("sum_quantized", "BlockInt(4), blocks of 512, 8", NARROW): Kernel(1.05),
-    ("reduce_quantized", "BlockInt(4), blocks of 512, 2", BITS): Kernel(0.43),  # decodes twice
-    ("reduce_quantized", "BlockInt(4), blocks of 512, 8", BITS): Kernel(0.45),
-    ("ternary_scale", "", WIDE): Kernel(15.0, moved=2.0, serial=180e-6),
-    ("ternary_scale", "", NARROW): Kernel(7.5, serial=180e-6),
-    ("ternary_pack", "", WIDE): Kernel(4.2),
-    ("ternary_pack", "", NARROW): Kernel(2.2),
-    ("ternary_unpack", "", WIDE): Kernel(2.5),
-    ("ternary_unpack", "", NARROW): Kernel(1.3),
-    ("ternary_sum", "8", BITS): Kernel(0.48),
-    ("ternary_unpack_sums", "8", WIDE): Kernel(0.90),
-    ("ternary_unpack_sums", "8", NARROW): Kernel(0.51),
-    # Four readings of a block; in 16 bits those of the blocks at work fit into the L2 cache.
-    ("topk_select", "TopK(", WIDE): Kernel(2.2, moved=4.0),
-    ("topk_select", "TopK(", NARROW): Kernel(1.1),
-    ("topk_scatter", "TopK(", WIDE): Kernel(30.0, moved=1 / 0.86),  # the last of 2.6 waves
-    ("topk_scatter", "TopK(", NARROW): Kernel(15.0, moved=1 / 0.86),
-    ("topk_feedback_", "TopK(", WIDE): Kernel(6.6, moved=3.0),
-    ("topk_feedback_", "TopK(", NARROW): Kernel(5.5, moved=2.8),
-    # One load per thread, and the sum waits for it: 8 and 16 KB, less while it waits.
-    ("sum_values", "2", WIDE): Kernel(25.0, 1, 6.9e3, 2 / 3),
-    ("sum_values", "2", NARROW): Kernel(12.0, 1, 10e3, 2 / 3),
-}
+FEW_WAVES = 4  # with more, blocks of one wave end at many times
+WARP = 32
+# Warp instructions per clock of a multiprocessor. LSU counts what moves 128 bytes.
+RATES = {"issue": 4.0, "alu": 2.0, "fma": 4.0, "imad": 2.0, "xu": 0.5, "lsu": 1.0}
 # Elias codes and sums of sparse payloads have no share: their bytes are not what they wait for.
 NO_SHARE = ("elias_encode", "elias_decode", "topk_reduce")
 
 
-def counted(row: Row) -> Kernel | None:
+@functools.cache
+def table(path: Path = TABLE) -> dict[tuple[str, str, str], Row]:
+    """The committed counts by kernel, variant and dtype."""
+    rows = json.loads(path.read_text())["results"]
+    return {(row["kernel"], row["variant"], row["dtype"]): row for row in rows}
+
+
+def counted(row: Row) -> Row | None:
     """What was counted for a row's kernel; None where bytes don't bound it."""
-    dtype = {"float32": WIDE, "bits": BITS}.get(row["dtype"], NARROW)
-    for (kernel, variant, kind), found in KERNELS.items():
-        if (kernel, kind) == (row["kernel"], dtype) and row["variant"].startswith(variant):
-            return found
-    return None
+    if row["kernel"] in NO_SHARE:
+        return None
+    dtype = "bfloat16" if row["dtype"] == "float16" else row["dtype"]  # they need the same
+    return table().get((row["kernel"], row["variant"], dtype))
+
+
+def busiest(pipes: Mapping[str, float]) -> tuple[str, float]:
+    """The pipe that an element keeps longest, and for how many clocks of a multiprocessor."""
+    name = max(RATES, key=lambda pipe: pipes.get(pipe, 0.0) / RATES[pipe])
+    return name, pipes.get(name, 0.0) / WARP / RATES[name]
+
+
+def launch_seconds(launch: Row, copy: float, sms: int = SMS, hertz: float = HERTZ) -> float:
+    """How long a launch takes for an element.
+
+    Args:
+        launch: ``pipes`` (instructions times 32 by pipe), ``moved`` (bytes), ``waits`` (of a warp
+            for memory) for an element; ``warps`` on a multiprocessor; ``waves`` of blocks that
+            fill all of them at 64 Mi elements; ``serial``.
+        copy: Bytes per second of a copy.
+        sms: Multiprocessors.
+        hertz: Their clock.
+    """
+    if launch["serial"]:
+        return float(launch["waits"] * LATENCY)
+    bus = launch["moved"] / (OF_COPY * copy)
+    issue = busiest(launch["pipes"])[1] / (OF_PIPE * sms * hertz)
+    latency = launch["waits"] * LATENCY / (launch["warps"] * sms)
+    waves = launch["waves"]
+    tail = math.ceil(waves) / waves if 1 < waves < FEW_WAVES else 1.0
+    return float(tail * max(bus, issue, latency))
+
+
+def share(
+    counts: Row, copy: float, sms: int = SMS, hertz: float = HERTZ, least: float | None = None
+) -> float:
+    """The share of a copy that a row of the table should reach; ``least`` bytes per element."""
+    seconds = sum(launch_seconds(launch, copy, sms, hertz) for launch in counts["launches"])
+    return float((counts["least"] if least is None else least) / copy / seconds)
 
 
 def share_of_copy(row: Row, machine: Row) -> float | None:
-    """The share of a copy that a row should reach; None where the model has none.
+    """The share of a copy that a measured row should reach; None where the model has none.
 
     Args:
         row: ``bytes``, ``numel`` and ``copy``, the copy that was measured beside it.
         machine: Its SMs and clock, where they are known.
     """
-    kernel = counted(row)
-    if kernel is None:
+    counts = counted(row)
+    if counts is None:
         return None
     sms = machine.get("cuda_multiprocessors") or SMS
     hertz = machine.get("cuda_clock_hz") or HERTZ
     copy = row["copy"]["bytes"] / row["copy"]["seconds"]["median"]
-    pipe = 1e12 * kernel.pipe * sms * hertz / (SMS * HERTZ)
-    share = min(OF_COPY, 1 / kernel.moved, OF_PIPE * pipe / copy)
-    if kernel.in_flight is not None:
-        share = min(share, kernel.in_flight * sms / (copy * LATENCY * kernel.read))
-    ideal = row["bytes"] / copy
-    serial = kernel.serial * row["numel"] / SERIAL_NUMEL
-    return ideal / (ideal / share + serial)
+    return share(counts, copy, sms, hertz, row["bytes"] / row["numel"])

@@ -161,8 +161,8 @@ def record(command: list[str]) -> int:
     return 0
 
 
-def build(directory: Path, archs: list[int]) -> list[Usage]:
-    """Compiles every kernel that has changed; the reports of all of them."""
+def build(directory: Path, archs: list[int], *targets: str) -> list[Usage]:
+    """Compiles every kernel that has changed, and more targets; the reports of all kernels."""
     import pybind11
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -177,7 +177,8 @@ def build(directory: Path, archs: list[int]) -> list[Usage]:
     quiet = subprocess.run(configure, capture_output=True, text=True)
     if quiet.returncode:
         raise SystemExit(f"{quiet.stdout}{quiet.stderr}pydist: configuring with CUDA failed")
-    if subprocess.run([cmake, "--build", directory, "--target", "pydist_cuda"]).returncode:
+    command = [cmake, "--build", directory, "--target", "pydist_cuda", *targets]
+    if subprocess.run(command).returncode:
         raise SystemExit("pydist: compiling the CUDA kernels failed")
     reports = {path.name: path for path in directory.rglob(f"*{REPORT}")}
     wanted = [f"{source.name}.o{REPORT}" for source in sorted(SOURCES.rglob("*.cu"))]
