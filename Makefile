@@ -20,7 +20,7 @@ BUILD_REQUIRES := setuptools pybind11 cmake ninja
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu $(addprefix csrc/*/*/*,.h .cpp .cuh .cu))
 EMULATION := build/emulation
-FORMATTED := $(NATIVE) $(wildcard $(foreach d,*/ */*/ */*/*/,$(addprefix tests/$d,*.h *.cpp *.cu)))
+FORMATTED := $(NATIVE) $(wildcard tools/sass/*.cpp $(foreach d,*/ */*/ */*/*/,$(addprefix tests/$d,*.h *.cpp *.cu)))
 TORCH_VERSIONS ?= 2.9.1 2.14.1
 PTXAS_ARCHITECTURES ?= 80 90 100
 

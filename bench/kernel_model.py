@@ -80,19 +80,17 @@ def launch_seconds(launch: Row, copy: float, sms: int = SMS, hertz: float = HERT
     return float(tail * max(bus, issue, latency))
 
 
-def share(
-    counts: Row, copy: float, sms: int = SMS, hertz: float = HERTZ, least: float | None = None
-) -> float:
-    """The share of a copy that a row of the table should reach; ``least`` bytes per element."""
+def share(counts: Row, copy: float, sms: int = SMS, hertz: float = HERTZ) -> float:
+    """The share of a copy that a row of the table should reach."""
     seconds = sum(launch_seconds(launch, copy, sms, hertz) for launch in counts["launches"])
-    return float((counts["least"] if least is None else least) / copy / seconds)
+    return float(counts["least"] / copy / seconds)
 
 
 def share_of_copy(row: Row, machine: Row) -> float | None:
     """The share of a copy that a measured row should reach; None where the model has none.
 
     Args:
-        row: ``bytes``, ``numel`` and ``copy``, the copy that was measured beside it.
+        row: Kernel, variant, dtype and ``copy``, the copy that was measured beside it.
         machine: Its SMs and clock, where they are known.
     """
     counts = counted(row)
@@ -101,4 +99,4 @@ def share_of_copy(row: Row, machine: Row) -> float | None:
     sms = machine.get("cuda_multiprocessors") or SMS
     hertz = machine.get("cuda_clock_hz") or HERTZ
     copy = row["copy"]["bytes"] / row["copy"]["seconds"]["median"]
-    return share(counts, copy, sms, hertz, row["bytes"] / row["numel"])
+    return share(counts, copy, sms, hertz)

@@ -1,4 +1,4 @@
-"""The kernels' sm_90 code, executed: `tools/sass` for tests, and memory that its kernels may use."""
+"""The kernels' sm_90 code, executed: `tools/sass` for tests, and memory for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pydist import selfcheck
@@ -15,6 +16,8 @@ from pydist.selfcheck import Bits
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "ptxas"
 sys.path += [str(ROOT / "tools"), str(ROOT / "bench")]
+
+import kernel_model as model  # noqa: E402
 
 BUILT = pytest.mark.skipif(
     not list(FOLDER.glob("_C_sass*")), reason="the machine code is not there: `make sass`"
@@ -46,8 +49,6 @@ class Memory(selfcheck.HostMemory):
         return "cuda:0"
 
     def target(self) -> LaunchTarget:
-        import numpy as np
-
         def upload(rows: Any) -> tuple[int, object]:
             table = self.put(rows)
             return self.address(table), table
@@ -57,3 +58,6 @@ class Memory(selfcheck.HostMemory):
             return self.address(room), room
 
         return LaunchTarget(stream=0, upload=upload, scratch=scratch, module=self.executor.module)
+
+
+__all__ = ["BUILT", "FOLDER", "Memory", "model"]

@@ -52,12 +52,16 @@ class Accesses:
             long it takes.
     """
 
-    def __init__(self, lanes: Lanes, memory: Memory, shared: Shared, blocks: np.ndarray, waits) -> None:
+    def __init__(
+        self, lanes: Lanes, memory: Memory, shared: Shared, blocks: np.ndarray, waits
+    ) -> None:
         self._lanes, self._memory, self._shared = lanes, memory, shared
         self._blocks, self._waits = blocks, waits
 
-    MAKERS = {"LDG": "_load", "LD": "_load", "STG": "_store", "ST": "_store", "REDG": "_reduce",
-              "RED": "_reduce", "LDS": "_load_shared", "STS": "_store_shared", "ATOMS": "_atomic_shared"}  # fmt: skip
+    MAKERS = {
+        "LDG": "_load", "LD": "_load", "STG": "_store", "ST": "_store", "REDG": "_reduce",
+        "RED": "_reduce", "LDS": "_load_shared", "STS": "_store_shared", "ATOMS": "_atomic_shared",
+    }  # fmt: skip
 
     def make(self, one: Instruction) -> Run:
         """What executes an instruction of ``MAKERS``."""

@@ -12,13 +12,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from pydist.bench import options
 from pydist.bench.case import Case, Maker
 from pydist.bench.cases import cases
 from pydist.bench.timing import copy_of
 from pydist.kernels import torch_tensors
 from pydist.kernels.launch import LaunchTarget
-
 from sass.counts import per_element
 from sass.host import Done, Executor
 

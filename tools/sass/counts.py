@@ -19,7 +19,21 @@ Row = dict[str, Any]
 LINE_BYTES = 128  # what the load/store unit moves at a time
 FMA = {"FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "HMUL2"}
 XU = {"MUFU", "F2I", "I2F", "POPC", "FLO", "BREV", "FCHK", "F2F", "REDUX"}
-LSU = {"LDG", "STG", "LD", "ST", "LDS", "STS", "ATOMS", "ATOMG", "REDG", "RED", "SHFL", "LDL", "STL"}
+LSU = {
+    "LDG",
+    "STG",
+    "LD",
+    "ST",
+    "LDS",
+    "STS",
+    "ATOMS",
+    "ATOMG",
+    "REDG",
+    "RED",
+    "SHFL",
+    "LDL",
+    "STL",
+}
 CONTROL = {"BRA", "BSSY", "BSYNC", "BREAK", "EXIT", "CALL", "RET", "BAR", "WARPSYNC", "NOP", "B2R"}
 WIDTHS = {"64": 8, "128": 16}
 ALL = 64 << 20  # elements of the launch that is described
@@ -115,7 +129,9 @@ def _widths(found: Counter[str], kind: str) -> dict[str, float]:
     counts = {int(k.split()[1]): n for k, n in found.items() if k.startswith(kind + " ")}
     whole = sum(counts.values())
     return {
-        str(8 * width): round(n / whole, 2) for width, n in sorted(counts.items()) if 20 * n >= whole
+        str(8 * width): round(n / whole, 2)
+        for width, n in sorted(counts.items())
+        if 20 * n >= whole
     }
 
 

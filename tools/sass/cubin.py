@@ -1,4 +1,4 @@
-"""Machine code of kernels out of the objects that nvcc has made: text, parameters, shared memory."""
+"""Machine code of kernels out of nvcc's objects: text, parameters, shared memory."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ class Cubins:
     def __getitem__(self, name: str) -> Kernel:
         if name not in self._found:
             if name not in self._images:
-                raise SystemExit(f"pydist: the objects hold no code of {name} for sm_{ARCHITECTURE}")
+                raise SystemExit(
+                    f"pydist: the objects hold no code of {name} for sm_{ARCHITECTURE}"
+                )
             self._found[name] = self._disassemble(name)
         return self._found[name]
 

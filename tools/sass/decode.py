@@ -15,7 +15,9 @@ REGISTER = re.compile(
     r"(?:\.(?P<part>H0_H0|H1_H1|H0|H1|B[0-3]|64|X\d+))?\|?$"
 )
 PREDICATE = re.compile(r"^(?P<not>!?)(?P<name>U?P[0-9T])$")
-CONSTANT = re.compile(r"^(?P<negated>-?)(?P<inverted>~?)(?P<absolute>\|?)c\[0x0\]\[(?P<at>[^\]]+)\]\|?$")
+CONSTANT = re.compile(
+    r"^(?P<negated>-?)(?P<inverted>~?)(?P<absolute>\|?)c\[0x0\]\[(?P<at>[^\]]+)\]\|?$"
+)
 INTEGER = re.compile(r"^-?0x[0-9a-f]+$")
 ZERO = 255  # the register that reads as zero; UR63 likewise
 UNIFORM_ZERO = 63

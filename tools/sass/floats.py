@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sass.decode import Instruction, Operand
-from sass.integers import COMBINERS, COMPARISONS, U32, U64, compared, is_predicate, only, operation
+from sass.integers import COMBINERS, COMPARISONS, U32, U64, compared, only, operation
 from sass.lanes import ABSOLUTE, SIGN, Get, Lanes, Run, UnknownInstruction
 
 F32, F64 = np.float32, np.float64
@@ -162,8 +162,9 @@ def _mufu(one: Instruction, lanes: Lanes) -> Run:
 def _fchk(one: Instruction, lanes: Lanes) -> Run:
     """Whether a / b needs more than a reciprocal and Newton steps.
 
-    So it is where an operand is no normal number, and near the ends of the exponents, where a step
-    could leave them. What the hardware answers there is not documented; either way is correct.
+    So it is where an operand is no normal number (of -0 the steps make +0), and near the ends of
+    the exponents, where a step could leave them. What the hardware answers of +0 and near the ends
+    is not documented; there either way is correct.
     """
     only(one)
     put = lanes.put_predicate(one.operands[0])
@@ -198,7 +199,9 @@ def _part(lanes: Lanes, operand: Operand, width: int, signed: bool) -> Get:
 
 @operation("I2F", "I2FP")
 def _i2f(one: Instruction, lanes: Lanes) -> Run:
-    modifiers = only(one, "F32", *(f"{s}{w}" for s in "SU" for w in (8, 16, 32, 64)), "RP", "RM", "RZ")
+    modifiers = only(
+        one, "F32", *(f"{s}{w}" for s in "SU" for w in (8, 16, 32, 64)), "RP", "RM", "RZ"
+    )
     kind = next((m for m in one.modifiers if m[0] in "SU"), "S32")
     put = lanes.put(one.operands[0])
     get = _part(lanes, one.operands[1], int(kind[1:]), kind[0] == "S")
@@ -236,8 +239,8 @@ def _f2i(one: Instruction, lanes: Lanes) -> Run:
         over, under = whole >= float(limits.max), whole <= float(limits.min)
         inside = np.where(nan | over | under, 0, whole).astype(limits.dtype)
         found = np.select(
-            [nan, over, under],
-            [limits.dtype.type(limits.min), limits.dtype.type(limits.max), limits.dtype.type(limits.min)],
+            [over, nan | under],
+            [limits.dtype.type(limits.max), limits.dtype.type(limits.min)],
             inside,
         )  # fmt: skip
         put(found.view(f"u{limits.dtype.itemsize}"), mask)
@@ -297,6 +300,3 @@ def _hfma2(one: Instruction, lanes: Lanes) -> Run:
     high, low = (int(np.float16(half.value).view(np.uint16)) for half in halves)
     put, value = lanes.put(one.operands[0]), np.full(lanes.n, high << 16 | low, U32)
     return lambda mask: put(value, mask)
-
-
-__all__ = ["fused", "is_predicate", "rounded"]

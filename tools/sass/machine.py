@@ -62,12 +62,11 @@ def execute(launch: Launch, memory: Memory) -> None:
     """Runs all blocks, as many at a time as ``LANES_AT_ONCE`` allows."""
     at_once = max(1, LANES_AT_ONCE // launch.block)
     touched = [_registers(one) for one in launch.code]
-    with np.errstate(all="ignore"):
-        for first in range(0, launch.grid, at_once):
-            blocks = min(at_once, launch.grid - first)
-            machine = Machine(launch, memory, first, blocks, touched)
+    for first in range(0, launch.grid, at_once):
+        machine = Machine(launch, memory, first, min(at_once, launch.grid - first), touched)
+        with np.errstate(all="ignore"):
             machine.run()
-            launch.clock = max(launch.clock, machine.clock)
+        launch.clock = max(launch.clock, machine.clock)
 
 
 def _registers(one: Instruction) -> int:
@@ -132,7 +131,12 @@ class Machine:
     def _straight(self, at: int, stop: int, mask: Mask) -> None:
         """From one instruction on, until lanes part or others wait."""
         warps = self._lanes.warps(mask)
-        issued, steps, control, touched = self._launch.issued, self._steps, self._control, self._touched
+        issued, steps, control, touched = (
+            self._launch.issued,
+            self._steps,
+            self._control,
+            self._touched,
+        )
         while at < stop:
             issued[at] += warps
             if self._pending & touched[at]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sass.lanes import WARP, Lanes, Mask
+from sass.lanes import Lanes, Mask
 
 BLOCKED = 1 << 40  # in place of the next instruction: the lane waits, or has exited
 BARRIERS = 16
