@@ -16,6 +16,7 @@
 #include <stdexcept>
 
 #include "../wire/message.h"
+#include "cache_size.h"
 #include "float_mode.h"
 #include "thread_pool.h"
 
@@ -113,6 +114,14 @@ void for_pieces(const Row* rows, int64_t n_rows, int threads, const Piece& piece
 
 int64_t width_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Whether a call writes so much that it goes past the caches: the memory it overwrites is then not
+// read first.
+bool past_caches(const Row* rows, int64_t n_rows, DType dtype) {
+  int64_t bytes = 0;
+  for (int64_t r = 0; r < n_rows; ++r) bytes += rows[r].n * width_of(dtype);
+  return bytes > stream_limit().load(std::memory_order_relaxed);
+}
+
 void raise_flags(uint32_t* flags, uint32_t value) {
   if (flags && value) __atomic_fetch_or(flags, value, __ATOMIC_RELAXED);
 }
@@ -192,12 +201,15 @@ std::string current_isa() { return kernels().name; }
 
 void select_isa(const std::string& name) { active.store(find_table(name)); }
 
+int64_t stream_above(int64_t bytes) { return stream_limit().exchange(bytes); }
+
 void pack_signs(const Row* rows, int64_t n_rows, DType dtype, unsigned char* payload,
                 uint32_t zero_bit, uint32_t* flags, int threads) {
   const auto kernel = kernels().pack_signs[static_cast<int>(dtype)];
   for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
     const void* x = reinterpret_cast<const void*>(row.x + from * width_of(dtype));
-    raise_flags(flags, kernel(x, n, payload + 4 * (row.word + from / kWordBits), zero_bit));
+    raise_flags(flags,
+                kernel(x, n, payload + row.message + 4 * (row.word + from / kWordBits), zero_bit));
   });
 }
 
@@ -210,7 +222,7 @@ void lion_pack(const Row* rows, int64_t n_rows, DType grad, DType momentum, unsi
     part.x += from * width_of(grad);
     part.momentum += from * width_of(momentum);
     part.momentum_out += from * width_of(momentum);
-    raise_flags(flags, kernel(part, payload + 4 * part.word, args));
+    raise_flags(flags, kernel(part, payload + part.message + 4 * part.word, args));
   });
 }
 
@@ -219,15 +231,16 @@ void lion_apply(const Row* rows, int64_t n_rows, DType dtype, const unsigned cha
   const auto kernel = kernels().lion_apply[static_cast<int>(dtype)];
   for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
     void* param = reinterpret_cast<void*>(row.x + from * width_of(dtype));
-    kernel(param, n, planes + 4 * (row.word + from / kWordBits), args);
+    kernel(param, n, planes + row.message + 4 * (row.word + from / kWordBits), args);
   });
 }
 
 void unpack_votes(const Row* rows, int64_t n_rows, DType dtype, const Unpack& args, int threads) {
   const auto kernel = kernels().unpack_votes[static_cast<int>(dtype)];
+  const bool streams = past_caches(rows, n_rows, dtype);
   for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t from, int64_t n) {
     void* out = reinterpret_cast<void*>(row.x + from * width_of(dtype));
-    kernel(out, n, args.planes + 4 * (row.word + from / kWordBits), args);
+    kernel(out, n, args.planes + row.message + 4 * (row.word + from / kWordBits), args, streams);
   });
 }
 
@@ -266,7 +279,7 @@ void quantize(const Row* rows, int64_t n_rows, DType dtype, const EncodeArgs& ar
   for_block_pieces(rows, n_rows, args.format.block, threads,
                    [&](Row& part, int64_t from, float* scratch) {
                      part.x += from * width_of(dtype);
-                     raise_flags(flags, kernel(part, args, scratch));
+                     raise_flags(flags, kernel(part, in_message(args, part), scratch));
                    });
 }
 
@@ -274,12 +287,15 @@ void quantize_feedback(const Row* rows, int64_t n_rows, DType dtype, DType resid
                        const EncodeArgs& args, uint32_t* flags, int threads) {
   const auto kernel =
       kernels().quantize_feedback[static_cast<int>(dtype)][residual == DType::kFloat32 ? 0 : 1];
+  const auto plain = kernels().quantize[static_cast<int>(dtype)];
   for_block_pieces(rows, n_rows, args.format.block, threads,
                    [&](Row& part, int64_t from, float* scratch) {
                      part.x += from * width_of(dtype);
+                     const EncodeArgs here = in_message(args, part);
+                     if (!part.momentum) return raise_flags(flags, plain(part, here, scratch));
                      part.momentum += from * width_of(residual);
                      part.momentum_out += from * width_of(residual);
-                     raise_flags(flags, kernel(part, args, scratch));
+                     raise_flags(flags, kernel(part, here, scratch));
                    });
 }
 
@@ -288,16 +304,17 @@ void reduce_quantized(const Row* rows, int64_t n_rows, const DecodeArgs& from, c
   const auto kernel = kernels().reduce_quantized;
   for_block_pieces(rows, n_rows, from.format.block, threads,
                    [&](Row& part, int64_t, float* scratch) {
-                     raise_flags(flags, kernel(part, from, to, scratch));
+                     raise_flags(flags, kernel(part, from, in_message(to, part), scratch));
                    });
 }
 
 void dequantize(const Row* rows, int64_t n_rows, DType dtype, const DecodeArgs& args, int threads) {
   const auto kernel = kernels().dequantize[static_cast<int>(dtype)];
+  const bool streams = past_caches(rows, n_rows, dtype);
   for_block_pieces(rows, n_rows, args.format.block, threads,
                    [&](Row& part, int64_t from, float* scratch) {
                      part.x += from * width_of(dtype);
-                     kernel(part, args, scratch);
+                     kernel(part, in_message(args, part), scratch, streams);
                    });
 }
 
@@ -305,9 +322,13 @@ void sum_values(const Row* rows, int64_t n_rows, DType from, DType to, const Sum
                 uint32_t* flags, int threads) {
   const auto kernel = kernels().sum_values[static_cast<int>(from)][static_cast<int>(to)];
   for_pieces(rows, n_rows, threads, [&](const Row& row, int64_t begin, int64_t n) {
-    void* out = reinterpret_cast<void*>(row.x + begin * width_of(to));
-    const int64_t at = (row.word * kWordBits + begin) * width_of(from);
-    raise_flags(flags, kernel(out, n, args.values + at, args));
+    const bool wide_from = from == DType::kFloat32, wide_to = to == DType::kFloat32;
+    const int64_t values = wide_from ? values_at<float>(args, row) : values_at<Half>(args, row);
+    const int64_t sums = wide_to ? sums_at<float>(args, row) : sums_at<Half>(args, row);
+    raise_flags(
+        flags,
+        kernel(reinterpret_cast<void*>(sums + begin * width_of(to)), n,
+               reinterpret_cast<const unsigned char*>(values + begin * width_of(from)), args));
   });
 }
 
@@ -403,8 +424,9 @@ void ternary_scale(const Row* rows, int64_t n_rows, DType dtype, const TernarySc
 void ternary_pack(const Row* rows, int64_t n_rows, DType dtype, const TernaryPackArgs& args,
                   uint32_t* flags, int threads) {
   const auto kernel = kernels().ternary_pack[static_cast<int>(dtype)];
-  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
-                  [&](const Row& part) { raise_flags(flags, kernel(part, args)); });
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads, [&](const Row& part) {
+    raise_flags(flags, kernel(part, in_message(args, part)));
+  });
 }
 
 void ternary_sum(const Row* rows, int64_t n_rows, const TernarySource& from, unsigned char* out,
@@ -417,15 +439,19 @@ void ternary_sum(const Row* rows, int64_t n_rows, const TernarySource& from, uns
 void ternary_unpack(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
                     uint32_t* flags, int threads) {
   const auto kernel = kernels().ternary_unpack[static_cast<int>(dtype)];
-  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
-                  [&](const Row& part) { raise_flags(flags, kernel(part, from)); });
+  const bool streams = past_caches(rows, n_rows, dtype);
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads, [&](const Row& part) {
+    raise_flags(flags, kernel(part, in_message(from, part), streams));
+  });
 }
 
 void ternary_unpack_sums(const Row* rows, int64_t n_rows, DType dtype, const TernarySource& from,
                          uint32_t* flags, int threads) {
   const auto kernel = kernels().ternary_unpack_sums[static_cast<int>(dtype)];
-  for_unit_pieces(rows, n_rows, width_of(dtype), threads,
-                  [&](const Row& part) { raise_flags(flags, kernel(part, from)); });
+  const bool streams = past_caches(rows, n_rows, dtype);
+  for_unit_pieces(rows, n_rows, width_of(dtype), threads, [&](const Row& part) {
+    raise_flags(flags, kernel(part, in_message(from, part), streams));
+  });
 }
 
 void topk_select(const Row* rows, int64_t n_rows, DType dtype, const TopKEncode& args,
@@ -434,7 +460,7 @@ void topk_select(const Row* rows, int64_t n_rows, DType dtype, const TopKEncode&
   const int block = args.format.block;
   for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
     part.x += from * width_of(dtype);
-    raise_flags(flags, kernel(part, args, topk_room(block)));
+    raise_flags(flags, kernel(part, in_message(args, part), topk_room(block)));
   });
 }
 
@@ -442,12 +468,15 @@ void topk_feedback(const Row* rows, int64_t n_rows, DType dtype, DType residual,
                    const TopKEncode& args, uint32_t* flags, int threads) {
   const auto kernel =
       kernels().topk_feedback[static_cast<int>(dtype)][residual == DType::kFloat32 ? 0 : 1];
+  const auto plain = kernels().topk_select[static_cast<int>(dtype)];
   const int block = args.format.block;
   for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
     part.x += from * width_of(dtype);
+    const TopKEncode here = in_message(args, part);
+    if (!part.momentum) return raise_flags(flags, plain(part, here, topk_room(block)));
     part.momentum += from * width_of(residual);
     part.momentum_out += from * width_of(residual);
-    raise_flags(flags, kernel(part, args, topk_room(block)));
+    raise_flags(flags, kernel(part, here, topk_room(block)));
   });
 }
 
@@ -456,17 +485,18 @@ void topk_reduce(const Row* rows, int64_t n_rows, const TopKDecode& from, const 
   const auto kernel = kernels().topk_reduce;
   const int block = from.format.block;
   for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t, float*) {
-    raise_flags(flags, kernel(part, from, to, topk_room(block)));
+    raise_flags(flags, kernel(part, from, in_message(to, part), topk_room(block)));
   });
 }
 
 void topk_scatter(const Row* rows, int64_t n_rows, DType dtype, const TopKDecode& args,
                   uint32_t* flags, int threads) {
   const auto kernel = kernels().topk_scatter[static_cast<int>(dtype)];
+  const bool streams = past_caches(rows, n_rows, dtype);
   const int block = args.format.block;
   for_block_pieces(rows, n_rows, block, threads, [&](Row& part, int64_t from, float*) {
     part.x += from * width_of(dtype);
-    raise_flags(flags, kernel(part, args, topk_room(block)));
+    raise_flags(flags, kernel(part, in_message(args, part), topk_room(block), streams));
   });
 }
 

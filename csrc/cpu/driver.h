@@ -14,6 +14,8 @@ std::vector<std::string> supported_isas();
 // The one in use. PYDIST_ISA in the environment forces it; an unknown or unsupported one throws.
 std::string current_isa();
 void select_isa(const std::string& name);
+// What writes more bytes than these goes past the caches from now on; returns what was so far.
+int64_t stream_above(int64_t bytes);
 
 void pack_signs(const Row* rows, int64_t n_rows, DType dtype, unsigned char* payload,
                 uint32_t zero_bit, uint32_t* flags, int threads);

@@ -30,8 +30,10 @@ struct Kernels {
   // Decay and update in one pass. Indexed by parameter DType.
   void (*lion_apply[3])(void* param, int64_t n, const unsigned char* planes,
                         const LionApplyArgs& args);
-  // Values of a vote into out[0, n). Indexed by DType.
-  void (*unpack_votes[3])(void* out, int64_t n, const unsigned char* planes, const Unpack& args);
+  // Values of a vote into out[0, n). Indexed by DType. `streams`, here and below: stores go past
+  // the caches where the kernel can.
+  void (*unpack_votes[3])(void* out, int64_t n, const unsigned char* planes, const Unpack& args,
+                          bool streams);
   // Both read words [word, word + words_for(n)) of every rank.
   void (*count_votes)(const VoteArgs& args, const Row& row);
   void (*majority_vote)(const VoteArgs& args, const Row& row);
@@ -43,7 +45,7 @@ struct Kernels {
   uint32_t (*quantize_feedback[3][2])(const Row& row, const EncodeArgs& args, float* scratch);
   uint32_t (*reduce_quantized)(const Row& row, const DecodeArgs& from, const EncodeArgs& to,
                                float* scratch);
-  void (*dequantize[3])(const Row& row, const DecodeArgs& args, float* scratch);
+  void (*dequantize[3])(const Row& row, const DecodeArgs& args, float* scratch, bool streams);
 
   // Sums of plain values into out[0, n). Returns flags. Indexed by DType of values, then of `out`.
   uint32_t (*sum_values[3][3])(void* out, int64_t n, const unsigned char* values,
@@ -61,15 +63,16 @@ struct Kernels {
   uint32_t (*ternary_scale)(const Row& row, const TernaryScaleArgs& args);
   uint32_t (*ternary_pack[3])(const Row& row, const TernaryPackArgs& args);
   uint32_t (*ternary_sum)(const Row& row, const TernarySource& from, unsigned char* out);
-  uint32_t (*ternary_unpack[3])(const Row& row, const TernarySource& from);
-  uint32_t (*ternary_unpack_sums[3])(const Row& row, const TernarySource& from);
+  uint32_t (*ternary_unpack[3])(const Row& row, const TernarySource& from, bool streams);
+  uint32_t (*ternary_unpack_sums[3])(const Row& row, const TernarySource& from, bool streams);
 
   // Top-k blocks: pieces as above. All return flags.
   uint32_t (*topk_select[3])(const Row& row, const TopKEncode& args, const TopKRoom& room);
   uint32_t (*topk_feedback[3][2])(const Row& row, const TopKEncode& args, const TopKRoom& room);
   uint32_t (*topk_reduce)(const Row& row, const TopKDecode& from, const TopKEncode& to,
                           const TopKRoom& room);
-  uint32_t (*topk_scatter[3])(const Row& row, const TopKDecode& args, const TopKRoom& room);
+  uint32_t (*topk_scatter[3])(const Row& row, const TopKDecode& args, const TopKRoom& room,
+                              bool streams);
 
   // Checksum of data[0, n) behind bytes whose checksum is `before` (0: none).
   uint32_t (*crc32c)(const unsigned char* data, int64_t n, uint32_t before);

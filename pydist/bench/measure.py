@@ -161,11 +161,13 @@ class Bench:
         for threads in self.threads:
             self._use(threads)
             plan = {"kernel": Series(case.bytes, clock(kernel), self.repeats)}
-            if isinstance(self.clock, CudaClock):
+            if isinstance(self.clock, CudaClock) or self._stays_hot(case.numel, ring):
                 plan["hot"] = Series(case.bytes, clock(kernel.hot()), self.repeats)
+            if isinstance(self.clock, CudaClock):
                 plan["called"] = Series(case.bytes, self.clock.called(kernel), RIVAL_REPEATS)
             plan |= self._rivals(case, ring, threads, failed)
-            plans[threads] = {**self._reference_series(case.numel, threads), **plan}
+            hot = "hot" in plan and self.device == "cpu"
+            plans[threads] = {**self._reference_series(case.numel, threads, hot), **plan}
         for repeat in range(self.repeats):
             for threads, plan in plans.items():
                 self._use(threads)
@@ -193,7 +195,12 @@ class Bench:
         if threads:
             torch.set_num_threads(threads)
 
-    def _reference_series(self, numel: int, threads: int) -> dict[str, Series]:
+    def _stays_hot(self, numel: int, ring: Ring) -> bool:
+        """Whether one set of buffers, and one of the copy's, fits the CPU's largest cache."""
+        size = sum(x.nbytes for x in vars(ring.sets[0]).values())
+        return max(size, 8 * numel) * 2 <= self.cold
+
+    def _reference_series(self, numel: int, threads: int, hot: bool) -> dict[str, Series]:
         if self.device == "cuda":
             free, _ = torch.cuda.mem_get_info()
             numel = min(self._references) if self._references else min(COPY_BYTES, free // 8) // 4
@@ -201,7 +208,10 @@ class Bench:
             self._references = {numel: references(numel, self.device, self.cold)}
             self._reference_samples.clear()
         found = {}
-        for name, task in self._references[numel].items():
+        tasks = dict(self._references[numel])
+        if hot:
+            tasks |= {f"hot {name}": task.hot() for name, task in tasks.items()}
+        for name, task in tasks.items():
             key = (threads, numel, name)
             if key not in self._reference_samples:
                 self._reference_samples[key] = self.clock.computed(task)
@@ -225,8 +235,13 @@ class Bench:
             "read": read,
             "copy": copy,
         }
+        if "hot" in found:
+            row["hot"] = hot = found.pop("hot")
+            for name in ("read", "copy"):
+                if beside := found.pop(f"hot {name}", None):
+                    hot |= {f"of_{name}": ratio(hot, beside), name: beside}
         if isinstance(self.clock, CudaClock):
-            row |= {"hot": found.pop("hot"), "called": found.pop("called")}
+            row["called"] = found.pop("called")
             row |= {"host_seconds": self.clock.host_seconds(kernel), "late": self.clock.late}
             row["captured"] = not case.reads_back
         row["rivals"] = {name.removeprefix(_RIVAL): entry for name, entry in found.items()}

@@ -52,10 +52,13 @@ WIDE = 118
 """Columns of a terminal that has room for all that was measured."""
 
 
+_HOT_SHARES = ("hot % read", "hot % copy")
+
+
 def _heads(cuda: bool, wide: bool) -> list[str]:
     heads = ["", "dtype", "size", "µs", "quartiles", "GB/s", "% read", "% copy"]
-    heads += ["hot µs", "called µs", "host µs"] if cuda else ["threads"]
-    left_out = () if wide else ("quartiles", "threads", "hot µs", "host µs")
+    heads += ["hot µs", "called µs", "host µs"] if cuda else ["hot µs", *_HOT_SHARES, "threads"]
+    left_out = () if wide else ("quartiles", "threads", "hot µs", *_HOT_SHARES, "host µs")
     if cuda and not wide:
         left_out = (*left_out, "% read")
     return [head for head in heads if head not in left_out]
@@ -85,8 +88,13 @@ def _cells(row: Report, *, cuda: bool, wide: bool) -> dict[str, str]:
         "% read": _paired(row["of_read"], wide=wide),
         "% copy": _paired(row["of_copy"], wide=wide), "threads": str(row["threads"]),
     }  # fmt: skip
+    if hot := row.get("hot"):
+        cells["hot µs"] = _times(hot["seconds"])[0]
+        if not cuda:
+            shares = (hot["of_read"], hot["of_copy"])
+            cells |= {k: _paired(v, wide=False) for k, v in zip(_HOT_SHARES, shares, strict=True)}
     if cuda:
-        cells |= {f"{key} µs": _times(row[key]["seconds"])[0] for key in ("hot", "called")}
+        cells["called µs"] = _times(row["called"]["seconds"])[0]
         cells["host µs"] = f"{1e6 * row['host_seconds']:.1f}"
     return cells
 

@@ -13,7 +13,7 @@ from doors import DOOR_GROUPS, Door
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydist import _C, BlockFloat, BlockInt, Sign, ops
+from pydist import _C
 from pydist.formats import blocks, wire
 from pydist.formats.blocks import BlockFormat
 from pydist.kernels.block_formats import EncodeOptions
@@ -273,27 +273,6 @@ def test_a_shard_encodes_as_its_part_of_the_whole() -> None:
         launch(target, "quantize", part, 0, args, 0, unit=form.block)
         assert_same_bits(got, codes[here], f"codes of blocks {begin} to {end}")
         assert_same_bits(got_scales, scales[4 * begin : 4 * min(end, 9)], "scales")
-
-
-def test_what_goes_past_the_caches_is_the_same(isa: str) -> None:
-    n, cut = (1 << 17) + 96 + 13, 1 << 16  # one piece of half a MiB is stored past them
-    x = torch.randn(n, generator=torch.Generator().manual_seed(2))
-    x[1000] = float("nan")  # its block decodes to NaN, of one bit pattern
-    for codec in (Sign("l1", block=96), BlockInt(3), BlockInt(8), BlockFloat("e5m2")):
-        payload = ops.quantize(x, codec)
-        whole, parts = torch.zeros(n + 16), torch.empty(n)
-        start = -whole.data_ptr() // 4 % 16  # stores of whole vectors are aligned
-        ops.dequantize(payload, codec, n, out=whole[start : start + n])
-        blocks_before, size = -(-cut // codec.block), codec.block_format.block_bytes
-        middle = blocks_before * codec.block
-        codes = codec.block_format.payload_bytes(n) - 4 * -(-n // codec.block)
-        for first, count in ((0, middle), (middle, n - middle)):
-            index, used = first // codec.block, -(-count // codec.block)
-            end = min((index + used) * size, codes)
-            scales = payload[codes + 4 * index :][: 4 * used]
-            part = torch.cat([payload[index * size : end], scales])
-            ops.dequantize(part, codec, count, out=parts[first : first + count])
-        assert_same_bits(whole[start : start + n].numpy(), parts.numpy(), f"{codec} on {isa}")
 
 
 # --------------------------------------------------------------------------- random cases

@@ -51,7 +51,10 @@ def test_every_kernel_is_timed_and_written_down(
     for row in rows:
         assert row["gigabytes_per_second"] > 0 and row["of_copy"]["median"] > 0
         assert len(row["samples"]) == 2 and not row["rivals_failed"], row["rivals_failed"]
-    assert "pack_signs" in Path(files["txt"]).read_text()
+    hot = {row["kernel"]: row["hot"] for row in rows if "hot" in row and row["numel"] == 64}
+    assert hot["pack_signs"]["of_read"]["median"] > 0 and hot["pack_signs"]["of_copy"]["median"] > 0
+    table = Path(files["txt"]).read_text()
+    assert "pack_signs" in table and "hot % copy" in table
     assert Path(files["png"]).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     few = [*SMALL, "--kernels", "pack_signs", "--dtype", "float32", "--no-rivals"]

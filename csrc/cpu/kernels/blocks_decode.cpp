@@ -96,7 +96,7 @@ void decode_block(const BlockFormat& f, const unsigned char* codes, const unsign
     const int count = n - i < kTile ? n - i : kTile;
     const auto size = static_cast<size_t>(code_bytes(f, count));
     const unsigned char* from = codes + static_cast<int64_t>(i) * f.bits / 8;
-    for (size_t b = 0; b < size; b += 64) prefetch(from + b, kAhead / 2);
+    walks(from, size);
     if (count % 32 == 0) {
       values_of<kPut>(f, from, count, s, out + i);
       continue;

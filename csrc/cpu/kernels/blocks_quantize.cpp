@@ -91,9 +91,9 @@ PYDIST_INLINE bool put_at_once(const DecodeArgs&, int64_t, int, bool, T*) {
 }
 
 template <typename T>
-void dequantize(const Row& row, const DecodeArgs& a, float* scratch) {
+void dequantize(const Row& row, const DecodeArgs& a, float* scratch, bool streams) {
   T* out = reinterpret_cast<T*>(row.x);
-  const bool streams = can_stream(out, row.n);
+  streams = streams && can_stream(out);
   for_blocks(row, a.format.block, [&](const BlockPlace& place, int64_t i) {
     if (put_at_once(a, place.index, place.n, streams, out + i)) return;
     sum_block(a, place.index, place.n, scratch);
@@ -111,8 +111,8 @@ template uint32_t quantize_feedback<BFloat, float>(const Row&, const EncodeArgs&
 template uint32_t quantize_feedback<float, BFloat>(const Row&, const EncodeArgs&, float*);
 template uint32_t quantize_feedback<Half, BFloat>(const Row&, const EncodeArgs&, float*);
 template uint32_t quantize_feedback<BFloat, BFloat>(const Row&, const EncodeArgs&, float*);
-template void dequantize<float>(const Row&, const DecodeArgs&, float*);
-template void dequantize<Half>(const Row&, const DecodeArgs&, float*);
-template void dequantize<BFloat>(const Row&, const DecodeArgs&, float*);
+template void dequantize<float>(const Row&, const DecodeArgs&, float*, bool);
+template void dequantize<Half>(const Row&, const DecodeArgs&, float*, bool);
+template void dequantize<BFloat>(const Row&, const DecodeArgs&, float*, bool);
 
 }  // namespace pydist::cpu::PYDIST_ISA

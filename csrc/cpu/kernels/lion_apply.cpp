@@ -18,7 +18,7 @@ static void apply_piece(P* x, int64_t n, const unsigned char* planes, const Lion
   uint32_t words[kMaxPlanes];
   const int64_t full = n / kWordBits;
   for (int64_t w = 0; w < full; ++w) {
-    prefetch_word(x + kWordBits * w);
+    walks_word(x + kWordBits * w);
     load_planes(planes, 4 * a.plane_words, a.planes, w, words);
     apply_word<P, kKind>(x + kWordBits * w, words, a);
   }

@@ -43,8 +43,8 @@ static uint32_t lion_pack_piece(const Row& row, unsigned char* words, const Lion
   const int64_t full = row.n / kWordBits;
   for (int64_t w = 0; w < full; ++w) {
     const int64_t i = w * kWordBits;
-    prefetch_word(grad + i);
-    prefetch_word(momentum + i);
+    walks_word(grad + i);
+    walks_word(momentum + i);
     store_word(words + 4 * w, lion_word<G, M, kStochastic>(grad + i, momentum + i, momentum_out + i,
                                                            a, philox, row.first + i, &finite));
   }

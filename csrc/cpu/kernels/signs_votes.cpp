@@ -40,6 +40,7 @@ static void load_batch(const VoteArgs& a, int64_t rank, int64_t word, int64_t el
     batch->votes[r] = reinterpret_cast<const unsigned char*>(none);
     if (rank + r >= a.ranks) continue;
     const unsigned char* votes = a.payloads + (rank + r) * a.stride + 4 * word;
+    walks(votes, sizeof(Tile));
     if (words == kTile) {
       batch->votes[r] = votes;
     } else {
@@ -62,10 +63,7 @@ PYDIST_INLINE Wide full_add(Wide* sum, Wide b, Wide c) {
 template <int kPlanes>
 PYDIST_INLINE void add_batch(const Batch& batch, int w, int count, Counts<kPlanes>* counts) {
   Wide* plane = counts->plane;
-  const auto vote = [&](int r) {
-    prefetch(batch.votes[r] + 4 * w, kAhead / 2);  // eight streams at once: less ahead in each
-    return wide_load(batch.votes[r] + 4 * w);
-  };
+  const auto vote = [&](int r) { return wide_load(batch.votes[r] + 4 * w); };
   const Wide twos_a = full_add(&plane[0], vote(0), vote(1));
   const Wide twos_b = full_add(&plane[0], vote(2), vote(3));
   const Wide fours_a = full_add(&plane[1], twos_a, twos_b);
@@ -179,19 +177,25 @@ class TieDraws {
                  static_cast<uint32_t>(row.ordinal)}),
         parity_(a.step & 1 ? ~uint64_t{0} : 0) {}
 
-  // The answers for ties of the 32 * kPair elements from `first` on, the step's parity folded in.
+  // The answers for ties of a tile from element `first` on, the step's parity folded in.
   void draw(int64_t first, uint32_t* words) const {
-    if (first % (4 * kWordBits) == 0) {
-      philox_.groups(static_cast<uint64_t>(first) / (4 * kWordBits), words, parity_);
-    } else {
-      for (int i = 0; i < kPair; ++i) {
-        words[i] =
-            tie_word_at(philox_.key(), first + i * kWordBits) ^ static_cast<uint32_t>(parity_);
+    if (first % kGroupElements == 0) {
+      constexpr int kRuns = kWideLanes == 8 ? 4 : 2;  // measured: as many as registers hold
+      constexpr int kWords = kRuns * kPair;
+      const auto group = static_cast<uint64_t>(first / kGroupElements);
+      for (int w = 0; w < kTile; w += kWords) {
+        philox_.groups<kRuns>(group + static_cast<uint64_t>(w / 4), words + w, parity_);
       }
+      return;
+    }
+    for (int w = 0; w < kTile; ++w) {
+      words[w] = tie_word_at(philox_.key(), first + w * kWordBits) ^ static_cast<uint32_t>(parity_);
     }
   }
 
  private:
+  static constexpr int64_t kGroupElements = 4 * kWordBits;
+
   WidePhilox philox_;
   uint64_t parity_;
 };
@@ -239,6 +243,14 @@ void count_votes(const VoteArgs& a, const Row& row) {
   stream_end();
 }
 
+// Asks for a pair of vectors of each rank a tile ahead, so that memory has something to do while
+// ties are drawn.
+PYDIST_INLINE void fetch_votes(const VoteArgs& a, int64_t word) {
+  for (int64_t r = 0; r < a.ranks && r < kBatch; ++r) {
+    fetch(a.payloads + r * a.stride + 4 * (word + kTile), 4 * kPair);
+  }
+}
+
 void majority_vote(const VoteArgs& a, const Row& row) {
   const int count = planes_for(a.ranks);
   const bool draws_ties = a.ties == Ties::kHash && a.ranks % 2 == 0;
@@ -249,9 +261,10 @@ void majority_vote(const VoteArgs& a, const Row& row) {
     Output sign, non_zero;
     sign.open(a, 0, word, elements);
     if (a.ties == Ties::kZero) non_zero.open(a, 1, word, elements);
+    alignas(64) Tile ties;
+    if (draws_ties) draws.draw(row.first + i, ties);
     visit_counts(a, word, elements, [&](int w, const auto& low, const auto& high) {
-      uint32_t ties[kPair];
-      if (draws_ties) draws.draw(row.first + i + w * kWordBits, ties);
+      if (draws_ties) fetch_votes(a, word + w);
       const auto decide = [&](int at, const auto& counts, const uint32_t* tie) {
         const Verdict v = compare_with_half(counts, count, a.ranks);
         if (a.ties == Ties::kZero) {
@@ -262,8 +275,8 @@ void majority_vote(const VoteArgs& a, const Row& row) {
           sign.put(at, wide_or(v.above, broken));
         }
       };
-      decide(w, low, ties);
-      decide(w + kStep, high, ties + kStep);
+      decide(w, low, ties + w);
+      decide(w + kStep, high, ties + w + kStep);
     });
     sign.close();
     if (a.ties == Ties::kZero) non_zero.close();

@@ -152,10 +152,10 @@ uint32_t ternary_sum(const Row& row, const TernarySource& a, unsigned char* out)
 }
 
 template <typename T>
-uint32_t ternary_unpack(const Row& row, const TernarySource& a) {
+uint32_t ternary_unpack(const Row& row, const TernarySource& a, bool streams) {
   T* out = reinterpret_cast<T*>(row.x);
   const float scaler = scaler_at(row.momentum_out);
-  const bool streams = can_stream(out, row.n);
+  streams = streams && can_stream(out);
   uint32_t flags = 0;
   for_tiles(row, [&](int64_t unit, int units, int64_t i, int n) {
     alignas(64) int32_t sums[kUnitsTile];
@@ -167,10 +167,10 @@ uint32_t ternary_unpack(const Row& row, const TernarySource& a) {
 }
 
 template <typename T>
-uint32_t ternary_unpack_sums(const Row& row, const TernarySource& a) {
+uint32_t ternary_unpack_sums(const Row& row, const TernarySource& a, bool streams) {
   T* out = reinterpret_cast<T*>(row.x);
   const float scaler = scaler_at(row.momentum_out);
-  const bool streams = can_stream(out, row.n);
+  streams = streams && can_stream(out);
   const int bits = sum_bits(a.ranks);
   const int64_t size = sum_unit_bytes(a.ranks);
   const auto ranks = static_cast<int32_t>(a.ranks);
@@ -187,11 +187,11 @@ uint32_t ternary_unpack_sums(const Row& row, const TernarySource& a) {
   return flags;
 }
 
-template uint32_t ternary_unpack<float>(const Row&, const TernarySource&);
-template uint32_t ternary_unpack<Half>(const Row&, const TernarySource&);
-template uint32_t ternary_unpack<BFloat>(const Row&, const TernarySource&);
-template uint32_t ternary_unpack_sums<float>(const Row&, const TernarySource&);
-template uint32_t ternary_unpack_sums<Half>(const Row&, const TernarySource&);
-template uint32_t ternary_unpack_sums<BFloat>(const Row&, const TernarySource&);
+template uint32_t ternary_unpack<float>(const Row&, const TernarySource&, bool);
+template uint32_t ternary_unpack<Half>(const Row&, const TernarySource&, bool);
+template uint32_t ternary_unpack<BFloat>(const Row&, const TernarySource&, bool);
+template uint32_t ternary_unpack_sums<float>(const Row&, const TernarySource&, bool);
+template uint32_t ternary_unpack_sums<Half>(const Row&, const TernarySource&, bool);
+template uint32_t ternary_unpack_sums<BFloat>(const Row&, const TernarySource&, bool);
 
 }  // namespace pydist::cpu::PYDIST_ISA

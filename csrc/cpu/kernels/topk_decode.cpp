@@ -138,9 +138,9 @@ uint32_t topk_reduce(const Row& row, const TopKDecode& from, const TopKEncode& t
 }
 
 template <typename T>
-uint32_t topk_scatter(const Row& row, const TopKDecode& a, const TopKRoom& room) {
+uint32_t topk_scatter(const Row& row, const TopKDecode& a, const TopKRoom& room, bool streams) {
   T* out = reinterpret_cast<T*>(row.x);
-  const bool streams = can_stream(out, row.n);
+  streams = streams && can_stream(out);
   uint32_t flags = 0;
   for_topk_blocks(row, a.format.block, [&](const TopKPlace& place, int64_t i) {
     if (a.clear) {
@@ -163,8 +163,8 @@ template uint32_t topk_feedback<BFloat, float>(const Row&, const TopKEncode&, co
 template uint32_t topk_feedback<float, BFloat>(const Row&, const TopKEncode&, const TopKRoom&);
 template uint32_t topk_feedback<Half, BFloat>(const Row&, const TopKEncode&, const TopKRoom&);
 template uint32_t topk_feedback<BFloat, BFloat>(const Row&, const TopKEncode&, const TopKRoom&);
-template uint32_t topk_scatter<float>(const Row&, const TopKDecode&, const TopKRoom&);
-template uint32_t topk_scatter<Half>(const Row&, const TopKDecode&, const TopKRoom&);
-template uint32_t topk_scatter<BFloat>(const Row&, const TopKDecode&, const TopKRoom&);
+template uint32_t topk_scatter<float>(const Row&, const TopKDecode&, const TopKRoom&, bool);
+template uint32_t topk_scatter<Half>(const Row&, const TopKDecode&, const TopKRoom&, bool);
+template uint32_t topk_scatter<BFloat>(const Row&, const TopKDecode&, const TopKRoom&, bool);
 
 }  // namespace pydist::cpu::PYDIST_ISA

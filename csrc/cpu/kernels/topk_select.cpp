@@ -60,7 +60,7 @@ int collect(const T* x, int n, uint32_t limit, bool few, uint32_t* out) {
   constexpr int kVecs = kWordBits / kLanes;
   int count = 0, i = 0;
   for (; i + kWordBits <= n; i += kWordBits) {
-    prefetch_word(x + i);
+    walks_word(x + i);
     Mask below[kVecs];
     Mask all = mask_from(kLaneMask);
     for (int j = 0; j < kVecs; ++j) {

@@ -135,6 +135,29 @@ PYDIST_INLINE Wide wide_shift_left(Wide x, int n) {
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm256_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
+PYDIST_INLINE Wide choose(uint32_t bits, uint32_t yes, uint32_t no) {
+  return _mm256_blendv_epi8(_mm256_set1_epi32(static_cast<int>(no)),
+                            _mm256_set1_epi32(static_cast<int>(yes)),
+                            _mm256_castps_si256(mask_from(bits)));
+}
+PYDIST_INLINE Wide choose(uint32_t bits, uint16_t yes, uint16_t no) {
+  const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                         8192, 16384, -32768);
+  const __m256i spread = _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits)), lane);
+  return _mm256_blendv_epi8(_mm256_set1_epi16(static_cast<int16_t>(no)),
+                            _mm256_set1_epi16(static_cast<int16_t>(yes)),
+                            _mm256_cmpeq_epi16(spread, lane));
+}
+PYDIST_INLINE uint32_t halves_below(const void* p, uint16_t from, uint16_t limit) {
+  const auto not_below = [&](int half) {
+    const __m256i x = _mm256_sub_epi16(wide_load(static_cast<const __m256i*>(p) + half),
+                                       _mm256_set1_epi16(static_cast<int16_t>(from)));
+    const __m256i most = _mm256_max_epu16(x, _mm256_set1_epi16(static_cast<int16_t>(limit)));
+    return _mm256_cmpeq_epi16(most, x);
+  };
+  const __m256i bytes = _mm256_packs_epi16(not_below(0), not_below(1));
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
+}
 
 template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {

@@ -122,6 +122,19 @@ PYDIST_INLINE Wide wide_shift_left(Wide x, int n) {
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) {
   return _mm512_srl_epi64(x, _mm_cvtsi32_si128(n));
 }
+PYDIST_INLINE Wide choose(uint32_t bits, uint32_t yes, uint32_t no) {
+  return _mm512_mask_blend_epi32(static_cast<__mmask16>(bits),
+                                 _mm512_set1_epi32(static_cast<int>(no)),
+                                 _mm512_set1_epi32(static_cast<int>(yes)));
+}
+PYDIST_INLINE Wide choose(uint32_t bits, uint16_t yes, uint16_t no) {
+  return _mm512_mask_blend_epi16(bits, _mm512_set1_epi16(static_cast<int16_t>(no)),
+                                 _mm512_set1_epi16(static_cast<int16_t>(yes)));
+}
+PYDIST_INLINE uint32_t halves_below(const void* p, uint16_t from, uint16_t limit) {
+  const __m512i x = _mm512_sub_epi16(wide_load(p), _mm512_set1_epi16(static_cast<int16_t>(from)));
+  return _mm512_cmplt_epu16_mask(x, _mm512_set1_epi16(static_cast<int16_t>(limit)));
+}
 
 // Each Vec's bytes to a word of every quarter of the lanes; then the quarters of each together.
 template <int kByte = 0>

@@ -12,7 +12,7 @@ template <typename T>
 PYDIST_INLINE const float* widened(const T* x, int n, float* room) {
   int i = 0;
   for (; i + kWordBits <= n; i += kWordBits) {
-    prefetch_word(x + i);
+    walks_word(x + i);
     for (int j = 0; j < kWordBits; j += kLanes) store(room + i + j, load(x + i + j));
   }
   for (; i < n; ++i) {

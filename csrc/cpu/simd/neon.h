@@ -117,6 +117,23 @@ PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
 }
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(n)); }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return vshlq_u64(x, vdupq_n_s64(-n)); }
+PYDIST_INLINE uint16x8_t half_lane_bits() { return uint16x8_t{1, 2, 4, 8, 16, 32, 64, 128}; }
+PYDIST_INLINE Wide choose(uint32_t bits, uint32_t yes, uint32_t no) {
+  return vreinterpretq_u64_u32(vbslq_u32(mask_from(bits), vdupq_n_u32(yes), vdupq_n_u32(no)));
+}
+PYDIST_INLINE Wide choose(uint32_t bits, uint16_t yes, uint16_t no) {
+  const uint16x8_t chosen = vtstq_u16(vdupq_n_u16(static_cast<uint16_t>(bits)), half_lane_bits());
+  return vreinterpretq_u64_u16(vbslq_u16(chosen, vdupq_n_u16(yes), vdupq_n_u16(no)));
+}
+PYDIST_INLINE uint32_t halves_below(const void* p, uint16_t from, uint16_t limit) {
+  uint32_t bits = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint16x8_t x = vreinterpretq_u16_u8(load16(static_cast<const uint8_t*>(p) + 16 * k));
+    const uint16x8_t below = vcltq_u16(vsubq_u16(x, vdupq_n_u16(from)), vdupq_n_u16(limit));
+    bits |= static_cast<uint32_t>(vaddvq_u16(vandq_u16(below, half_lane_bits()))) << (8 * k);
+  }
+  return bits;
+}
 
 template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {

@@ -20,23 +20,31 @@ class WidePhilox {
     }
   }
 
-  // The words of groups group ... group + kWideLanes - 1, four a group, each 64-bit pair of bits
-  // turned where `flip` has a one.
+  // The words of kRuns * kWideLanes groups from `group` on, four a group, each 64-bit pair of bits
+  // turned where `flip` has a one. Several runs side by side: each round waits for the one before.
+  template <int kRuns = 1>
   void groups(uint64_t group, uint32_t* words, uint64_t flip = 0) const {
-    Wide c0 = wide_add(wide_set1(group), wide_groups());
-    Wide c1 = wide_high(c0);
-    Wide c2 = wide_set1(key_.c2), c3 = wide_set1(key_.ordinal);
+    Wide c0[kRuns], c1[kRuns], c2[kRuns], c3[kRuns];
+    for (int r = 0; r < kRuns; ++r) {
+      c0[r] = wide_add(wide_set1(group + static_cast<uint64_t>(r * kWideLanes)), wide_groups());
+      c1[r] = wide_high(c0[r]);
+      c2[r] = wide_set1(key_.c2), c3[r] = wide_set1(key_.ordinal);
+    }
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Wide p0 = wide_mul32(c0, wide_set1(kPhiloxM0));
-      const Wide p1 = wide_mul32(c2, wide_set1(kPhiloxM1));
-      c0 = wide_xor3(wide_high(p1), c1, wide_set1(k0_[round]));
-      c2 = wide_xor3(wide_high(p0), c3, wide_set1(k1_[round]));
-      c1 = p1;
-      c3 = p0;
+      for (int r = 0; r < kRuns; ++r) {
+        const Wide p0 = wide_mul32(c0[r], wide_set1(kPhiloxM0));
+        const Wide p1 = wide_mul32(c2[r], wide_set1(kPhiloxM1));
+        c0[r] = wide_xor3(wide_high(p1), c1[r], wide_set1(k0_[round]));
+        c2[r] = wide_xor3(wide_high(p0), c3[r], wide_set1(k1_[round]));
+        c1[r] = p1;
+        c3[r] = p0;
+      }
     }
     const Wide turn = wide_set1(flip);
-    store_groups(words, wide_xor(c0, turn), wide_xor(c1, turn), wide_xor(c2, turn),
-                 wide_xor(c3, turn));
+    for (int r = 0; r < kRuns; ++r) {
+      store_groups(words + r * 4 * kWideLanes, wide_xor(c0[r], turn), wide_xor(c1[r], turn),
+                   wide_xor(c2[r], turn), wide_xor(c3[r], turn));
+    }
   }
 
   const DrawKey& key() const { return key_; }

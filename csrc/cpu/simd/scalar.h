@@ -86,6 +86,23 @@ PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a | b)); }
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return x << n; }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return x >> n; }
+template <typename U>
+PYDIST_INLINE Wide choose(uint32_t bits, U yes, U no) {
+  Wide x = 0;
+  for (unsigned lane = 0; lane < sizeof(Wide) / sizeof(U); ++lane) {
+    x |= static_cast<Wide>(bits >> lane & 1u ? yes : no) << (8 * sizeof(U) * lane);
+  }
+  return x;
+}
+PYDIST_INLINE uint32_t halves_below(const void* p, uint16_t from, uint16_t limit) {
+  uint32_t bits = 0;
+  for (int j = 0; j < 32; ++j) {
+    uint16_t x;
+    std::memcpy(&x, static_cast<const unsigned char*>(p) + 2 * j, sizeof(x));
+    bits |= static_cast<uint32_t>(static_cast<uint16_t>(x - from) < limit) << j;
+  }
+  return bits;
+}
 
 template <int kByte = 0>
 PYDIST_INLINE Wide narrow_bytes(const Vec* v) {

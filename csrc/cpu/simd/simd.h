@@ -6,6 +6,11 @@
 //
 //   Vec, Mask, kLanes     kLanes floats and a truth value for each; a comparison with NaN is false
 //   load, store           any address, any type; store rounds to nearest even, one NaN only
+//   choose                a vector of as many bit patterns of 16 or 32 bits as fit: one of two,
+//                         by the lowest bits, lane 0's the lowest; the bits above don't matter
+//   halves_below          of a word's 32 integers of 16 bits, those for which x - from, modulo
+//   2^16,
+//                         is below the limit, as bits
 //   stream, stream_end    whole aligned vectors of float32 without NaN, past the caches where there
 //                         is an instruction for it; stream_end orders them before later stores
 //   load_bytes, load_halves   unsigned integers of 8 and 16 bits as floats
@@ -97,14 +102,12 @@ PYDIST_INLINE Vec load_halves(const uint16_t* p) { return from_integers(load_hal
 
 constexpr uint32_t kLaneMask = kLanes == 32 ? 0xFFFFFFFFu : (1u << kLanes) - 1u;
 
-// Float32 output that nobody reads soon goes past the caches: the memory it overwrites is then not
-// read first.
-PYDIST_INLINE bool can_stream(const float* p, int64_t n) {
-  constexpr int64_t kLarge = 1 << 17;  // half a MiB in one piece; smaller ones are read back soon
-  return n >= kLarge && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0;
+// Whether stream() may store here.
+PYDIST_INLINE bool can_stream(const float* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0;
 }
 template <typename T>
-PYDIST_INLINE bool can_stream(const T*, int64_t) {
+PYDIST_INLINE bool can_stream(const T*) {
   return false;
 }
 template <typename T>
@@ -112,16 +115,36 @@ PYDIST_INLINE void stream(T* p, Vec x) {
   store(p, x);
 }
 
-// Brings in the cache line that a loop reaches kAhead bytes later. The processor's own prefetcher
-// stops at the end of every 4 KiB page; asking across it keeps memory busy.
-constexpr int kAhead = 2048;
-PYDIST_INLINE void prefetch(const void* p, int ahead = kAhead) {
-  __builtin_prefetch(static_cast<const char*>(p) + ahead);
+// Brings lines into the caches that a loop reaches later.
+PYDIST_INLINE void fetch(const void* p, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t b = 0; b < bytes; b += kLine) {
+    __builtin_prefetch(static_cast<const char*>(p) + b);
+  }
 }
+constexpr size_t kAhead = 2048;
+
+// Loops that are as fast as memory leave all to the processor's own prefetcher, run of bytes by run
+// of bytes, but for the one thing that it does not do: it stops at the end of a page. With the
+// first run of a page the first lines of the next one are asked for. (A loop that packs float32
+// alone, on one Zen 4, against a plain sum of the same compiled beside it: with every line asked
+// for 0.87 of its bandwidth from memory and 0.82 from L3, without any 1.03 and 0.95, this way 1.07
+// and 0.92. In whole calls of 32 Mi elements the difference is within the noise of a shared
+// machine.)
+PYDIST_INLINE void walks(const void* p, size_t bytes) {
+  constexpr size_t kPage = 4096, kFirst = 256;
+  if (reinterpret_cast<uintptr_t>(p) % kPage < bytes) {
+    fetch(static_cast<const char*>(p) + kPage, kFirst);
+  }
+}
+// The same for a loop over words of elements that computes with each. Where these have 16 bits a
+// line takes so long that memory would rest: there each line is asked for.
 template <typename T>
-PYDIST_INLINE void prefetch_word(const T* x, int ahead = kAhead) {  // lines of kWordBits elements
-  for (size_t b = 0; b < kWordBits * sizeof(T); b += 64) {
-    prefetch(reinterpret_cast<const char*>(x) + b, ahead);
+PYDIST_INLINE void walks_word(const T* x) {
+  if (sizeof(T) == sizeof(float)) {
+    walks(x, kWordBits * sizeof(T));
+  } else {
+    fetch(reinterpret_cast<const char*>(x) + kAhead, kWordBits * sizeof(T));
   }
 }
 

@@ -7,8 +7,6 @@ namespace pydist::cpu::PYDIST_ISA {
 
 constexpr int kWarpLanes = 32;  // sums go in the order of a CUDA warp
 constexpr int kWarpVecs = kWarpLanes / kLanes;
-// Bytes: a block is read twice, and only the first time memory has something to do.
-constexpr int kFarAhead = 3 * kAhead;
 
 // Calls visit(v, k) for the vectors of x[0, n): elements of lanes k * kLanes … of a row of 32. What
 // is missing in the last row is zero.
@@ -16,7 +14,7 @@ template <typename Visit>
 PYDIST_INLINE void for_rows(const float* x, int n, const Visit& visit) {
   const int full = n / kWarpLanes * kWarpLanes;
   for (int i = 0; i < full; i += kWarpLanes) {
-    prefetch_word(x + i, kFarAhead);
+    walks_word(x + i);
     for (int k = 0; k < kWarpVecs; ++k) visit(load(x + i + k * kLanes), k);
   }
   if (full < n) {
