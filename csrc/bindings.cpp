@@ -71,8 +71,8 @@ DecodeArgs decode_args(const BlockFormat& format, uint64_t codes, uint64_t scale
           divisor};
 }
 
-SumArgs sum_args(uint64_t values, int64_t stride, int64_t ranks, float divisor) {
-  return {at<const unsigned char>(values), stride, ranks, divisor};
+SumArgs sum_args(uint64_t values, int64_t stride, int64_t ranks, float divisor, uint64_t out) {
+  return {at<const unsigned char>(values), stride, ranks, divisor, at<unsigned char>(out)};
 }
 
 EliasArgs elias_args(const BlockFormat& format, uint64_t codes, uint64_t fixed_scales,
@@ -139,6 +139,7 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   m.def("supported_isas", &cpu::supported_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("select_isa", &cpu::select_isa);
+  m.def("stream_above", &cpu::stream_above);
 
   arguments<&lion_pack_args, LionPackArgs>(m, "LionPackArgs");
   arguments<&lion_apply_args, LionApplyArgs>(m, "LionApplyArgs");
@@ -211,6 +212,11 @@ PYBIND11_MODULE(PYDIST_MODULE, m) {
   g.def("topk_feedback", on_cuda(&cuda::topk_feedback), nogil);
   g.def("topk_reduce", on_cuda(&cuda::topk_reduce), nogil);
   g.def("topk_scatter", on_cuda(&cuda::topk_scatter), nogil);
+  g.def("find_used", on_cuda(&cuda::find_used), nogil);
+  g.def("keep_used", over_bytes(&cuda::keep_used), nogil);
+  g.def("put_headers", over_bytes(&cuda::put_headers), nogil);
+  g.def("merge_headers", over_bytes(&cuda::merge_headers), nogil);
+  g.def("fill_nan", over_bytes(&cuda::fill_nan), nogil);
 #else
   m.attr("CUDA_BUILD") = py::none();
 #endif

@@ -11,7 +11,7 @@
 
 namespace pydist {
 
-// Rows of a kernel on the CPU: a tuple of the address and the length of a table, or of the eight
+// Rows of a kernel on the CPU: a tuple of the address and the length of a table, or of the nine
 // numbers of one row.
 struct CpuRows {
   Row only;
@@ -67,9 +67,9 @@ auto on_cuda(void (*kernel)(const cuda::Rows&, Args...)) {
 
 // The numbers of one row, from a tuple.
 inline Row row_of(const pybind11::tuple& numbers) {
-  int64_t x[8];
-  for (int i = 0; i < 8; ++i) x[i] = numbers[i].cast<int64_t>();
-  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};
+  int64_t x[9];
+  for (int i = 0; i < 9; ++i) x[i] = numbers[i].cast<int64_t>();
+  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
 }
 
 }  // namespace pydist
@@ -82,7 +82,7 @@ struct type_caster<pydist::CpuRows> {
   bool load(handle source, bool) {
     if (!PyTuple_Check(source.ptr())) return false;
     const auto numbers = reinterpret_borrow<tuple>(source);
-    if (numbers.size() == 8) {
+    if (numbers.size() == 9) {
       value = {pydist::row_of(numbers), nullptr, 1};
     } else if (numbers.size() == 2) {
       value = {
@@ -102,8 +102,8 @@ struct type_caster<pydist::cuda::Rows> {
   bool load(handle source, bool) {
     if (!PyTuple_Check(source.ptr())) return false;
     const auto numbers = reinterpret_borrow<tuple>(source);
-    if (numbers.size() == 9) {
-      value = {nullptr, 1, numbers[8].cast<int64_t>(), pydist::row_of(numbers)};
+    if (numbers.size() == 10) {
+      value = {nullptr, 1, numbers[9].cast<int64_t>(), pydist::row_of(numbers)};
     } else if (numbers.size() == 3) {
       value = {pydist::at<const pydist::Row>(numbers[0].cast<uint64_t>()),
                numbers[1].cast<int64_t>(),

@@ -14,6 +14,7 @@ def address_of(x: npt.NDArray[Any], /) -> int: ...
 def supported_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def select_isa(name: str, /) -> None: ...
+def stream_above(size: int, /) -> int: ...
 
 class LionPackArgs:
     def __init__(
@@ -109,7 +110,9 @@ class DecodeArgs:
     ) -> None: ...
 
 class SumArgs:
-    def __init__(self, values: int, stride: int, ranks: int, divisor: float, /) -> None: ...
+    def __init__(
+        self, values: int, stride: int, ranks: int, divisor: float, out: int, /
+    ) -> None: ...
 
 class EliasArgs:
     def __init__(
@@ -201,3 +204,8 @@ class cuda:
     topk_feedback: ClassVar[_Kernel]
     topk_reduce: ClassVar[_Kernel]
     topk_scatter: ClassVar[_Kernel]
+    find_used: ClassVar[_Kernel]
+    keep_used: ClassVar[_Kernel]
+    put_headers: ClassVar[_Kernel]
+    merge_headers: ClassVar[_Kernel]
+    fill_nan: ClassVar[_Kernel]

@@ -263,7 +263,8 @@ void launch(const char* name, void (*kernel)(Params...), unsigned grid, unsigned
   config.blockDim = dim3(block);
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
-  check(cudaGetLastError(), name);
+  // The launch itself went well: what is left is of somebody else's.
+  check(cudaGetLastError(), (std::string("a call before ") + name).c_str());
 }
 
 }  // namespace pydist::cuda

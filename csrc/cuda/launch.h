@@ -79,6 +79,23 @@ void topk_reduce(const Rows& rows, const TopKDecode& from, const TopKEncode& to,
 void topk_scatter(const Rows& rows, DType dtype, const TopKDecode& args, uint32_t* flags,
                   const TopKSlots& slots, void* stream);
 
+// What a call needs beside its codecs (message.cu). A usage word is 1 where a parameter has a
+// gradient that is not all zeros, else 0; `word` of a row is the place of its usage word.
+void find_used(const Rows& rows, int64_t itemsize, uint32_t* used, void* stream);
+// Copies rows, without residuals where parameters are not used; parts of `count` rows, int64, stand
+// behind them.
+void keep_used(const Row* rows, int64_t count, const uint32_t* used, Row* out, void* stream);
+// Writes the header (16 bytes in two words, little-endian) and `bytes` bytes of usage bits before
+// `count` messages; merge_headers ors what all messages have, and compares the headers.
+void put_headers(unsigned char* messages, int64_t count, int64_t stride, uint64_t low,
+                 uint64_t high, const uint32_t* flags, const uint32_t* used, int64_t parts,
+                 int64_t bytes, void* stream);
+void merge_headers(const unsigned char* messages, int64_t count, int64_t stride, uint64_t low,
+                   uint64_t high, uint32_t* flags, uint32_t* used, int64_t parts, void* stream);
+// x[0, n) = nan where one of the words at `flags` says that something was not finite.
+void fill_nan(uint64_t x, int64_t n, int64_t itemsize, uint64_t nan, const uint32_t* flags,
+              int64_t words, void* stream);
+
 }  // namespace pydist::cuda
 
 #endif

@@ -1,4 +1,4 @@
-// What an encoder reads a block from: runs of eight values, as float32.
+// What an encoder reads a block from: runs of eight values, or one, as float32.
 #pragma once
 
 #include "rows.cuh"
@@ -28,6 +28,8 @@ struct Plain {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) v[j] = widen(raw[j]);
   }
+
+  PYDIST_DEVICE_MEMBER float one(int i) const { return widen(x[i]); }
 };
 
 template <typename T>
@@ -36,7 +38,14 @@ PYDIST_DEVICE Plain<T> plain(int64_t address, int64_t begin, int n) {
   return {device_pointer<T>(address) + begin, n, aligned<16>(address)};
 }
 
-// A block of x + residual.
+// The residual of a block; without memory where its row keeps none.
+template <typename R>
+PYDIST_DEVICE Plain<R> residual_of(const Row& row, int64_t begin, int n) {
+  if (row.momentum) return plain<R>(row.momentum, begin, n);
+  return {nullptr, n, false};
+}
+
+// A block of x + residual; of x where there is no residual.
 template <typename T, typename R>
 struct Compensated {
   Plain<T> x;
@@ -45,10 +54,16 @@ struct Compensated {
   template <bool kWhole = false>
   PYDIST_DEVICE_MEMBER void run(int i, Run& v) const {
     Run r;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) r[j] = -0.0f;  // x + -0 is x, whatever its sign
+    if (residual.x) residual.template run<kWhole>(i, r);
     x.template run<kWhole>(i, v);
-    residual.template run<kWhole>(i, r);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) v[j] = v[j] + r[j];
+  }
+
+  PYDIST_DEVICE_MEMBER float one(int i) const {
+    return residual.x ? x.one(i) + residual.one(i) : x.one(i);
   }
 };
 

@@ -45,6 +45,16 @@ struct DecodeArgs {
   float divisor;  // sums are divided by this: 1 for a sum, ranks for a mean
 };
 
+// The same for a row's own message, whose bytes may lie anywhere.
+PYDIST_INLINE EncodeArgs in_message(EncodeArgs a, const Row& row) {
+  a.codes += row.message, a.scales += row.message;
+  return a;
+}
+PYDIST_INLINE DecodeArgs in_message(DecodeArgs a, const Row& row) {
+  a.codes += row.message, a.scales += row.message;
+  return a;
+}
+
 constexpr int kMaxBlock = 65536;
 constexpr uint32_t kSmallestNormBits = 0x03800000u;  // 2^-120: below it, top / norm would overflow
 constexpr uint32_t kLargestBits = 0x7F7FFFFFu;       // the largest finite float32

@@ -36,18 +36,19 @@ constexpr int kWordBits = 32;
 
 // A contiguous run of elements of one parameter: where they are in memory, where their bits are in
 // the payload, and which elements of which parameter they are. A row starts on a word boundary.
-// Python builds tables of these as int64[rows, 8]; the fields a kernel does not need are zero.
+// Python builds tables of these as int64[rows, 9]; the fields a kernel does not need are zero.
 struct Row {
   int64_t x;             // address of the input, the parameter or the output
-  int64_t momentum;      // address of the old momentum
+  int64_t momentum;      // address of the old momentum or residual; of a residual null: none
   int64_t momentum_out;  // address of the new momentum (equal to `momentum` for in place)
   int64_t n;             // elements
   int64_t word;          // first payload word
   int64_t ordinal;       // the parameter's place in named_parameters()
   int64_t first;         // index of the row's first element inside the parameter
   int64_t words_before;  // words of all rows before this one: device code searches by it
+  int64_t message;       // bytes before the message that the row is in; a multiple of 4
 };
-static_assert(sizeof(Row) == 64, "Python builds rows of eight int64");
+static_assert(sizeof(Row) == 72, "Python builds rows of nine int64");
 
 PYDIST_INLINE int64_t words_for(int64_t n) { return (n + kWordBits - 1) / kWordBits; }
 

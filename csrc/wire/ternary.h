@@ -50,6 +50,16 @@ struct TernarySource {
   float divisor;  // sums are divided by this: 1 for a sum, ranks for a mean
 };
 
+// The same for a row's own message, whose bytes may lie anywhere.
+PYDIST_INLINE TernaryPackArgs in_message(TernaryPackArgs a, const Row& row) {
+  a.payload += row.message;
+  return a;
+}
+PYDIST_INLINE TernarySource in_message(TernarySource a, const Row& row) {
+  a.data += row.message;
+  return a;
+}
+
 // ------------------------------------------------------------ scalers
 
 // The sum of squares of a segment in units of 2^(2 * top), which is no finer than its own.

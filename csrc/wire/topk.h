@@ -38,6 +38,16 @@ struct TopKDecode {
   bool clear;     // instead of the sum: zero what one payload has entries for, leave the rest
 };
 
+// The same for a row's own message, whose bytes may lie anywhere.
+PYDIST_INLINE TopKEncode in_message(TopKEncode a, const Row& row) {
+  a.payload += row.message;
+  return a;
+}
+PYDIST_INLINE TopKDecode in_message(TopKDecode a, const Row& row) {
+  a.payload += row.message;
+  return a;
+}
+
 constexpr int kBitmap = -1;
 constexpr uint32_t kTurnDomain = 0xC0000000u;  // second key word of the order of ties
 

@@ -13,6 +13,7 @@ from pydist.formats import wire
 from pydist.formats.blocks import SCALE_BYTES, BlockFormat
 from pydist.formats.wire import IntArray
 from pydist.kernels.block_formats import EncodeOptions, decode_args
+from pydist.kernels.launch import DeviceRows
 
 
 class BlockRows(RowCodec):
@@ -51,7 +52,7 @@ class BlockRows(RowCodec):
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,

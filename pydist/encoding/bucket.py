@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,14 +22,18 @@ from pydist.encoding.blocks import BlockRows
 from pydist.encoding.bucket_entropy import BucketEliasCoder
 from pydist.encoding.choose import rows_of
 from pydist.encoding.raw import DoubleRows
-from pydist.encoding.rows import REDUCED, Job, Place, RowCodec
+from pydist.encoding.rows import REDUCED, Job, RowCodec, fill_nan
 from pydist.encoding.shares import Part, Piece, Shares
 from pydist.encoding.ternary import TernaryRows
+from pydist.encoding.usage import Usage, packed, unpacked
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
 from pydist.kernels.checks import FLOATS
-from pydist.transport.coder import Worker, fill_nan
+from pydist.kernels.device import keep_used
+from pydist.kernels.launch import DeviceRows
+from pydist.kernels.torch_tensors import floats_near
+from pydist.transport.coder import Worker
 
 FLOAT32 = FLOATS["float32"]
 
@@ -43,8 +48,9 @@ class Feedback:
         owner: The same of what this rank keeps as the owner of a share; ``None`` without.
         owner_out: Where the new one goes.
         dtype: Storage of all of them.
-        used: Whether this rank's gradient is anything but zeros.
-        used_by_any: Whether any rank's is; known once all have said so.
+        used: Whether this rank's gradient is anything but zeros; on the device that has the
+            gradients in usage words (:mod:`pydist.kernels.device`), ``None`` here.
+        used_by_any: Whether any rank's is; known once all have said so, here or on the device.
         keep: What must stay in memory for the addresses to hold.
         values: Address of what is encoded instead of each part's gradient, of the residuals' type,
             as if its element 0 were there; ``None`` encodes the gradients in the bucket.
@@ -56,11 +62,20 @@ class Feedback:
     owner: IntArray | None
     owner_out: IntArray | None
     dtype: str
-    used: np.ndarray
-    used_by_any: np.ndarray
+    used: np.ndarray | None
+    used_by_any: np.ndarray | None
     keep: list[Tensor] = field(default_factory=list)
     values: IntArray | None = None
     masked: np.ndarray | None = None
+
+    def learn(self, indices: list[int], usage: Usage | None) -> None:
+        """What the device knows of the parts with these places in the bucket; waits for it."""
+        if usage is None:
+            return
+        if self.used is None:
+            self.used = usage.on_host(everyones=False)[indices]
+        if self.used_by_any is None:
+            self.used_by_any = usage.on_host(everyones=True)[indices]
 
     def input_rows(self, rows: IntArray, part: IntArray, dtype: int) -> tuple[IntArray, int]:
         """The rows with the addresses of what is encoded with residuals, and its type.
@@ -77,14 +92,16 @@ class Feedback:
         return rows, FLOATS[self.dtype]
 
     def place(self, rows: IntArray, part: IntArray, *, owner: bool) -> None:
-        """Fills in where the rows' residuals are."""
-        source, target = self.worker, self.worker_out
+        """Fills in where the residuals of rows are that have some."""
+        source, target, used = self.worker, self.worker_out, self.used
         if owner:
             assert self.owner is not None and self.owner_out is not None
-            source, target = self.owner, self.owner_out
+            source, target, used = self.owner, self.owner_out, self.used_by_any
         skip = checks.ITEMSIZE[self.dtype] * rows[:, wire.FIRST]
         rows[:, wire.MOMENTUM] = source[part] + skip
         rows[:, wire.MOMENTUM_OUT] = target[part] + skip
+        if used is not None:
+            rows[~used[part], wire.MOMENTUM : wire.N] = 0
 
 
 class Section:
@@ -125,10 +142,11 @@ class Section:
         """Bytes of a unit after the reduction."""
         return self.codec.reduced_unit_bytes
 
-    def _addressed(self, job: Job, flat: Tensor, piece: Piece) -> IntArray:
-        """A piece's rows with the addresses of their elements in the bucket."""
+    def _addressed(self, job: Job, flat: Tensor, piece: Piece, stride: int) -> IntArray:
+        """A piece's rows, with the addresses of their elements, of messages ``stride`` apart."""
         rows = piece.rows.copy()
         rows[:, wire.X] = flat.data_ptr() + rows[:, wire.X] * flat.element_size()
+        rows[:, wire.MESSAGE] = piece.owner * stride
         self.codec.attach(job, rows, piece.part)
         return rows
 
@@ -142,35 +160,58 @@ class Section:
         return self.codec.find_scalers(job, flat, rows, piece.part, len(self.indices))
 
     def encode(
-        self, job: Job, flat: Tensor, feedback: Feedback | None, out: Tensor, piece: Piece
-    ) -> None:
-        """Writes a piece's bytes into ``out``, uint8 [owners, bytes], padding included."""
-        rows, dtype = self._addressed(job, flat, piece), FLOATS.get(str(flat.dtype)[6:], 0)
-        place = self.codec.place(out, piece.room, zero=True)
-        if feedback is not None:
-            feedback.place(rows, piece.part, owner=False)
-            used = feedback.used[piece.part]
-            self._encode_used(job, flat, feedback, rows[used], piece.part[used], dtype, place)
-            rows = rows[~used]
-        self.codec.encode(job, flat, rows, dtype, place, job.flags)
-        place.finish()
-
-    def _encode_used(
         self,
         job: Job,
         flat: Tensor,
-        feedback: Feedback,
-        rows: IntArray,
-        part: IntArray,
-        dtype: int,
-        place: Place,
+        feedback: Feedback | None,
+        out: Tensor,
+        piece: Piece,
+        usage: Usage | None = None,
     ) -> None:
-        """Rows of parameters that have a gradient, with their residuals."""
-        rows, dtype = feedback.input_rows(rows, part, dtype)
+        """Writes a piece's bytes into ``out``, uint8 [owners, bytes], which is zero."""
+        rows, dtype = self._addressed(job, flat, piece, out.stride(0)), dtype_or_none(flat)
+        place = self.codec.place(out, piece.room, zeroed=True)
+        if feedback is None:
+            self.codec.encode(job, flat, rows, dtype, place, job.flags)
+            return
+        feedback.place(rows, piece.part, owner=False)
         state = FLOATS[feedback.dtype]
+        if feedback.values is None or feedback.used is None:
+            if feedback.values is not None:
+                rows, dtype = feedback.input_rows(rows, piece.part, dtype)
+            table = self._with_residuals(job, flat, rows, piece.part, usage, everyones=False)
+            self.codec.encode(job, flat, table, dtype, place, job.flags, state=state)
+            if feedback.masked is not None:
+                self.codec.clear_sent(job, flat, rows, dtype, place, job.flags)
+            return
+        used = feedback.used[piece.part]
+        self.codec.encode(job, flat, rows[~used], dtype, place, job.flags)
+        rows, dtype = feedback.input_rows(rows[used], piece.part[used], dtype)
         self.codec.encode(job, flat, rows, dtype, place, job.flags, state=state)
         if feedback.masked is not None:
-            self.codec.clear_sent(job, flat, rows[feedback.masked[part]], dtype, place, job.flags)
+            rows = rows[feedback.masked[piece.part[used]]]
+            self.codec.clear_sent(job, flat, rows, dtype, place, job.flags)
+
+    def _with_residuals(
+        self,
+        job: Job,
+        near: Tensor,
+        rows: IntArray,
+        part: IntArray,
+        usage: Usage | None,
+        *,
+        everyones: bool,
+    ) -> IntArray | DeviceRows:
+        """The rows; where a device knows which parameters are used, those it makes of them."""
+        if usage is None or not near.is_cuda or not len(rows):
+            return rows
+        index = np.asarray(self.indices)[part]
+        if self.codec.on_host:
+            unused = ~usage.on_host(everyones=everyones)[index]
+            rows[unused, wire.MOMENTUM : wire.N] = 0
+            return rows
+        address = usage.address(everyones=everyones)
+        return keep_used(job.target(near), rows, usage.places[index], address, self.codec.unit)
 
     def reduce(
         self,
@@ -180,33 +221,38 @@ class Section:
         out: Tensor,
         piece: Piece,
         flags: Tensor,
+        usage: Usage | None = None,
     ) -> None:
-        """Reduces one owner's ``piece``: uint8 [ranks, bytes] to uint8 [bytes], padding included.
+        """Reduces one owner's ``piece``: uint8 [ranks, bytes] to uint8 [bytes], which is zero.
 
         Sums in rank order, divides for a mean, adds the owner's residual, encodes again. ``flags``,
         int32[1], is raised where the result is not finite.
         """
         source = self.codec.source(messages, piece.room)
-        place = self.codec.reduced_place(out.unsqueeze(0), piece.room, zero=True)
+        place = self.codec.reduced_place(out.unsqueeze(0), piece.room, zeroed=True)
         rows = piece.rows.copy()
         if feedback is None or feedback.owner is None:
             self.codec.reduce(job, rows, source, place, flags)
             return
-        total = messages.new_empty(int(rows[:, wire.N].sum()), dtype=torch.float32)
+        total = floats_near(messages, int(rows[:, wire.N].sum()))
         wire.dense_addresses(rows, wire.X, total.data_ptr(), total.element_size())
         self.codec.decode(job, total, rows, FLOAT32, source, job.divisor, flags)
         feedback.place(rows, piece.part, owner=True)
-        used, state = feedback.used_by_any[piece.part], FLOATS[feedback.dtype]
-        for chosen, kept in ((used, state), (~used, None)):
-            self.codec.encode(
-                job, total, rows[chosen], FLOAT32, place, flags, state=kept, phase=REDUCED
-            )
+        table = self._with_residuals(job, messages, rows, piece.part, usage, everyones=True)
+        self.codec.encode(
+            job, total, table, FLOAT32, place, flags, state=FLOATS[feedback.dtype], phase=REDUCED
+        )
 
     def decode(self, job: Job, flat: Tensor, shards: Tensor, piece: Piece) -> None:
         """Writes a piece's values, from uint8 [owners, bytes], into the bucket."""
         source = self.codec.reduced_source(shards, piece.room)
-        rows, dtype = self._addressed(job, flat, piece), FLOATS.get(str(flat.dtype)[6:], 0)
-        self.codec.decode_reduced(job, flat, rows, dtype, source, job.seen)
+        rows = self._addressed(job, flat, piece, shards.stride(0))
+        self.codec.decode_reduced(job, flat, rows, dtype_or_none(flat), source, job.seen)
+
+
+def dtype_or_none(x: Tensor) -> int:
+    """A bucket's dtype as kernels take it; 0 where they take none of it."""
+    return FLOATS.get(str(x.dtype)[6:], 0)
 
 
 @dataclass(frozen=True)
@@ -264,6 +310,20 @@ class BucketPlan:
         coded = isinstance(rows, BlockRows) and getattr(codec, "entropy", None) == "elias"
         return Section(self.parts, indices, rows, self.owners, coded=coded)
 
+    @cached_property
+    def usage_places(self) -> IntArray:
+        """For every part a place in a list; those of sections with residuals come first."""
+        order = [
+            index
+            for kept in (True, False)
+            for section, keeps in zip(self.sections, self.with_feedback, strict=True)
+            if keeps is kept
+            for index in section.indices
+        ]
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.arange(len(order))
+        return places
+
     @property
     def units(self) -> int:
         """Slices of all owners' shares."""
@@ -313,11 +373,12 @@ class BucketCoder:
         seed: Seed of stochastic rounding and the tie hash.
         feedback: The residuals of each section that keeps any.
         staged: New residuals go elsewhere, so encoding may be done in vain.
+        usage: Which parameters have a gradient, where the bucket's device knows it.
 
     Attributes:
         seconds: Time spent encoding, reducing and decoding (on CUDA: launching).
         entropy_coder: What shortens the sections that are entropy coded; ``None`` where none is.
-        not_finite: int32[1], the flags of all ranks; known when the call is complete.
+        not_finite: int32, the flags of all ranks; known when the call is complete.
     """
 
     codec = wire.CODECS["bucket"]
@@ -333,10 +394,12 @@ class BucketCoder:
         seed: int,
         feedback: Sequence[Feedback | None],
         staged: bool,
+        usage: Usage | None = None,
     ) -> None:
-        self.plan, self.feedback = plan, list(feedback)
-        self.flat, self.job = flat, Job(worker, mean, seed, flat.device)
-        self.flags = self.job.flags
+        self.plan, self.feedback, self.usage = plan, list(feedback), usage
+        self.flat = flat
+        self.job = Job(worker, mean, seed, flat.device, None if usage is None else usage.memory)
+        self.flags, self.all_flags = self.job.flags, self.job.all_flags
         self.agreed = {
             f"{name} of codec {i}": value
             for i, section in enumerate(plan.sections)
@@ -350,6 +413,8 @@ class BucketCoder:
         row = plan.message_bytes(plan.slices)
         self.unit_bytes = max(1, -(-row // max(1, plan.slices)))
         self.repeatable = staged or not any(feedback)
+        if usage is not None:
+            usage.told = sum(len(kept.worker) for kept, _ in self._listed())
         self.seconds = {"encode": 0.0, "reduce": 0.0, "decode": 0.0}
         self.not_finite = self.flags
 
@@ -365,14 +430,12 @@ class BucketCoder:
 
     def metadata(self) -> Tensor | None:
         """One bit for each parameter with an owner's residual: is its gradient not all zeros?"""
-        bits = [torch.from_numpy(feedback.used) for feedback, _ in self._listed()]
-        if not bits:
-            return None
-        return _packed(torch.cat(bits))
+        used = [feedback.used for feedback, _ in self._listed() if feedback.used is not None]
+        return packed(torch.from_numpy(np.concatenate(used))) if used else None
 
     def merge_metadata(self, all_metadata: Tensor) -> None:
         """A parameter is used where any rank's gradient is not all zeros."""
-        bits = _unpacked(all_metadata.cpu()).amax(0).bool().numpy()
+        bits = unpacked(all_metadata.cpu()).amax(0).bool().numpy()
         for feedback, place in self._listed():
             feedback.used_by_any = bits[place]
 
@@ -398,18 +461,20 @@ class BucketCoder:
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """This rank's bytes of slices ``begin`` … ``end``, a row for every owner."""
         with _Timed(self.seconds, "encode"):
+            shards.zero_()
             first = begin // self.plan.owners
             for slot in self.plan.slots(first, first + units, reduced=False):
                 out = shards[:, slot.begin : slot.end]
                 if out.numel():
                     feedback = self.feedback[slot.number]
-                    slot.section.encode(self.job, self.flat, feedback, out, slot.piece)
+                    slot.section.encode(self.job, self.flat, feedback, out, slot.piece, self.usage)
 
     def reduce(
         self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
     ) -> None:
         """Sums in rank order, divides for a mean, adds the owner's residuals, encodes again."""
         with _Timed(self.seconds, "reduce"):
+            out.zero_()
             owners = self.plan.owners
             mine = self.job.worker.rank if owners > 1 else 0
             first = (begin - mine * units) // owners
@@ -421,13 +486,12 @@ class BucketCoder:
                 if part.numel():
                     slot.section.reduce(
                         self.job, self.feedback[slot.number], rows, part, slot.piece.of(mine),
-                        flags,
+                        flags, self.usage,
                     )  # fmt: skip
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """The reduced shards into the bucket."""
         with _Timed(self.seconds, "decode"):
-            shards = shards.to(self.flat.device)
             first = begin // self.plan.owners
             for slot in self.plan.slots(first, first + units, reduced=True):
                 part = shards[:, slot.begin : slot.end]
@@ -436,7 +500,7 @@ class BucketCoder:
 
     def finish(self, flags: Tensor) -> None:
         """Overwrites the bucket with NaN where any rank's input, or a value, was not finite."""
-        self.not_finite = flags | self.job.seen.to(flags.device)
+        self.not_finite = self.job.merged(flags)
         fill_nan(self.flat, self.not_finite)
 
 
@@ -451,21 +515,3 @@ class _Timed:
 
     def __exit__(self, *error: object) -> None:
         self.seconds[self.name] += time.perf_counter() - self.began
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """Booleans as bits, the first one lowest, padded to 4 bytes."""
-    size = wire.payload_bytes(bits.numel()) * 8
-    padded = torch.zeros(size, dtype=torch.uint8, device=bits.device)
-    padded[: bits.numel()] = bits
-    return (padded.view(-1, 8) << _places(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(rows: Tensor) -> Tensor:
-    """The inverse, row by row."""
-    bits = (rows.unsqueeze(2) >> _places(rows.device)) & 1
-    return bits.view(len(rows), -1)
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pydist.encoding.plans import Plan, Residuals
-from pydist.encoding.rows import OWN, WEIGHT, Job, RowCodec, dtype_of
+from pydist.encoding.rows import OWN, WEIGHT, Job, RowCodec, dtype_of, fill_nan
 from pydist.encoding.ternary import TernaryRows
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
-from pydist.transport.coder import EntropyCoder, NoScales, Span, Worker, fill_nan, spans
+from pydist.transport.coder import EntropyCoder, NoScales, Span, Worker, spans
 
 
 class PlanCoder(NoScales):
@@ -35,6 +36,7 @@ class PlanCoder(NoScales):
     """
 
     repeatable = True
+    usage = None
     entropy_coder: EntropyCoder | None = None
 
     def __init__(
@@ -51,7 +53,8 @@ class PlanCoder(NoScales):
         self.job = Job(worker, mean, seed, result.device)
         self.codec, self.bits = rows.number, rows.bits
         self.units, self.unit_bytes = plan.units, rows.unit_bytes
-        self.flags, self.agreed = self.job.flags, rows.agreed
+        self.flags, self.all_flags = self.job.flags, self.job.all_flags
+        self.agreed = rows.agreed
         self.message_bytes, self.reduced_bytes = rows.row_bytes, rows.reduced_bytes
 
     def metadata(self) -> Tensor | None:
@@ -97,21 +100,39 @@ class PlanCoder(NoScales):
     # ----------------------------------------------------------------- messages
 
     def write(
-        self, part: int, x: Tensor, row: Tensor, units: int, span: Span,
-        residuals: Residuals | None = None, phase: int = OWN,
-    ) -> None:  # fmt: skip
-        """Encodes a span of a part's units into a row of ``units`` units, uint8 [bytes]."""
-        begin, end = span
-        rows, width, kept = self.plan.addressed(part, x), x.element_size(), 0
-        if residuals is not None:
-            self.plan.place_residuals(part, rows, residuals)
-            kept = residuals.width
-        self.rows.attach(self.job, rows, self.plan.segment[part])
-        rows = self.plan.cut(rows, begin, end, (width, kept))
-        zero = end - begin < units or self.plan.gaps
-        place = self.rows.place(row.unsqueeze(0), units, zero=zero)
+        self,
+        parts: Sequence[tuple[int, Tensor, Span]],
+        messages: Tensor,
+        units: int,
+        residuals: Residuals | None = None,
+        phase: int = OWN,
+    ) -> None:
+        """Encodes spans of parts into messages of ``units`` units, in one launch.
+
+        Args:
+            parts: For each message the part, its memory, and a span of its units.
+            messages: uint8 [parts, bytes].
+            units: Units of each message.
+            residuals: What was lost of the parts before.
+            phase: Of random draws.
+        """
+        tables = []
+        for i, (part, x, span) in enumerate(parts):
+            rows, kept = self.plan.addressed(part, x), 0
+            if residuals is not None:
+                self.plan.place_residuals(part, rows, residuals)
+                kept = residuals.width
+            self.rows.attach(self.job, rows, self.plan.segment[part])
+            rows = self.plan.cut(rows, *span, (x.element_size(), kept))
+            rows[:, wire.MESSAGE] = i * messages.stride(0)
+            tables.append(rows)
+        gaps = self.plan.gaps or any(end - begin < units for _, _, (begin, end) in parts)
+        if gaps:
+            messages.zero_()
+        x = parts[0][1]
         self.rows.encode(
-            self.job, x, rows, dtype_of(x), place, self.flags,
+            self.job, x, np.concatenate(tables), dtype_of(x),
+            self.rows.place(messages, units, zeroed=gaps), self.flags,
             state=None if residuals is None else residuals.dtype, phase=phase,
         )  # fmt: skip
 
@@ -135,8 +156,8 @@ class PlanCoder(NoScales):
 
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where any rank's input was not finite."""
-        seen = self.job.seen & wire.FLAG_MALFORMED  # a share alone may overflow: it stays infinite
-        fill_nan(self.result, flags.to(seen.device) | seen)
+        # A share alone may overflow: it stays infinite.
+        fill_nan(self.result, self.job.merged(flags, wire.FLAG_MALFORMED))
 
 
 class ReduceCoder(PlanCoder):
@@ -177,33 +198,34 @@ class ReduceCoder(PlanCoder):
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Each owner's units into the row that goes there."""
-        rows = shards.unbind()
-        for row, span in zip(rows, spans(len(rows), units, begin, end), strict=True):
-            self.write(self.part, self.flat, row, units, span)
+        pieces = spans(len(shards), units, begin, end)
+        self.write([(self.part, self.flat, span) for span in pieces], shards, units)
 
     def reduce(
         self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
     ) -> None:
         """Combines all ranks' messages of a shard."""
         rows = self.arriving(0, (begin, end))
-        place = self.rows.reduced_place(
-            out.unsqueeze(0), units, zero=end - begin < units or self.plan.gaps
-        )
+        zero = end - begin < units or self.plan.gaps
+        if zero:
+            out.zero_()
+        place = self.rows.reduced_place(out.unsqueeze(0), units, zeroed=zero)
         self.rows.reduce(self.job, rows, self.rows.source(messages, units), place, flags)
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """The reduced shards into their places."""
-        shards = shards.to(self.flat.device)
-        for i, span in enumerate(spans(shards.shape[0], units, begin, end)):
-            source = self.rows.reduced_source(shards[i : i + 1], units)
+        source, tables = self.rows.reduced_source(shards, units), []
+        for i, span in enumerate(spans(len(shards), units, begin, end)):
             rows = self.placed(self.part, self.flat, span)
-            self.rows.decode_reduced(
-                self.job, self.flat, rows, dtype_of(self.flat), source, self.job.seen
-            )
+            rows[:, wire.MESSAGE] = i * source.stride
+            tables.append(rows)
+        self.rows.decode_reduced(
+            self.job, self.flat, np.concatenate(tables), dtype_of(self.flat), source, self.job.seen
+        )
 
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where an input, or a value, was not finite."""
-        fill_nan(self.result, flags.to(self.job.seen.device) | self.job.seen)
+        fill_nan(self.result, self.job.merged(flags))
 
 
 class EveryonesCoder(ReduceCoder):
@@ -211,11 +233,11 @@ class EveryonesCoder(ReduceCoder):
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """The part, for everyone."""
-        self.write(self.part, self.flat, shards[0], units, (begin, end))
+        self.write([(self.part, self.flat, (begin, end))], shards, units)
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Sums in rank order, divides for a mean."""
-        self.read(self.part, self.flat, shards.to(self.flat.device), units, (begin, end))
+        self.read(self.part, self.flat, shards, units, (begin, end))
 
 
 class ScatterCoder(PlanCoder):
@@ -266,13 +288,12 @@ class ScatterCoder(PlanCoder):
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Every rank's part into the row that goes there."""
-        for part, (x, row) in enumerate(zip(self.inputs, shards, strict=True)):
-            self.write(part, x, row, units, (begin, end), self.residuals)
+        parts = [(part, x, (begin, end)) for part, x in enumerate(self.inputs)]
+        self.write(parts, shards, units, self.residuals)
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Sums in rank order, divides for a mean."""
-        messages = shards.to(self.flat.device)
-        self.read(self.worker.rank, self.flat, messages, units, (begin, end))
+        self.read(self.worker.rank, self.flat, shards, units, (begin, end))
 
 
 class GatherCoder(PlanCoder):
@@ -323,26 +344,31 @@ class GatherCoder(PlanCoder):
 
     def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """This rank's part, for everyone, and behind it its scaler where it has one."""
-        rank, row = self.worker.rank, shards[0]
+        rank, message = self.worker.rank, shards[:1]
         if isinstance(self.rows, TernaryRows):
             if self.rows not in self.job.scalers:
                 rows, segment = self.plan.addressed(rank, self.flat), self.plan.segment[rank]
                 segments = len(self.plan.totals)
                 self.rows.find_scalers(self.job, self.flat, rows, segment, segments)
-            row = row[: self.rows.row_bytes(units)]
+            message = message[:, : self.rows.row_bytes(units)]
             own = self.job.scalers[self.rows][0][rank : rank + 1]
-            shards[0, len(row) :] = own.view(torch.uint8)
-        self.write(rank, self.flat, row, units, (begin, end), phase=self._phase)
+            shards[0, message.shape[1] :] = own.view(torch.uint8)
+        self.write([(rank, self.flat, (begin, end))], message, units, phase=self._phase)
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Every rank's units into its part."""
-        messages = shards.to(self.outputs.device)
+        source, tables = self.rows.joined_source(shards, units), []
+        tail = self.rows.row_bytes(units)
+        # Scalers behind messages, in memory of their own: they may lie at any address there.
+        scalers = shards[:, tail:].contiguous() if self.rows.tail_bytes else shards[:, :0]
         for part, out in enumerate(self.outputs):
-            message = messages[part : part + 1]
-            source = self.rows.source(message, units)
             rows, widths = self.plan.addressed(part, out), (out.element_size(), 0)
             rows = self.plan.cut(rows, begin, end, widths)
-            if self.rows.tail_bytes:  # a copy: it may lie at any address
-                scaler = message[0, self.rows.row_bytes(units) :].clone()
-                rows[:, wire.MOMENTUM_OUT] = scaler.data_ptr()
-            self.rows.decode(self.job, out, rows, dtype_of(out), source, 1, self.job.seen)
+            rows[:, wire.MESSAGE] = part * source.stride
+            if self.rows.tail_bytes:
+                rows[:, wire.MOMENTUM_OUT] = scalers[part].data_ptr()
+            tables.append(rows)
+        out = self.outputs[0]
+        self.rows.decode(
+            self.job, out, np.concatenate(tables), dtype_of(out), source, 1, self.job.seen
+        )

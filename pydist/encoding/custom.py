@@ -16,6 +16,7 @@ from pydist.formats import wire
 from pydist.formats.philox import draws16
 from pydist.formats.wire import IntArray
 from pydist.kernels.checks import FLOATS
+from pydist.kernels.launch import DeviceRows
 from pydist.kernels.torch_tensors import tensor_at
 
 _NAMES = {number: name for name, number in FLOATS.items()}
@@ -97,6 +98,7 @@ class CustomRows(RowCodec):
 
     number = wire.CODECS["custom"]
     bits = 0
+    on_host = True
 
     def __init__(self, codec: Codec, numel: int | None = None) -> None:
         check_custom(codec)
@@ -139,12 +141,13 @@ class CustomRows(RowCodec):
             )
         return values.to(payload.device)
 
-    def _sum(self, source: Source, n: int, word: int, divisor: int) -> Tensor:
+    def _sum(self, source: Source, n: int, word: int, divisor: int, message: int = 0) -> Tensor:
         """The ranks' values of one row, added in rank order, over ``divisor``."""
         begin, size = word * self.unit_bytes, self.codec.payload_bytes(n)
         total = torch.zeros(n, dtype=torch.float32, device=source.near.device)
-        for message in source.rows():
-            total += self._values(message[begin : begin + size].clone(), n)  # aligned
+        sent = source.rows() if source.ranks > 1 else [source.bytes(message)]
+        for one in sent:
+            total += self._values(one[begin : begin + size].clone(), n)  # aligned
         return total / divisor if divisor != 1 else total
 
     # ----------------------------------------------------------------- rows
@@ -153,7 +156,7 @@ class CustomRows(RowCodec):
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -162,14 +165,16 @@ class CustomRows(RowCodec):
         phase: int = OWN,
     ) -> None:
         """Row after row, with residuals where there are some."""
-        for address, kept_at, new_at, n, word, ordinal, first, _ in _filled(rows):
+        assert not isinstance(rows, DeviceRows)
+        for address, kept_at, new_at, n, word, ordinal, first, _, message in _filled(rows):
             values = tensor_at(address, n, _NAMES[dtype], x.device).float()
-            if state is None:
-                self._encode_row(job, values, word, ordinal, first, place, flags, phase)
+            at = word, message
+            if state is None or not kept_at:
+                self._encode_row(job, values, at, ordinal, first, place, flags, phase)
                 continue
             kept = tensor_at(kept_at, n, _NAMES[state], x.device)
             wanted = values + kept.float()
-            payload = self._encode_row(job, wanted, word, ordinal, first, place, flags, phase)
+            payload = self._encode_row(job, wanted, at, ordinal, first, place, flags, phase)
             lost = wanted - self._values(payload, n)
             new = tensor_at(new_at, n, _NAMES[state], x.device)
             new.copy_(torch.where(lost.isfinite(), lost, kept.float()))
@@ -178,29 +183,31 @@ class CustomRows(RowCodec):
         self,
         job: Job,
         values: Tensor,
-        word: int,
+        at: tuple[int, int],
         ordinal: int,
         first: int,
         place: Place,
         flags: Tensor,
         phase: int,
     ) -> Tensor:
+        """Writes a row's payload from a unit of a message on; returns it."""
         rank = 0 if phase == REDUCED else job.worker.draws
         draws = Draws(
             job.seed, rank, phase, job.worker.step, ordinal, first, len(values), values.device
         )
         payload = self._payload(values, draws)
-        begin = word * self.unit_bytes
-        room = place.bytes()[begin : begin + -(-len(values) // self.unit) * self.unit_bytes]
+        begin = at[0] * self.unit_bytes
+        room = place.bytes(at[1])[begin : begin + -(-len(values) // self.unit) * self.unit_bytes]
         room[: len(payload)], room[len(payload) :] = payload, 0
         flags |= (~values.isfinite()).any().to(torch.int32) * wire.FLAG_NON_FINITE
         return payload
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Decodes, sums in rank order, divides for a mean, encodes again."""
-        for _, _, _, n, word, ordinal, first, _ in _filled(rows):
+        for _, _, _, n, word, ordinal, first, _, message in _filled(rows):
             total = self._sum(source, n, word, job.divisor)
-            self._encode_row(job, total, word, ordinal, first, place, flags, REDUCED)
+            at = word, message
+            self._encode_row(job, total, at, ordinal, first, place, flags, REDUCED)
 
     def decode(
         self,
@@ -213,9 +220,9 @@ class CustomRows(RowCodec):
         flags: Tensor,
     ) -> None:
         """Decodes and sums in rank order."""
-        for address, _, _, n, word, _, _, _ in _filled(rows):
+        for address, _, _, n, word, _, _, _, message in _filled(rows):
             out = tensor_at(address, n, _NAMES[dtype], x.device)
-            out.copy_(self._sum(source, n, word, divisor))
+            out.copy_(self._sum(source, n, word, divisor, message))
 
 
 def _filled(rows: IntArray) -> list[list[int]]:

@@ -23,7 +23,7 @@ class CodedBlocks:
 
     Args:
         form: Their format.
-        rows: int64 [k, 8]; addresses are not used.
+        rows: int64 [k, 9]; addresses are not used.
         code_bytes: Bytes of codes in the row; the scales follow.
     """
 

@@ -62,7 +62,7 @@ class Plan:
             alike: Their draws differ by rank alone; otherwise by part too.
         """
         rows = [
-            np.array([[0, 0, 0, numel, 0, 0 if alike else part, first, 0]], dtype=np.int64)[
+            np.array([[0, 0, 0, numel, 0, 0 if alike else part, first, 0, 0]], dtype=np.int64)[
                 : min(numel, 1)
             ]
             for part in range(parts)
@@ -87,7 +87,7 @@ class Plan:
         tables, segments = [], []
         for rank in range(ranks):
             index = np.flatnonzero(numel[:, rank])
-            rows = np.zeros((len(index), 8), dtype=np.int64)
+            rows = np.zeros((len(index), wire.COLUMNS), dtype=np.int64)
             rows[:, wire.X] = offset[index, rank]
             rows[:, wire.N] = numel[index, rank]
             rows[:, wire.ORDINAL] = [shards[int(i)].ordinal for i in index]
@@ -154,7 +154,7 @@ class Plan:
                 theirs.append(together[begin : begin + numel])
         if ours:
             torch._foreach_copy_(theirs, ours)
-        rows_of_all = np.zeros((len(self.totals), 8), dtype=np.int64)
+        rows_of_all = np.zeros((len(self.totals), wire.COLUMNS), dtype=np.int64)
         rows_of_all[:, wire.N] = self.totals
         wire.dense_addresses(rows_of_all, wire.X, together.data_ptr(), together.element_size())
         return together, rows_of_all, np.arange(len(self.totals))

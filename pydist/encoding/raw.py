@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from pydist.encoding.rows import OWN, Job, Place, RowCodec, Source
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
+from pydist.kernels.launch import DeviceRows
 from pydist.kernels.raw import sum_args
 
 UNIT = wire.WORD_BITS
@@ -42,23 +46,11 @@ class RawRows(RowCodec):
     def _kind(self) -> int:
         return checks.FLOATS[str(self.dtype)[6:]]
 
-    def _side_by_side(self, x: Tensor, rows: IntArray, n: int) -> Tensor:
-        """The rows' elements in their units, ``n`` in all; zeros between them."""
-        line, base = x.new_zeros(n), x.data_ptr()
-        places = rows[:, [wire.X, wire.N, wire.WORD]].tolist()
-        begins = [(address - base) // x.element_size() for address, _, _ in places]
-        if places:
-            torch._foreach_copy_(
-                [line[UNIT * word : UNIT * word + n] for _, n, word in places],
-                [x[b : b + n] for b, (_, n, _) in zip(begins, places, strict=True)],
-            )
-        return line
-
     def encode(
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -67,23 +59,21 @@ class RawRows(RowCodec):
         phase: int = OWN,
     ) -> None:
         """The values, rounded to the wire's dtype, zeros behind them."""
-        n, base = place.size // self.width, int(rows[0, wire.X]) if len(rows) else 0
-        if len(rows) == 1 and rows[0, wire.WORD] == 0:
-            n = int(rows[0, wire.N])
-            place.bytes()[n * self.width :] = 0
-        else:
-            line = self._side_by_side(x, rows, n)
-            base = line.data_ptr()
-        to = wire.one_row(place.address(), n)
-        args = sum_args(base, 0, 1, 1)
-        job.launch(x, "sum_values", to, dtype, self._kind, args, flags.data_ptr(), unit=UNIT)
+        assert not isinstance(rows, DeviceRows)  # nothing is lost, so there are no residuals
+        for message in [] if place.zeroed else np.unique(rows[:, wire.MESSAGE]).tolist():
+            numel = int(rows[rows[:, wire.MESSAGE] == message, wire.N].sum())
+            if numel * self.width < place.size:  # full but for its padding
+                place.bytes(message)[numel * self.width :] = 0
+        args = sum_args(0, out=place.address())
+        job.launch(x, "sum_values", rows, dtype, self._kind, args, flags.data_ptr(), unit=UNIT)
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean, rounds to the wire's dtype."""
         n = place.size // self.width
         if not rows[:, wire.WORD].any():  # one run of elements, or none
             n = int(rows[:, wire.N].sum())
-            place.bytes()[n * self.width :] = 0
+            if not place.zeroed:
+                place.bytes()[n * self.width :] = 0
         to = wire.one_row(place.address(), n)
         args = sum_args(source.address(), source.stride, source.ranks, job.divisor)
         job.launch(
@@ -110,6 +100,15 @@ class DoubleRows(RawRows):
     """float64 values, which no kernel takes; sums are float64."""
 
     @staticmethod
+    def _runs(x: Tensor, rows: IntArray) -> Iterator[tuple[Tensor, int, int]]:
+        """Every row's elements, where they begin in their message, and where that begins."""
+        for address, n, word, message in rows[
+            :, [wire.X, wire.N, wire.WORD, wire.MESSAGE]
+        ].tolist():
+            begin = (address - x.data_ptr()) // 8
+            yield x[begin : begin + n], 8 * UNIT * word, message
+
+    @staticmethod
     def _flag(flags: Tensor, values: Tensor) -> None:
         flags |= (~values.isfinite()).any().to(torch.int32) * wire.FLAG_NON_FINITE
 
@@ -117,7 +116,7 @@ class DoubleRows(RawRows):
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -126,9 +125,10 @@ class DoubleRows(RawRows):
         phase: int = OWN,
     ) -> None:
         """The values, zeros behind them."""
-        values = self._side_by_side(x, rows, place.size // self.width)
-        self._flag(flags, values)
-        place.bytes().copy_(values.view(torch.uint8))
+        assert not isinstance(rows, DeviceRows)
+        for values, at, message in self._runs(x, rows):
+            self._flag(flags, values)
+            place.bytes(message)[at : at + 8 * len(values)] = values.view(torch.uint8)
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean."""
@@ -151,7 +151,6 @@ class DoubleRows(RawRows):
         flags: Tensor,
     ) -> None:
         """Reduced values into their places."""
-        values = source.rows().reshape(-1).clone().view(self.dtype)
-        for address, n, word in rows[:, [wire.X, wire.N, wire.WORD]].tolist():
-            begin = (address - x.data_ptr()) // x.element_size()
-            x[begin : begin + n] = values[UNIT * word : UNIT * word + n]
+        for values, at, message in self._runs(x, rows):
+            read = source.bytes(message)[at : at + 8 * len(values)]
+            values.copy_(read.clone().view(self.dtype))

@@ -15,14 +15,20 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from pydist.formats import wire
 from pydist.formats.wire import IntArray
+from pydist.kernels import device
 from pydist.kernels.checks import FLOATS
-from pydist.kernels.launch import LaunchTarget, launch
+from pydist.kernels.launch import DeviceRows, LaunchTarget, Rows, launch
 from pydist.kernels.torch_tensors import target_of
 from pydist.transport.coder import Worker
 
 OWN, REDUCED, WEIGHT = 0, 1, 2
 """Phases of random draws: a rank's contribution, what an owner has reduced, a weight."""
+
+
+JOB_WORDS = 3
+"""Flags of a :class:`Job`."""
 
 
 def dtype_of(x: Tensor) -> int:
@@ -39,6 +45,8 @@ class Job:
         mean: Divide sums by the number of ranks.
         seed: Seed of random draws and the tie hash.
         device: Where the data is.
+        memory: int32, :data:`JOB_WORDS` zeros or more on this device, for flags; ``None``: makes
+            them.
         scalers: By codec, this rank's and the shared scaler of each segment, where it has any;
             float32.
     """
@@ -47,6 +55,7 @@ class Job:
     mean: bool
     seed: int
     device: torch.device
+    memory: Tensor | None = None
     scalers: dict[RowCodec, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -55,14 +64,40 @@ class Job:
         return self.worker.divisor if self.mean else 1
 
     @cached_property
+    def _words(self) -> Tensor:
+        if self.memory is not None:
+            return self.memory[:JOB_WORDS]
+        return torch.zeros(JOB_WORDS, dtype=torch.int32, device=self.device)
+
+    @cached_property
     def flags(self) -> Tensor:
         """int32[1], raised by what this rank encodes."""
-        return torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self._words[0:1]
 
     @cached_property
     def seen(self) -> Tensor:
         """int32[1], raised by what this rank decodes."""
-        return torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self._words[1:2]
+
+    @cached_property
+    def all_flags(self) -> Tensor:
+        """int32[1], for the flags of all ranks, where messages are exchanged on this device."""
+        return self._words[2:3]
+
+    def merged(self, flags: Tensor, seen: int = -1) -> Tensor:
+        """What all ranks encoded, and this one decoded: int32, any of whose words may be raised.
+
+        Args:
+            flags: int32[1], the flags of all ranks.
+            seen: Which flags of what was decoded count.
+        """
+        if not self._words.is_cuda:
+            return flags | self.seen & seen
+        if seen != -1:
+            self.seen.bitwise_and_(seen)
+        if not flags.is_cuda and (raised := int(flags)):
+            self.all_flags.fill_(raised)
+        return self._words
 
     @cached_property
     def _cpu(self) -> LaunchTarget:
@@ -72,83 +107,91 @@ class Job:
         """Where kernels beside a tensor run, with the caller's number of CPU threads."""
         return target_of(near) if near.is_cuda else self._cpu
 
-    def launch(self, near: Tensor, kernel: str, rows: IntArray, *args: object, unit: int) -> None:
+    def launch(self, near: Tensor, kernel: str, rows: Rows, *args: object, unit: int) -> None:
         """Runs a kernel on rows of ``unit`` elements per unit of work, where ``near`` is."""
         launch(self.target(near), kernel, rows, *args, unit=unit)
 
 
-class Place:
-    """Where an encoder writes the bytes of one or several rows of a message.
-
-    Each row has the same columns, such as codes and scales. Units of row ``i`` begin at ``i`` times
-    those of a row, column by column: so one launch serves all rows. Bytes of several rows are
-    written side by side and dealt out by :meth:`finish`.
+def fill_nan(out: Tensor, flags: Tensor) -> None:
+    """Overwrites a result with NaN where any rank's input was not finite.
 
     Args:
-        out: uint8 [rows, bytes].
-        columns: Bytes of each column of a row.
-        zero: Some bytes belong to no element: they are zeroed.
+        out: float32, float16, bfloat16 or float64.
+        flags: int32, on the same device, where nothing waits for it; or on the CPU.
+    """
+    if flags.is_cuda and out.is_contiguous():
+        name = str(out.dtype)[6:]
+        device.fill_nan(
+            target_of(out), out.data_ptr(), out.numel(), name, flags.data_ptr(), flags.numel()
+        )
+        return
+    bad = flags & (wire.FLAG_NON_FINITE | wire.FLAG_MALFORMED)
+    if bad.is_cuda:
+        out.masked_fill_(bad.any(), float("nan"))
+    elif bad.any():
+        out.fill_(float("nan"))
+
+
+class Place:
+    """Where an encoder writes the bytes of one or several messages.
+
+    Each message has the same columns, such as codes and scales, and units from 0 on; ``MESSAGE`` of
+    a row says where the message begins that the row is in.
+
+    Args:
+        out: uint8 [messages, bytes].
+        columns: Bytes of each column of a message.
+        zeroed: All bytes are zero: those that belong to no element need not be written.
+
+    Attributes:
+        size: Bytes of the first column.
     """
 
-    def __init__(self, out: Tensor, columns: Sequence[int], *, zero: bool) -> None:
-        self._out, self._columns, self.size = out, columns, out.shape[0] * columns[0]
-        self._beside: Tensor | None = None  # columns of all rows, one behind the other
-        target = out
-        if out.shape[0] > 1:
-            size = out.shape[0] * sum(columns)
-            target = self._beside = torch.empty(size, dtype=torch.uint8, device=out.device)
-        if zero:
-            target.zero_()
-
-    def _begin(self, column: int) -> int:
-        return self._out.shape[0] * sum(self._columns[:column])
+    def __init__(self, out: Tensor, columns: Sequence[int], *, zeroed: bool) -> None:
+        self._out, self._columns, self.zeroed = out, columns, zeroed
+        self.size = columns[0]
 
     def address(self, column: int = 0) -> int:
-        """First byte of a column."""
-        near = self._out if self._beside is None else self._beside
-        return near.data_ptr() + self._begin(column)
+        """First byte of a column of the first message."""
+        return self._out.data_ptr() + sum(self._columns[:column])
 
-    def bytes(self, column: int = 0) -> Tensor:
-        """A column of all rows, uint8 [bytes]."""
-        near = self._out[0] if self._beside is None else self._beside
-        return near.narrow(0, self._begin(column), self._out.shape[0] * self._columns[column])
-
-    def finish(self) -> None:
-        """Deals out what was written to the rows."""
-        if self._beside is not None:
-            begin = 0
-            for column, size in enumerate(self._columns):
-                self._out[:, begin : begin + size] = self.bytes(column).view(-1, size)
-                begin += size
+    def bytes(self, message: int = 0) -> Tensor:
+        """The first column of the message that begins at byte ``message``, uint8 [bytes]."""
+        return _at(self._out, message)[: self.size]
 
 
 class Source:
     """Where a decoder reads.
 
     Args:
-        messages: uint8 [rows, bytes].
-        columns: Bytes of each column of a row.
-        joined: The rows hold units one behind the other, as one message; otherwise each is the
+        messages: uint8 [messages, bytes].
+        columns: Bytes of each column of a message.
+        joined: The messages hold one part each, as ``MESSAGE`` of a row says; otherwise each is the
             message of a rank, with the same units.
     """
 
     def __init__(self, messages: Tensor, columns: Sequence[int], *, joined: bool = False) -> None:
-        self._columns = columns
-        rows = messages.shape[0]
-        if joined and rows > 1:
-            parts = messages[:, : sum(columns)].split(list(columns), dim=1)
-            messages = torch.cat([part.reshape(-1) for part in parts]).unsqueeze(0)
-            self._columns = [rows * size for size in columns]
-        self.near, self.size = messages, self._columns[0]
-        self.ranks, self.stride = messages.shape[0], messages.stride(0)
+        self.near, self._columns = messages, columns
+        self.size = columns[0]
+        self.ranks = 1 if joined else messages.shape[0]
+        self.stride = messages.stride(0)
 
     def address(self, column: int = 0) -> int:
-        """First byte of a column."""
+        """First byte of a column of the first message."""
         return self.near.data_ptr() + sum(self._columns[:column])
 
-    def rows(self, column: int = 0) -> Tensor:
-        """A column of every rank's message, uint8 [ranks, bytes]."""
-        return self.near.narrow(1, sum(self._columns[:column]), self._columns[column])
+    def bytes(self, message: int) -> Tensor:
+        """The first column of the message that begins at byte ``message``, uint8 [bytes]."""
+        return _at(self.near, message)[: self.size]
+
+    def rows(self) -> Tensor:
+        """The first column of every message, uint8 [messages, bytes]."""
+        return self.near[:, : self.size]
+
+
+def _at(messages: Tensor, begin: int) -> Tensor:
+    """The message that begins so many bytes behind the first one."""
+    return messages[begin // messages.stride(0) if begin else 0]
 
 
 class RowCodec:
@@ -162,6 +205,7 @@ class RowCodec:
         reduced_unit_bytes: Bytes of a unit after the reduction.
         tail_bytes: Bytes behind a message that everyone gathers.
         agreed: What all ranks must have alike beside the codec's ``repr``.
+        on_host: It reads the rows of :meth:`encode` itself, here.
     """
 
     number: int
@@ -171,6 +215,7 @@ class RowCodec:
     reduced_unit_bytes: int
     tail_bytes = 0
     agreed: Mapping[str, object] = MappingProxyType({})
+    on_host = False
 
     # ----------------------------------------------------------------- sizes
 
@@ -190,20 +235,24 @@ class RowCodec:
         """Bytes of its reduced form."""
         return sum(self.reduced_columns(units))
 
-    def place(self, out: Tensor, units: int, *, zero: bool) -> Place:
-        """Where messages of so many units go; with ``zero`` some bytes belong to no element."""
-        return Place(out, self.columns(units), zero=zero)
+    def place(self, out: Tensor, units: int, *, zeroed: bool) -> Place:
+        """Where messages of so many units go; ``zeroed``: all of it is zero so far."""
+        return Place(out, self.columns(units), zeroed=zeroed)
 
-    def reduced_place(self, out: Tensor, units: int, *, zero: bool) -> Place:
+    def reduced_place(self, out: Tensor, units: int, *, zeroed: bool) -> Place:
         """The same of reduced messages."""
-        return Place(out, self.reduced_columns(units), zero=zero)
+        return Place(out, self.reduced_columns(units), zeroed=zeroed)
 
     def source(self, messages: Tensor, units: int) -> Source:
         """The messages of all ranks, of so many units each."""
         return Source(messages, self.columns(units))
 
+    def joined_source(self, messages: Tensor, units: int) -> Source:
+        """Messages of so many units each, a part in each."""
+        return Source(messages, self.columns(units), joined=True)
+
     def reduced_source(self, shards: Tensor, units: int) -> Source:
-        """Reduced messages of so many units each, one behind the other."""
+        """Reduced messages of so many units each, a part in each."""
         return Source(shards, self.reduced_columns(units), joined=True)
 
     # ----------------------------------------------------------------- kernels
@@ -215,7 +264,7 @@ class RowCodec:
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -228,7 +277,7 @@ class RowCodec:
         Args:
             job: The call.
             x: The tensor that the rows' addresses are in, or one beside it.
-            rows: int64 [k, 8], with addresses.
+            rows: int64 [k, 9], with addresses.
             dtype: Dtype of the elements, as kernels take it.
             place: Where the bytes go.
             flags: int32[1], raised where an element is not finite.
@@ -243,7 +292,7 @@ class RowCodec:
 
         Args:
             job: The call.
-            rows: int64 [k, 8]; addresses are not used.
+            rows: int64 [k, 9]; addresses are not used.
             source: The messages.
             place: Where the reduced message goes.
             flags: int32[1], raised where the result is not finite.

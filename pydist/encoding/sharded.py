@@ -21,9 +21,9 @@ from pydist.encoding.coders import EveryonesCoder, GatherCoder, ReduceCoder, Sca
 from pydist.encoding.custom import CustomRows
 from pydist.encoding.plans import Layout, Plan, Residuals, Shards
 from pydist.encoding.raw import RawRows
-from pydist.encoding.rows import RowCodec
+from pydist.encoding.rows import RowCodec, fill_nan
 from pydist.encoding.signs import SignRows
-from pydist.transport.coder import Coder, Worker, fill_nan
+from pydist.transport.coder import Coder, Worker
 
 
 class Packed:

@@ -62,9 +62,8 @@ class Piece(NamedTuple):
     """A piece of every owner's share: what one chunk holds of some parameters.
 
     Attributes:
-        rows: int64 [k, 8] (:mod:`pydist.formats.wire`), sorted by owner: ``X`` is the first element
-            in the bucket, ``WORD`` the unit in a payload in which owner *i* starts at
-            ``i * room``.
+        rows: int64 [k, 9] (:mod:`pydist.formats.wire`), sorted by owner: ``X`` is the first element
+            in the bucket, ``WORD`` the unit in the message that goes to the row's owner.
         part: Which part each row is of.
         owner: Who owns it.
         room: Units of a message's row; what is past an owner's own units is padding.
@@ -76,15 +75,9 @@ class Piece(NamedTuple):
     room: int
 
     def of(self, owner: int) -> Piece:
-        """One owner's rows alone; units then start at zero."""
+        """One owner's rows alone."""
         mine = self.owner == owner
-        rows = self.rows[mine]
-        rows[:, wire.WORD] -= owner * self.room
-        return Piece(rows, self.part[mine], self.owner[mine], self.room)
-
-    def where(self, chosen: np.ndarray) -> IntArray:
-        """A table of some of the rows."""
-        return self.rows[chosen]
+        return Piece(self.rows[mine], self.part[mine], self.owner[mine], self.room)
 
 
 class Shares:
@@ -113,7 +106,7 @@ class Shares:
         self.most = int(self.units.max(initial=0))
         owner, part = np.nonzero((high > low).T)  # owner after owner, part after part
         first, last = self.bounds[part, owner].T
-        rows = np.zeros((len(part), 8), dtype=np.int64)
+        rows = np.zeros((len(part), wire.COLUMNS), dtype=np.int64)
         rows[:, wire.X] = offsets[part] + first
         rows[:, wire.N] = last - first
         rows[:, wire.ORDINAL] = ordinals[part]
@@ -141,5 +134,5 @@ class Shares:
         rows[:, wire.X] += drop
         rows[:, wire.FIRST] += drop
         rows[:, wire.N] = np.minimum(rows[:, wire.N] - drop, (high[owner] - start) * self.unit)
-        rows[:, wire.WORD] = owner * room + start - low[owner]
+        rows[:, wire.WORD] = start - low[owner]
         return Piece(rows, part, owner, room)

@@ -10,6 +10,7 @@ from pydist.encoding.rows import OWN, Job, Place, RowCodec, Source
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
 from pydist.kernels import checks
+from pydist.kernels.launch import DeviceRows
 from pydist.kernels.signs import unpack_args, vote_args
 
 OPS = ("vote", "mean", "sum")
@@ -65,7 +66,7 @@ class SignRows(RowCodec):
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -91,11 +92,18 @@ class SignRows(RowCodec):
         job.launch(source.near, kernel, rows, args, unit=self.unit)
 
     def _values(
-        self, job: Job, x: Tensor, rows: IntArray, dtype: int, planes: Tensor, voters: int
+        self,
+        job: Job,
+        x: Tensor,
+        rows: IntArray,
+        dtype: int,
+        source: Source,
+        planes: int,
+        voters: int,
     ) -> None:
-        """Writes what planes, uint8 [planes, bytes], say of so many voters (0: of a majority)."""
+        """Writes what so many planes say of so many voters (0: of a majority)."""
         divisor = job.worker.ranks if job.mean else 1
-        args = unpack_args(planes.data_ptr(), planes.stride(0), len(planes), voters, divisor)
+        args = unpack_args(source.address(), source.size, planes, voters, divisor)
         job.launch(x, "unpack_votes", rows, dtype, args, unit=self.unit)
 
     def decode(
@@ -110,23 +118,17 @@ class SignRows(RowCodec):
     ) -> None:
         """Votes, and writes the result."""
         if source.ranks == 1 and not self.rule.average:
-            self._values(job, x, rows, dtype, source.rows(), 0)
+            self._values(job, x, rows, dtype, source, 1, 0)
             return
         units = source.size // wire.WORD_BYTES
-        reduced = source.near.new_empty((1, self.reduced_bytes(units)))
-        place = self.reduced_place(reduced, units, zero=True)
+        reduced = source.near.new_zeros((1, self.reduced_bytes(units)))
+        place = self.reduced_place(reduced, units, zeroed=True)
         self.reduce(job, rows.copy(), source, place, flags)
         self.decode_reduced(job, x, rows, dtype, self.reduced_source(reduced, units), flags)
-
-    def reduced_source(self, shards: Tensor, units: int) -> Source:
-        """The planes of all shards side by side, uint8 [planes, bytes]."""
-        planes = shards.reshape(len(shards), self.bits, -1).transpose(0, 1)
-        planes = planes.reshape(self.bits, -1)
-        return Source(planes, (planes.shape[1],))
 
     def decode_reduced(
         self, job: Job, x: Tensor, rows: IntArray, dtype: int, source: Source, flags: Tensor
     ) -> None:
         """What the planes of a vote say."""
         voters = job.worker.ranks if self.rule.average else 0
-        self._values(job, x, rows, dtype, source.rows(), voters)
+        self._values(job, x, rows, dtype, source, self.bits, voters)

@@ -14,6 +14,7 @@ from pydist.encoding.rows import OWN, Job, Place, RowCodec, Source, dtype_of
 from pydist.formats import ternary, wire
 from pydist.formats.ternary import SUM_SEGMENT, UNIT, UNIT_BYTES
 from pydist.formats.wire import IntArray
+from pydist.kernels.launch import DeviceRows
 from pydist.kernels.ternary import (
     PAYLOADS,
     SUMS,
@@ -66,7 +67,7 @@ class TernaryRows(RowCodec):
         Args:
             job: The call.
             x: What this rank contributes.
-            rows: int64 [k, 8]: all of each segment, with addresses.
+            rows: int64 [k, 9]: all of each segment, with addresses.
             segment: Which segment each row is.
             segments: How many there are.
         """
@@ -99,7 +100,7 @@ class TernaryRows(RowCodec):
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,
@@ -144,7 +145,7 @@ class TernaryRows(RowCodec):
     ) -> None:
         """Sums times the scaler, divided for a mean."""
         ranks = job.worker.ranks
-        args = source_args(source.address(), source.size, source.size, ranks, job.divisor)
+        args = source_args(source.address(), source.size, source.stride, ranks, job.divisor)
         launch_reading(
             job.target(x), "ternary_unpack_sums", rows, dtype, args,
             flags=flags.data_ptr(), what=SUMS,

@@ -13,6 +13,7 @@ from pydist.encoding.rows import OWN, Job, Place, RowCodec, Source
 from pydist.formats import wire
 from pydist.formats.topk import TopKFormat
 from pydist.formats.wire import IntArray
+from pydist.kernels.launch import DeviceRows
 from pydist.kernels.topk import Payloads, encode_args, run_decoder
 
 
@@ -45,13 +46,13 @@ class TopKRows(RowCodec):
         """Every rank's payload, of the blocks that ``rows`` say."""
         table = rows[:, [wire.WORD, wire.N, wire.ORDINAL, wire.FIRST]]
         table[:, 0] *= self.form.block
-        return Payloads(address, stride, ranks, self.form, table)
+        return Payloads(address, stride, ranks, self.form, table, rows[:, wire.MESSAGE])
 
     def encode(
         self,
         job: Job,
         x: Tensor,
-        rows: IntArray,
+        rows: IntArray | DeviceRows,
         dtype: int,
         place: Place,
         flags: Tensor,

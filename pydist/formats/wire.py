@@ -213,13 +213,14 @@ def has_gaps(table: IntArray) -> bool:
 
 
 # --------------------------------------------------------------------------- rows
-# What the kernels read: csrc/wire/layout.h, struct Row, as int64 [k, 8].
-X, MOMENTUM, MOMENTUM_OUT, N, WORD, ORDINAL, FIRST, WORDS_BEFORE = range(8)
+# What the kernels read: csrc/wire/layout.h, struct Row, as int64 [k, 9].
+X, MOMENTUM, MOMENTUM_OUT, N, WORD, ORDINAL, FIRST, WORDS_BEFORE, MESSAGE = range(9)
+COLUMNS = 9
 
 
 def rows_of(table: IntArray) -> IntArray:
     """Rows for a segment table, addresses still zero."""
-    rows = np.zeros((len(table), 8), dtype=np.int64)
+    rows = np.zeros((len(table), COLUMNS), dtype=np.int64)
     rows[:, WORD] = table[:, 0] // WORD_BITS
     rows[:, N] = table[:, 1]
     rows[:, ORDINAL] = table[:, 2]
@@ -229,7 +230,7 @@ def rows_of(table: IntArray) -> IntArray:
 
 def one_row(x: int, n: int, *, word: int = 0, ordinal: int = 0, first: int = 0) -> IntArray:
     """A table of a single row without momenta."""
-    return np.array([[x, 0, 0, n, word, ordinal, first, 0]], dtype=np.int64)
+    return np.array([[x, 0, 0, n, word, ordinal, first, 0, 0]], dtype=np.int64)
 
 
 def number_rows(rows: IntArray, unit: int = WORD_BITS) -> IntArray:
@@ -255,7 +256,7 @@ def cut_rows(
     """The parts of rows whose bits lie in payload words ``begin`` … ``end``.
 
     Args:
-        rows: int64 [k, 8], sorted by word.
+        rows: int64 [k, 9], sorted by word.
         begin: First payload word wanted.
         end: One past the last payload word wanted.
         widths: Bytes per element of ``X`` and of the momenta, to advance their addresses.

@@ -16,9 +16,31 @@ from pydist.kernels.checks import ArrayInfo, check_step, check_step_at
 
 assert _C.WIRE_VERSION == wire.WIRE_VERSION, "pydist._C was built from other sources: reinstall"
 
-OneRow = tuple[int, int, int, int, int, int, int, int]
+OneRow = tuple[int, int, int, int, int, int, int, int, int]
 """A table of a single row, without a table in memory; columns as in :mod:`pydist.formats.wire`."""
-Rows = IntArray | OneRow
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """A table of rows that a kernel has written in device memory.
+
+    Attributes:
+        address: Of the table.
+        count: Rows.
+        work: Units of work of all of them.
+        owner: Keeps the memory.
+    """
+
+    address: int
+    count: int
+    work: int
+    owner: object
+
+    def __len__(self) -> int:
+        return self.count
+
+
+Rows = IntArray | OneRow | DeviceRows
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ def launch(
     Args:
         target: Where it runs.
         kernel: Its name in ``cpu`` and ``cuda`` of the compiled module.
-        rows: int64 [k, 8], C-contiguous; or the eight numbers of one row.
+        rows: int64 [k, 9], C-contiguous; or the nine numbers of one row.
         *args: What follows the rows, up to threads or stream.
         unit: Elements that stay together: a payload word, or the block of a codec.
 
@@ -79,17 +101,29 @@ def launch(
     if not len(rows):
         return
     if target.stream is None:
+        assert not isinstance(rows, DeviceRows)
         table = rows if isinstance(rows, tuple) else (_address(rows), len(rows))
         getattr(target.module.cpu, kernel)(table, *args, target.threads)
-    elif not hasattr(target.module, "cuda"):
+        return
+    run = cuda_kernel(target, kernel)
+    # The owner lives on here: another thread must not get its memory yet.
+    device_rows, _owner = _on_device(target, rows, unit)
+    run(device_rows, *args, target.stream)
+
+
+def cuda_kernel(target: LaunchTarget, kernel: str) -> Callable[..., None]:
+    """A function of the compiled module's ``cuda``.
+
+    Raises:
+        RuntimeError: The module was built without CUDA.
+    """
+    if not hasattr(target.module, "cuda"):
         raise RuntimeError(
             f"{kernel}: the data is on a CUDA device, but pydist was built without CUDA; build it "
             "where nvcc is found (PYDIST_CUDA=1 makes its absence an error)"
         )
-    else:
-        # The owner lives on here: another thread must not get its memory yet.
-        device_rows, _owner = _on_device(target, rows, unit)
-        getattr(target.module.cuda, kernel)(device_rows, *args, target.stream)
+    found: Callable[..., None] = getattr(target.module.cuda, kernel)
+    return found
 
 
 def _address(rows: IntArray) -> int:
@@ -101,10 +135,14 @@ def _on_device(target: LaunchTarget, rows: Rows, unit: int) -> tuple[tuple[int, 
 
     Each row of a table is told the work of the rows before it, whatever it was cut out of.
     """
+    if isinstance(rows, DeviceRows):
+        return (rows.address, rows.count, rows.work), rows.owner
     if isinstance(rows, tuple):
         return (*rows, -(-rows[wire.N] // unit)), None
     if len(rows) == 1:
-        return (*rows[0, : wire.WORDS_BEFORE].tolist(), 0, int(-(-rows[0, wire.N] // unit))), None
+        row = rows[0].tolist()
+        row[wire.WORDS_BEFORE] = 0
+        return (*row, -(-row[wire.N] // unit)), None
     assert target.upload is not None
     numbered = wire.number_rows(rows.copy(), unit)
     address, owner = target.upload(numbered)
@@ -121,7 +159,7 @@ def one_row(x: int, n: int, momentum: int = 0, momentum_out: int = 0) -> OneRow:
         momentum: Address of its state: a momentum, a residual, a scaler.
         momentum_out: Where the new state goes.
     """
-    return (x, momentum, momentum_out, n, 0, 0, 0, 0)
+    return (x, momentum, momentum_out, n, 0, 0, 0, 0, 0)
 
 
 def address_of(info: ArrayInfo | None) -> int:

@@ -218,9 +218,30 @@ class CuPy(_NumPyLike):
         """Describes an array."""
         return ArrayInfo(name, x.data.ptr, x.shape, x.dtype.name, f"cuda:{x.device.id}", x)
 
+    def contiguous(self, x: Array) -> Array:
+        """The array itself, or a copy on its device."""
+        with x.device:
+            return super().contiguous(x)
+
+    def writable(self, name: str, x: Array) -> Array:
+        """A contiguous array with its values, on its device."""
+        with x.device:
+            return super().writable(name, x)
+
+    def empty(self, like: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        """An uninitialised array on the same device."""
+        with like.device:
+            return super().empty(like, shape, dtype)
+
+    def on_device(self, x: Array) -> AbstractContextManager[Any]:
+        """Makes an array's device the current one."""
+        device: AbstractContextManager[Any] = x.device
+        return device
+
     def target(self, x: Array, threads: int | None) -> LaunchTarget:
-        """The current device's current stream."""
-        return cupy_target()
+        """The current stream of the array's device."""
+        with x.device:
+            return cupy_target()
 
 
 def cupy_target() -> LaunchTarget:
@@ -228,6 +249,11 @@ def cupy_target() -> LaunchTarget:
     import cupy
 
     def upload(rows: wire.IntArray) -> tuple[int, Any]:
+        if cupy.cuda.get_current_stream().is_capturing():
+            raise RuntimeError(
+                f"segments has {len(rows)} rows: such a table is copied to the device, "
+                "which a CUDA graph can't repeat; capture one segment a call"
+            )
         table = cupy.asarray(rows)  # CuPy's pool hands memory out in stream order
         return table.data.ptr, table
 

@@ -60,13 +60,16 @@ def sum_values(
     return total.array
 
 
-def sum_args(values: int, stride: int, ranks: int, divisor: int) -> _C.SumArgs:
+def sum_args(
+    values: int, stride: int = 0, ranks: int = 1, divisor: int = 1, out: int = 0
+) -> _C.SumArgs:
     """Arguments of ``sum_values`` of the compiled module.
 
     Args:
-        values: Address of the first rank's values.
+        values: Address of the first rank's values; 0 for the rows' own elements.
         stride: Bytes from one rank's to the next.
         ranks: How many there are.
         divisor: What sums are divided by.
+        out: Address of the payload that is written; 0 for the rows' own elements.
     """
-    return _C.SumArgs(values, stride, ranks, divisor)
+    return _C.SumArgs(values, stride, ranks, divisor, out)

@@ -30,7 +30,7 @@ from pydist.kernels.checks import (
     check_seed,
     check_state,
 )
-from pydist.kernels.launch import LaunchTarget, Rows, launch
+from pydist.kernels.launch import DeviceRows, LaunchTarget, Rows, launch
 from pydist.kernels.register import CodecFields, Shape, kernel
 from pydist.kernels.signs import DType, Segments
 
@@ -73,6 +73,8 @@ class Payloads:
         ranks: How many.
         form: Their format.
         table: Which elements they hold.
+        message: Bytes from the first message to that of each row of the table; ``None``: there is
+            one message.
     """
 
     address: int
@@ -80,6 +82,7 @@ class Payloads:
     ranks: int
     form: TopKFormat
     table: IntArray
+    message: IntArray | None = None
 
     def native(self, *, divisor: int = 1, clear: bool = False) -> _C.TopKDecode:
         """As the compiled module takes them."""
@@ -89,13 +92,18 @@ class Payloads:
 
     def malformed(self) -> str:
         """What is wrong with payloads in host memory that a kernel has refused."""
-        size = table_bytes(self.table, self.form)
-        rows = [
-            np.frombuffer(ctypes.string_at(self.address + r * self.stride, size), dtype=np.uint8)
-            for r in range(self.ranks)
-        ]
-        n = int(self.table[:, 1].sum())
-        return str(malformed(np.stack(rows), self.form, n, segments=self.table))
+        found = None
+        message = np.zeros(len(self.table)) if self.message is None else self.message
+        for begin in np.unique(message):
+            table = self.table[message == begin]
+            size, address = table_bytes(table, self.form), self.address + int(begin)
+            rows = [
+                np.frombuffer(ctypes.string_at(address + r * self.stride, size), dtype=np.uint8)
+                for r in range(self.ranks)
+            ]
+            n = int(table[:, 1].sum())
+            found = found or malformed(np.stack(rows), self.form, n, segments=table)
+        return str(found)
 
 
 def run_decoder(
@@ -144,6 +152,8 @@ def run_decoder(
 
 def _blocks_in(rows: Rows, block: int) -> int:
     """Blocks of all rows."""
+    if isinstance(rows, DeviceRows):
+        return rows.work
     if isinstance(rows, tuple):
         return -(-rows[wire.N] // block)
     return int(-(-rows[:, wire.N] // block).sum())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -99,29 +101,85 @@ class Torch:
 def target_of(x: Tensor) -> LaunchTarget:
     """Where kernels on this tensor run: its device's current stream, or torch's CPU threads."""
     if x.is_cuda:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
         return LaunchTarget(
-            stream=torch.cuda.current_stream(x.device).cuda_stream,
-            upload=lambda rows: _upload(rows, x.device),
+            stream=stream,
+            upload=lambda rows: TABLES.on_device(rows, x.device, stream),
             scratch=lambda size: _scratch(size, x.device),
         )
     return cpu_target(torch.get_num_threads())
 
 
-def _upload(rows: wire.IntArray, device: torch.device) -> tuple[int, Tensor]:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"segments has {len(rows)} rows: such a table is copied to the device in each call, "
-            "which a CUDA graph can't repeat; capture one segment a call"
-        )
-    # Not waited for: both allocators are stream-ordered, so the copy may outlive the two tensors,
-    # and so may the kernel once it is launched.
-    table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
-    return table.data_ptr(), table
+class DeviceTables:
+    """Tables in device memory, of the last so many that differ.
+
+    Call after call a hook's tables are the same, byte by byte: what is there is used again. Keyed
+    by stream too, so that a table has arrived before it is read.
+
+    Args:
+        most: Tables that are kept.
+    """
+
+    def __init__(self, most: int = 256) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._known: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
+
+    def on_device(
+        self, rows: wire.IntArray, device: torch.device, stream: int
+    ) -> tuple[int, Tensor]:
+        """Address and owner of a table on the device; it is copied there unless it is there."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"segments has {len(rows)} rows: such a table is copied to the device, "
+                "which a CUDA graph can't repeat; capture one segment a call"
+            )
+        key = (device, stream, rows.tobytes())
+        with self._lock:
+            table = self._known.get(key)
+            if table is not None:
+                self._known.move_to_end(key)
+                return table.data_ptr(), table
+        # Not waited for: both allocators are stream-ordered, so the copy may outlive the pinned
+        # memory, and a kernel the table.
+        table = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+        with self._lock:
+            self._known[key] = table
+            if len(self._known) > self._most:
+                self._known.popitem(last=False)
+        return table.data_ptr(), table
+
+
+TABLES = DeviceTables()
 
 
 def _scratch(size: int, device: torch.device) -> tuple[int, Tensor]:
     room = torch.empty(size, dtype=torch.uint8, device=device)
     return room.data_ptr(), room
+
+
+_floats: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def floats_near(x: Tensor, n: int) -> Tensor:
+    """Uninitialised float32 [n] beside a tensor, until the next call.
+
+    On a device the memory is that of the last call on the same stream: kernels there run one after
+    another, and tables that hold its address stay the same (:class:`DeviceTables`).
+    """
+    if not x.is_cuda:
+        return x.new_empty(n, dtype=torch.float32)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    held = _floats.get(key)
+    if held is None or held.numel() < n:
+        held = _floats[key] = torch.empty(n, dtype=torch.float32, device=x.device)
+    return held[:n]
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the host does not wait for a copy to one."""
+    if x.is_cuda or device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

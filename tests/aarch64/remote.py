@@ -40,7 +40,7 @@ KERNELS = (
 X, MOMENTUM, MOMENTUM_OUT, N, WORD = range(5)  # columns of a row, see csrc/wire/layout.h
 WIDTH = (4, 2, 2)  # bytes of each DType
 TIES_ZERO = 1
-NO_ROWS = np.zeros((1, 8), dtype=np.int64)
+NO_ROWS = np.zeros((1, 9), dtype=np.int64)
 TERNARY_UNIT, TERNARY_SEGMENT = 160, 4096  # see csrc/wire/ternary.h
 
 
@@ -317,7 +317,8 @@ class TopKDecode:
 
 
 class SumArgs:
-    def __init__(self, values: int, stride: int, ranks: int, divisor: float) -> None:
+    def __init__(self, values: int, stride: int, ranks: int, divisor: float, out: int) -> None:
+        assert not out, "of messages alone, which are not sent here"
         self.values, self.stride, self.ranks, self.divisor = values, stride, ranks, divisor
 
     def words(self, arrays: Stage, end: int) -> list[int]:
@@ -327,12 +328,12 @@ class SumArgs:
 
 
 def rows_of(table: tuple[int, ...]) -> np.ndarray:
-    """A copy of the rows at (address, count); or of the one row whose eight numbers these are."""
-    if len(table) == 8:
+    """A copy of the rows at (address, count); or of the one row whose nine numbers these are."""
+    if len(table) == 9:
         return np.array([table], dtype=np.int64)
     address, count = table
-    data = bytearray(ctypes.string_at(address, 64 * count))
-    return np.frombuffer(data, dtype=np.int64).reshape(count, 8)
+    data = bytearray(ctypes.string_at(address, 72 * count))
+    return np.frombuffer(data, dtype=np.int64).reshape(count, 9)
 
 
 def payload_bytes(rows: np.ndarray) -> int:

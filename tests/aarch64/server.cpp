@@ -238,7 +238,7 @@ TopKDecode topk_decode(const int64_t* a) {
 
 SumArgs sum_args(const int64_t* a) {
   const cpu::DefaultFloatMode mode;
-  return {at<const unsigned char>(a[0]), a[1], a[2], rounded(a[3])};
+  return {at<const unsigned char>(a[0]), a[1], a[2], rounded(a[3]), nullptr};
 }
 
 void call_kernel(const std::string& kernel, const Row* rows, int64_t n, int threads,

@@ -169,8 +169,8 @@ def test_every_unit_has_one_owner(owners: int) -> None:
             for row, part, owner in zip(piece.rows, piece.part, piece.owner, strict=True):
                 x, n, word = (int(row[c]) for c in (wire.X, wire.N, wire.WORD))
                 seen[x : x + n] += 1
-                taken[word : word - (-n // 32)] += 1
-                assert owner * piece.room <= word < (owner + 1) * piece.room
+                taken[owner * piece.room + word : owner * piece.room + word - (-n // 32)] += 1
+                assert 0 <= word < piece.room
                 first = parts[part].offset + int(row[wire.FIRST])
                 assert first == x and row[wire.FIRST] % 32 == 0
                 low, high = share_of(parts[part].numel, parts[part].ordinal, 32, owner, owners)

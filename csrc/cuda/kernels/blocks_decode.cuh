@@ -41,9 +41,9 @@ struct Reduced {
   PYDIST_DEVICE_MEMBER Reduced(const Ranks& all, const Group& group, const Tiling& t)
       : ranks(all),
         tiling(t),
-        codes(all.args->codes + group.index * block_bytes(all.args->format) +
+        codes(all.args->codes + group.message + group.index * block_bytes(all.args->format) +
               all.decoder.f.bits * lane_id()),
-        scales(all.args->scales + 4 * group.index),
+        scales(all.args->scales + group.message + 4 * group.index),
         before(all.in_words() ? static_cast<int>(address_of(codes) & 3) : 0),
         n(group.n) {
     codes -= before;

@@ -99,17 +99,19 @@ struct Output {
   const EncodeArgs& args;
   const Tiling& tiling;
 
-  PYDIST_DEVICE_MEMBER int unit() const {
+  PYDIST_DEVICE_MEMBER int unit(const Group& group) const {
     const auto low = [](const unsigned char* p) { return static_cast<int>(address_of(p)); };
-    return unit_of(afresh(low(args.codes) | (low(args.scales) & 3)));
+    const int codes = low(args.codes) | static_cast<int>(group.message);
+    return unit_of(afresh(codes | (low(args.scales) & 3)));
   }
   static PYDIST_DEVICE_MEMBER float* room() {  // of this warp, a tile in shared memory
     __shared__ __align__(16) float tiles[kBlockWarps * kTileElements];
     return tiles + threadIdx.x / kWarpSize * kTileElements;
   }
-  PYDIST_DEVICE_MEMBER void put_scale(int64_t index, float scale) const {
-    unsigned char* out = args.scales + 4 * index;
-    if (unit() > 1) {
+  // The scale of one of the blocks of a group.
+  PYDIST_DEVICE_MEMBER void put_scale(const Group& group, int k, float scale) const {
+    unsigned char* out = args.scales + group.message + 4 * (group.index + k);
+    if (unit(group) > 1) {
       *reinterpret_cast<uint32_t*>(out) = float_bits(scale);
     } else {
       store_word_bytes(out, float_bits(scale));
@@ -173,7 +175,8 @@ PYDIST_DEVICE bool encode_tile(const Source& source, const Output& out, const Ro
   BySteps<float> sums = {};
   if (averaged(f)) sums = sums_of_blocks(v, f.norm, out, largest);
   const Encoder encoder(out.args);
-  unsigned char* codes = out.args.codes + group.index * block_bytes(f) + encoder.bits * lane_id();
+  const int64_t at = group.message + group.index * block_bytes(f);
+  unsigned char* codes = out.args.codes + at + encoder.bits * lane_id();
   float scale = 0.0f, factor = 0.0f;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -181,7 +184,7 @@ PYDIST_DEVICE bool encode_tile(const Source& source, const Output& out, const Ro
       scale = scale_of(f, largest.of[s], sums.of[s], out.tiling.block);
       factor = encoder.factor(scale);
       if ((lane_id() & (out.tiling.lanes() - 1)) == 0) {
-        out.put_scale(group.index + out.tiling.place(s), scale);
+        out.put_scale(group, out.tiling.place(s), scale);
       }
     }
     const bool finite = largest.of[s] < kInfBits;
@@ -189,7 +192,7 @@ PYDIST_DEVICE bool encode_tile(const Source& source, const Output& out, const Ro
     Codes run =
         encoder.encode<kStochastic>(v[s], factor, draws_of<kStochastic>(out.args, row, element));
     if (!finite) run = {0, 0};
-    store_codes(codes + s * kWarpSize * encoder.bits, encoder.bits, out.unit(), kRun, run);
+    store_codes(codes + s * kWarpSize * encoder.bits, encoder.bits, out.unit(group), kRun, run);
     kept.template step<true>(s * kWarpRun, v[s], run, scale, finite);
   }
   bool finite = true;
@@ -238,7 +241,7 @@ PYDIST_DEVICE bool encode_block(const Source& source, const Output& out, const R
   float sum = 0.0f;
   if (averaged(a.format)) sum = sum_of_block(source, block.n, a.format.norm, largest, out.room());
   const float scale = scale_of(a.format, largest, sum, block.n);
-  if (lane_id() == 0) out.put_scale(block.index, scale);
+  if (lane_id() == 0) out.put_scale(block, 0, scale);
   const Encoder encoder(a);
   const float factor = encoder.factor(scale);
   const int64_t at = block.index * block_bytes(a.format), left = a.code_bytes - at;
@@ -252,7 +255,8 @@ PYDIST_DEVICE bool encode_block(const Source& source, const Output& out, const R
         encoder.encode<kStochastic>(v, factor, draws_of<kStochastic>(a, row, block.begin + i));
     const int count = block.n - i < kRun ? block.n - i : kRun;
     run = first_codes(run, encoder.bits, finite && count > 0 ? count : 0);
-    store_codes(a.codes + at + byte, encoder.bits, out.unit(), room - byte, run);
+    unsigned char* codes = a.codes + block.message + at + byte;
+    store_codes(codes, encoder.bits, out.unit(block), room - byte, run);
     kept.template step<false>(begin, v, run, scale, finite);
   }
   return finite;
@@ -281,7 +285,7 @@ PYDIST_DEVICE void encode_rows(const Rows& rows, const EncodeArgs& a, const Tili
   bool finite = true;
   for_groups(rows, tiling, [&](const Row& row, const Group& group) {
     const int64_t addresses = row.x | row.momentum | row.momentum_out;
-    if (tiles && out.unit() > 1 && group.whole(tiling) && aligned<16>(addresses)) {
+    if (tiles && out.unit(group) > 1 && group.whole(tiling) && aligned<16>(addresses)) {
       const auto [source, kept] = make(row, group);
       finite &= encode_tile<kStochastic>(source, out, row, group, kept);
       return;

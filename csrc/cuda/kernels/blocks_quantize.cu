@@ -40,6 +40,7 @@ struct Rest {
   template <bool kWhole>
   PYDIST_DEVICE_MEMBER void step(int begin, const Run& p, Codes codes, float scale,
                                  bool finite) const {
+    if (!old.x) return;
     const int i = begin + kRun * lane_id();
     Run rest;
     bool fits = true;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const Tiling tiling(a.format.block);
   const Decoder decoder(a.format, tiling.lanes());
   encode_rows<kStochastic>(rows, a, tiling, true, flags, [&](const Row& row, const Group& group) {
-    const Plain<R> old = plain<R>(row.momentum, group.begin, group.n);
+    const Plain<R> old = residual_of<R>(row, group.begin, group.n);
     R* residual = device_pointer<R>(row.momentum_out) + group.begin;
     using Source = Runs<Compensated<T, R>>;
     return Encoding<Source, Rest<R>>{{{plain<T>(row.x, group.begin, group.n), old}},

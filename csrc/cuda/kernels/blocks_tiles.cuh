@@ -39,9 +39,10 @@ struct Tiling {
 
 // Blocks of a row that a warp takes at a time: their places and elements.
 struct Group {
-  int64_t index;  // of the first block, in the payload
-  int64_t begin;  // its first element, in the row
-  int n;          // elements
+  int64_t message;  // bytes before the message that the row is in; a multiple of 4
+  int64_t index;    // of the first block, in the message
+  int64_t begin;    // its first element, in the row
+  int n;            // elements
 
   PYDIST_DEVICE_MEMBER int blocks(const Tiling& tiling) const {
     return (n + tiling.block - 1) / tiling.block;
@@ -54,7 +55,8 @@ struct Group {
   // One of its blocks.
   PYDIST_DEVICE_MEMBER Group at(int k, const Tiling& tiling) const {
     const int rest = n - k * tiling.block;
-    return {index + k, begin + k * tiling.block, rest < tiling.block ? rest : tiling.block};
+    const int64_t from = begin + k * tiling.block;
+    return {message, index + k, from, rest < tiling.block ? rest : tiling.block};
   }
 };
 
@@ -67,7 +69,7 @@ PYDIST_DEVICE void for_groups(const Rows& rows, const Tiling& tiling, const Body
     const int most = tiling.group() * tiling.block;
     const int64_t rest = row.n - begin;
     const int n = static_cast<int>(rest < most ? rest : most);
-    body(row, Group{row.word + start, begin, n});
+    body(row, Group{row.message, row.word + start, begin, n});
   });
 }
 

@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     const int n = chunk_elements<kElementTile>(row, start);
     P* x = device_pointer<P>(row.x) + start * kWordBits;
     if (n == kElementChunk && aligned<16>(row.x)) {
-      apply_chunk<P, kKind, kVectorWidth, true>(x, n, lane, planes, row.word + start, a);
+      apply_chunk<P, kKind, kVectorWidth, true>(x, n, lane, planes + row.message, row.word + start,
+                                                a);
     } else {
-      apply_chunk<P, kKind, 1, false>(x, n, lane, planes, row.word + start, a);
+      apply_chunk<P, kKind, 1, false>(x, n, lane, planes + row.message, row.word + start, a);
     }
   });
 }

@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       word = word_of_lane<kScalarWidth>(lane);
     }
     const int rest = n - word * kWordBits;
-    if (rest > 0) store_word(payload + 4 * (row.word + start + word), bits & word_mask(rest));
+    if (rest > 0)
+      store_word(payload + row.message + 4 * (row.word + start + word), bits & word_mask(rest));
   });
   raise_flags(flags, !finite);
 }

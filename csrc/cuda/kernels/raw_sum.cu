@@ -71,16 +71,16 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       16 / static_cast<int>(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
   constexpr int kFrom = kVectorBytes<From, kVectorWidth>, kTo = kVectorBytes<To, kVectorWidth>;
   const int lane = lane_id();
-  const auto base = reinterpret_cast<int64_t>(a.values);
   const Divisor d(a.divisor);
   uint32_t largest = 0;
   for_chunks<kElementTile>(rows, [&](const Row& row, int64_t start) {
     const int n = chunk_elements<kElementTile>(row, start);
-    To* out = device_pointer<To>(row.x) + start * kWordBits;
-    const int64_t at = base + (row.word + start) * kWordBits * static_cast<int64_t>(sizeof(From));
-    const unsigned char* values = device_pointer<const unsigned char>(at);
-    const bool even = aligned<kFrom>(base) && (a.ranks == 1 || aligned<kFrom>(a.stride));
-    if (n == kElementChunk && even && aligned<kTo>(row.x)) {
+    const int64_t from = values_at<From>(a, row), to = sums_at<To>(a, row);
+    const auto* values = reinterpret_cast<const unsigned char*>(device_pointer<const From>(from) +
+                                                                start * kWordBits);
+    To* out = device_pointer<To>(to) + start * kWordBits;
+    const bool even = aligned<kFrom>(from) && (a.ranks == 1 || aligned<kFrom>(a.stride));
+    if (n == kElementChunk && even && aligned<kTo>(to)) {
       sum_chunk<From, To, kVectorWidth, true>(out, n, lane, values, a, d, &largest);
     } else {
       sum_chunk<From, To, 1, false>(out, n, lane, values, a, d, &largest);

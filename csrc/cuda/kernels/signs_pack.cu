@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kBlockThreads)
       bits = pack_chunk<T, kZeroBit, 1, false>(x, n, lane, &largest);
     }
     const int rest = n - word * kWordBits;
-    if (rest > 0) store_word(payload + 4 * (row.word + start + word), bits & word_mask(rest));
+    if (rest > 0)
+      store_word(payload + row.message + 4 * (row.word + start + word), bits & word_mask(rest));
   });
   raise_flags(flags, largest >= kInfBits);
 }

@@ -59,13 +59,14 @@ PYDIST_DEVICE T decoded(const LaneVotes<kKind>& votes, int first, int offset,
 
 template <typename T, PlaneKind kKind, int kWidth, bool kVector>
 PYDIST_DEVICE void unpack_chunk(T* out, int n, int lane, int64_t word,
-                                const Levels<T, kKind>& levels, const Unpack& a, const Divisor& d) {
+                                const Levels<T, kKind>& levels, const Unpack& a, const Divisor& d,
+                                int64_t message) {
   constexpr int kSteps = kWordBits / kWidth;
   constexpr bool kCheap = kKind <= PlaneKind::kCounts4;  // wide counts are divided one by one
   const int ranks = static_cast<int>(a.ranks);
   constexpr int kBatch = !kVector ? kNibble : kCheap ? kSteps : 2;
   const LaneVotes<kKind> votes =
-      load_votes<kKind, kWidth>(a.planes, a.plane_bytes, a.count, word, n, lane);
+      load_votes<kKind, kWidth>(a.planes + message, a.plane_bytes, a.count, word, n, lane);
 #pragma unroll 1
   for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
     if (!kVector && k0 * kWidth * kWarpSize >= n) break;
@@ -91,9 +92,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2) unpack_votes_kernel(Rows row
     const int n = chunk_elements<kElementTile>(row, start);
     T* out = device_pointer<T>(row.x) + start * kWordBits;
     if (n == kElementChunk && aligned<16>(row.x)) {
-      unpack_chunk<T, kKind, kVectorWidth, true>(out, n, lane, row.word + start, levels, a, d);
+      unpack_chunk<T, kKind, kVectorWidth, true>(out, n, lane, row.word + start, levels, a, d,
+                                                 row.message);
     } else {
-      unpack_chunk<T, kKind, 1, false>(out, n, lane, row.word + start, levels, a, d);
+      unpack_chunk<T, kKind, 1, false>(out, n, lane, row.word + start, levels, a, d, row.message);
     }
   });
 }

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
         bytes = pack_any(x, i, n, key, element, scale, &finite);
       }
       const int64_t at = (first + unit) * kUnitBytes + byte;
-      if (at < a.bytes) store_word(a.payload + at, bytes.x);
-      if (at + 4 < a.bytes) store_word(a.payload + at + 4, bytes.y);
+      if (at < a.bytes) store_word(a.payload + row.message + at, bytes.x);
+      if (at + 4 < a.bytes) store_word(a.payload + row.message + at + 4, bytes.y);
     }
   });
   raise_flags(flags, !finite);

@@ -199,17 +199,18 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   const PlanePlaces places(a.ranks, lane);
   Found found = {false, false, 0};
   for_units(rows, [&](const Row& row, int64_t first, int64_t begin, int n) {
+    const TernarySource here = in_message(a, row);
     const float scaler = bits_float(load_word(device_pointer<unsigned char>(row.momentum_out)));
     if (a.ranks <= kNarrowRanks) {
       const Levels<T> levels(scaler, d, static_cast<int>(a.ranks), lane);
-      unpack_narrow<T, kFromSums>(a, even, table, places, levels, row, first, begin, n, lane,
+      unpack_narrow<T, kFromSums>(here, even, table, places, levels, row, first, begin, n, lane,
                                   &found);
       return;
     }
     T* out = device_pointer<T>(row.x) + begin;
 #pragma unroll 1
     for (int done = 0; done < n; done += kUnit) {
-      unpack_wide<T, kFromSums>(a, scaler, d, first + done / kUnit, out + done, n - done, lane,
+      unpack_wide<T, kFromSums>(here, scaler, d, first + done / kUnit, out + done, n - done, lane,
                                 &found);
     }
   });

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     T* out = device_pointer<T>(row.x) + begin;
     bool bad;
     if (a.ranks == 1) {
-      bad = one_rank(a, index, n, &s, out);
+      bad = one_rank(in_message(a, row), index, n, &s, out);
     } else {
       float* sum = slot_of(slots, a.format.block);
       bad = sum_entries(a, index, n, &s, sum);
@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         float* sum = slot_of(slots, from.format.block);
         const bool bad = sum_entries(from, index, n, &s, sum);
         const Plain<float> x = {sum, n, true};
-        const bool finite = select_block(x, to, row, index, begin, n, &s, TopKKeepNothing{});
+        const bool finite =
+            select_block(x, in_message(to, row), row, index, begin, n, &s, TopKKeepNothing{});
         raise_topk(flags, (bad ? kFlagMalformed : 0u) | (finite ? 0u : kFlagNonFinite));
       });
 }

@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     topk_select_kernel(Rows rows, TopKEncode a, uint32_t* flags) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
-    const bool finite =
-        select_block(plain<T>(row.x, begin, n), a, row, index, begin, n, &s, TopKKeepNothing{});
+    const bool finite = select_block(plain<T>(row.x, begin, n), in_message(a, row), row, index,
+                                     begin, n, &s, TopKKeepNothing{});
     raise_topk(flags, finite ? 0u : kFlagNonFinite);
   });
 }
@@ -50,11 +50,13 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     topk_feedback_kernel(Rows rows, TopKEncode a, uint32_t* flags) {
   __shared__ TopKShared s;
   for_topk_blocks(rows, a.format.block, [&](const Row& row, int64_t index, int64_t begin, int n) {
-    const Plain<R> old = plain<R>(row.momentum, begin, n);
+    const Plain<R> old = residual_of<R>(row, begin, n);
     R* residual = device_pointer<R>(row.momentum_out) + begin;
     const Compensated<T, R> p = {plain<T>(row.x, begin, n), old};
     const bool vector = p.x.vector && old.vector && aligned<16>(row.momentum_out);
-    const bool finite = select_block(p, a, row, index, begin, n, &s, [&](int i, uint32_t taken) {
+    const TopKEncode here = in_message(a, row);
+    const bool finite = select_block(p, here, row, index, begin, n, &s, [&](int i, uint32_t taken) {
+      if (!old.x) return;
       if (vector && i + kRun <= n) {
         keep_unsent<true>(a.format.values, p, residual, i, taken);
       } else {
