@@ -51,17 +51,34 @@ class Accumulation:
     """Watches the gradients of some parameters.
 
     Attributes:
-        moved: Ordinals whose momentum has moved since their gradient was zeroed.
         zeroed: Gradients that had been reduced were zeroed; stays until it is set back.
     """
 
     def __init__(self) -> None:
-        self.moved: set[int] = set()
+        self._moved: set[int] = set()
+        self._may_have_moved: dict[int, Tensor] = {}  # bool []
         self.zeroed = False
         self._held: dict[int, _Held] = {}
         self._params: dict[int, Tensor] = {}
         self._hooks: dict[int, Any] = {}
         self._running: Callable[[], object] = lambda: None
+
+    @property
+    def moved(self) -> set[int]:
+        """Ordinals whose momentum has moved since their gradient was zeroed.
+
+        In the later backwards of a step this waits for the device that knows it.
+        """
+        for ordinal, moved in self._may_have_moved.items():
+            if bool(moved):
+                self._moved.add(ordinal)
+        self._may_have_moved = {}
+        return self._moved
+
+    def have_moved(self, kept: Iterable[int], keeps: dict[int, Tensor]) -> None:
+        """Takes note of momenta that have moved, in as far as a device says so."""
+        self._may_have_moved.update(keeps)
+        self._moved.update(ordinal for ordinal in kept if ordinal not in keeps)
 
     def watch(self, ordinals: Iterable[int], params: Iterable[Tensor]) -> bool:
         """Watches some more parameters, but for those without ``requires_grad``.
@@ -113,7 +130,12 @@ class Accumulation:
                 self._held[ordinal].changed = True
             else:
                 del self._held[ordinal]
-        self.moved &= self._held.keys()
+        self._moved &= self._held.keys()
+        self._may_have_moved = {
+            ordinal: moved
+            for ordinal, moved in self._may_have_moved.items()
+            if ordinal in self._held
+        }
         self.zeroed = self.zeroed or (before and not self._held)
 
     def _note(self) -> None:
@@ -135,7 +157,8 @@ class Accumulation:
     def forget(self) -> None:
         """Nothing that lies in ``p.grad`` counts as reduced."""
         self._held.clear()
-        self.moved.clear()
+        self._moved.clear()
+        self._may_have_moved.clear()
 
     @property
     def continues(self) -> bool:

@@ -107,6 +107,7 @@ def compress(
         state = CompressionState(codec, group=group, named_parameters=target, **options)
     if ddp is not None:
         reducer.register(ddp, state, compression_hook)
+        state.watch_forward(ddp)
     _installed[target] = state
     return state
 

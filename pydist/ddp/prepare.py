@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from pydist.ddp.accumulation import Accumulation
 from pydist.ddp.layout import Layout
 from pydist.encoding.shares import Part
+from pydist.encoding.usage import Usage
+from pydist.kernels.torch_tensors import moved
 from pydist.training.momentum import Advanced, Momenta
-from pydist.training.norms import norm_of
+from pydist.training.norms import norm_of, norms_of
 from pydist.training.residuals import Residuals, any_nonzero
 
 PIECE = 65536
@@ -52,6 +55,8 @@ class Prepared:
 
     Attributes:
         used: Which parts have a gradient that is not all zeros; all of them where nobody asks.
+            ``None``: their device knows.
+        usage: What it knows.
         advanced: The new momenta until they are taken over; ``None`` without momentum.
     """
 
@@ -69,12 +74,13 @@ class Prepared:
     ) -> None:
         parts, plan = layout.plan.parts, layout.plan
         self._residuals, self._momenta = residuals, momenta
-        self._moved: set[int] = set() if earlier is None else earlier.moved
+        self._earlier = earlier
         self._bases: list[tuple[Tensor, Tensor]] = []
         if earlier is not None and earlier.continues:
             self._take_out(layout, flat, earlier)
-        self._sent: list[int] = []
-        self._entered: list[tuple[int, Tensor]] = []  # ordinal, square of the norm of what enters
+        self._sent: list[tuple[int, Tensor | bool]] = []
+        # Ordinal, square of the norm of what enters, whether the parameter is used.
+        self._entered: list[tuple[int, Tensor, Tensor | bool]] = []
         self.advanced: Advanced | None = None
         left = [
             (part, rest)
@@ -82,27 +88,52 @@ class Prepared:
             if not choice.feedback
             and (rest := residuals.release(part, flat.device, rank)) is not None
         ]
-        if not (any(plan.with_feedback) or momenta.factor or left or limit is not None):
-            self.used = np.ones(len(parts), dtype=bool)
-            return
-        self.used = used_parts(flat, parts)
+        self.used: np.ndarray | None = np.ones(len(parts), dtype=bool)
+        self.usage: Usage | None = None
+        if any(plan.with_feedback) or momenta.factor or left:
+            if flat.is_cuda:
+                self.used, self.usage = None, Usage(flat, plan)
+            else:
+                self.used = used_parts(flat, parts)
         if limit is not None:
-            _clip(flat, [part for part, used in zip(parts, self.used, strict=True) if used], limit)
+            (_clip_on_device if flat.is_cuda else _clip)(flat, parts, limit)
         if momenta.factor:
-            with_residual = [choice.feedback for choice in layout.choices]
-            self.advanced = momenta.advance(flat, parts, self.used, with_residual, self._moved)
-            for part, choice in zip(parts, layout.choices, strict=True):
-                if not choice.feedback and part.ordinal in self.advanced.values:
-                    _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
-        in_use = {part.ordinal for part, used in zip(parts, self.used, strict=True) if used}
+            self._advance(layout, flat)
         for part, rest in left:
-            if part.ordinal in in_use:
-                if bool(rest.any()):  # zeros may come out of a checkpoint
-                    view = _gradient(flat, part)
-                    view.copy_(self._input(view, part).float() + rest)
-                self._sent.append(part.ordinal)
+            self._release(layout, flat, part, rest)
         if measured:
             self.measure(layout, flat)
+
+    @cached_property
+    def _flags(self) -> np.ndarray | Tensor:
+        """Which parts are used, bool [parts], here or on the device that knows it."""
+        if self.usage is not None:
+            return self.usage.of_parts(everyones=False)
+        assert self.used is not None
+        return self.used
+
+    def _advance(self, layout: Layout, flat: Tensor) -> None:
+        """Advances the momenta; without residuals they replace the gradients in the bucket."""
+        parts = layout.plan.parts
+        with_residual = [choice.feedback for choice in layout.choices]
+        moved = set() if self._earlier is None else self._earlier.moved
+        self.advanced = self._momenta.advance(flat, parts, self._flags, with_residual, moved)
+        for part, choice in zip(parts, layout.choices, strict=True):
+            if not choice.feedback and part.ordinal in self.advanced.values:
+                _gradient(flat, part).copy_(self.advanced.values[part.ordinal])
+
+    def _release(self, layout: Layout, flat: Tensor, part: Part, rest: Tensor) -> None:
+        """Adds a residual that is not kept any more; zeros may come out of a checkpoint."""
+        view = _gradient(flat, part)
+        used = self._flags[layout.plan.parts.index(part)]
+        if self.usage is None and not used:
+            return
+        self._sent.append((part.ordinal, used))
+        if isinstance(used, Tensor):
+            whole = self._input(view, part).float() + rest
+            view.copy_(torch.where(used & rest.any(), whole, view.float()))
+        elif bool(rest.any()):
+            view.copy_(self._input(view, part).float() + rest)
 
     def _take_out(self, layout: Layout, flat: Tensor, earlier: Accumulation) -> None:
         """Leaves in the bucket what has not been reduced yet."""
@@ -123,12 +154,12 @@ class Prepared:
 
     def measure(self, layout: Layout, flat: Tensor) -> None:
         """Notes how long what is going to be encoded with residuals is."""
-        for part, choice, used in zip(layout.plan.parts, layout.choices, self.used, strict=True):
-            if choice.feedback and used:
+        for part, choice, used in zip(layout.plan.parts, layout.choices, self._flags, strict=True):
+            if choice.feedback and (self.usage is not None or used):
                 whole = self._input(_gradient(flat, part), part).float()
                 if (old := self._residuals.worker.get(part.ordinal)) is not None:
                     whole = whole + old
-                self._entered.append((part.ordinal, _square(whole)))
+                self._entered.append((part.ordinal, _square(whole) * used, used))
 
     def _input(self, gradient: Tensor, part: Part) -> Tensor:
         """What is encoded of a parameter, without its residual."""
@@ -140,7 +171,8 @@ class Prepared:
         """Takes over the new momenta, once."""
         if self.advanced is not None:
             self._momenta.take(self.advanced)
-            self._moved.update(self.advanced.kept)
+            if self._earlier is not None:
+                self._earlier.have_moved(self.advanced.kept, self.advanced.keeps)
             self.advanced = None
 
     @property
@@ -150,15 +182,18 @@ class Prepared:
 
     def forget(self) -> None:
         """Forgets residuals that were sent as they are."""
-        for ordinal in self._sent:
-            self._residuals.drop(ordinal)
+        for ordinal, used in self._sent:
+            if bool(used):
+                self._residuals.drop(ordinal)
 
     def lost(self) -> list[tuple[Tensor, Tensor]]:
         """By parameter, squares of the norms of what was encoded and of what was not sent of it.
 
         Empty unless ``measured``; the residuals must be the new ones.
         """
-        return [(whole, _square(self._residuals.worker[i])) for i, whole in self._entered]
+        return [
+            (whole, _square(self._residuals.worker[i]) * used) for i, whole, used in self._entered
+        ]
 
 
 class StepOf:
@@ -217,6 +252,19 @@ def _square(x: Tensor) -> Tensor:
     """
     norms = torch._foreach_norm(x.split(PIECE))
     return torch.stack(norms).double().square().sum()
+
+
+def _clip_on_device(flat: Tensor, parts: Sequence[Part], limit: float) -> None:
+    """:func:`_clip` of all parameters at once; nothing is waited for."""
+    if not parts:
+        return
+    lengths = norms_of(flat, [part.numel for part in parts])
+    longer = (lengths > limit) & (lengths < math.inf)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    factors = torch.where(longer, limit / lengths, 1.0).to(wide)
+    numel = torch.tensor([part.numel for part in parts], dtype=torch.int64, device="cpu")
+    factor = factors.repeat_interleave(moved(numel, flat.device), output_size=flat.numel())
+    flat.copy_(flat.to(wide) * factor)
 
 
 def _clip(flat: Tensor, parts: Sequence[Part], limit: float) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch.utils.hooks import RemovableHandle
 
 from pydist.codecs import Codec
 from pydist.ddp import local
@@ -156,6 +157,7 @@ class CompressionState:
         self.stats_of = Stats()
         self._steps: Steps | None = None
         self._watch: OptimizerWatch | None = None
+        self._before_forward: RemovableHandle | None = None
         self._lacks: list[str] = []
         self._lock = threading.RLock()
 
@@ -241,8 +243,19 @@ class CompressionState:
         if dist.is_available() and dist.is_initialized():
             self._bind(self.parameters.device)
 
+    def watch_forward(self, ddp: torch.nn.Module) -> None:
+        """Copies the loss scale before each forward, where residuals follow one."""
+        if self.scaler is not None:
+            self._before_forward = ddp.register_forward_pre_hook(self._copy_scale)
+
+    def _copy_scale(self, module: torch.nn.Module, args: Any) -> None:
+        if self._steps is not None and self._steps.scale is not None:
+            self._steps.scale.copy_ahead()
+
     def close(self) -> None:
         """Watches gradients and optimizers no more; :func:`pydist.ddp.restore` calls it."""
+        if self._before_forward is not None:
+            self._before_forward.remove()
         if self._watch is not None:
             self._watch.close()
         if self._steps is not None and self._steps.accumulation is not None:

@@ -73,7 +73,7 @@ class Stats:
         coders = [coder for _, coder in sent]
         if any(not isinstance(x.codec, RawRows) for coder in coders for x in coder.plan.sections):
             self._sizes = [_size(coder) for coder in coders]
-        flags = torch.stack([coder.not_finite.view(1) for _, coder in sent])
+        flags = torch.cat([coder.not_finite for _, coder in sent])
         bad = (flags & wire.FLAG_NON_FINITE).amax()
         if bad.is_cuda:  # no wait for the device; summary() waits
             self._non_finite = self._non_finite + bad.long()

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import GradBucket
 from pydist.ddp import local
 from pydist.ddp.accumulation import Accumulation
 from pydist.ddp.layout import Layout, Layouts
+from pydist.ddp.loss_scale import LossScale
 from pydist.ddp.parameters import Parameters
 from pydist.ddp.prepare import Prepared, StepOf, clip_limit
 from pydist.ddp.stats import Stats
@@ -75,7 +76,8 @@ class Steps:
         self.comm, self.kept, self.stats = comm, kept, stats
         self.device_type = ""  # of the buckets, once one has come
         self._parameters = parameters
-        self._options, self._scaler, self._subgroup = kept.options, scaler, subgroup
+        self._options, self._subgroup = kept.options, subgroup
+        self.scale = None if scaler is None else LossScale(scaler)
         self.layouts = Layouts(kept.options, parameters, comm.world_size, kept.arrange)
         self.accumulation = Accumulation() if kept.options.counts_steps else None
         self._open = False  # inside a step: its last bucket has not come by
@@ -124,8 +126,8 @@ class Steps:
         self._settle()
         with self._changes:
             kept = self.kept
-            if self._scaler is not None:
-                scale = float(self._scaler.get_scale())
+            if self.scale is not None:
+                scale = self.scale.value()
                 if kept.scale is not None and scale != kept.scale:
                     kept.multiply(scale / kept.scale)
                 kept.scale = scale
@@ -179,7 +181,7 @@ class Steps:
             layout.watched = self.accumulation.watch(ordinals, bucket.parameters())
         limit = None
         if options.clip_norm is not None:
-            scale = kept.rescaled if self._scaler is None or kept.scale is None else kept.scale
+            scale = kept.rescaled if self.scale is None or kept.scale is None else kept.scale
             # In local steps the result is the mean of fewer ranks, or of this one alone.
             ranks = local.size(self._subgroup) if stage == LOCAL else comm.world_size
             limit = clip_limit(options.clip_norm, ranks, options.op == "mean", scale)
@@ -211,8 +213,10 @@ class Steps:
             plan, flat, Worker(comm.rank, comm.world_size, number, torch.get_num_threads()),
             mean=self._options.op == "mean", seed=self._options.seed,
             feedback=self._feedback(layout, flat, prepared), staged=self._options.exact_skip,
+            usage=prepared.usage,
         )  # fmt: skip
-        call = Call("compression_hook", fields, number)
+        known = fields.keys() == {"bucket", "layout"}
+        call = Call("compression_hook", fields, number, known=known)
         exchange = Exchange(comm, coder, call, layout.algorithm, flat.device, self._call_group)
         comm.submit(exchange)
         self.stats.sent(layout, flat, first=bucket.index() == 0)
@@ -332,6 +336,10 @@ class Steps:
 
     def _finish(self) -> None:
         """At the end of backward: raises what went wrong; else the step is settled."""
+        try:
+            self.comm.catch_up()
+        except PydistError as error:
+            self._failed(error)
         with self._lock:
             failure, self._failure = self._failure, None
         if failure is not None:
@@ -384,6 +392,7 @@ class Steps:
                 plan = one.coder.plan
                 for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
                     if feedback is not None:
+                        feedback.learn(section.indices, one.coder.usage)
                         self.kept.residuals.commit(section, plan.parts, feedback)
         step_of.take()
         step_of.forget(bad)

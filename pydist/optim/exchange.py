@@ -235,7 +235,7 @@ class MeanExchange:
         comm.submit(exchange)
         exchange.wait()
         counters.sent(exchange, self.raw_bytes)
-        if bool(coder.not_finite.item()):
+        if bool(coder.not_finite.any()):
             return None
         plan = coder.plan
         for section, feedback in zip(plan.sections, coder.feedback, strict=True):

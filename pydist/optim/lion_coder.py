@@ -23,7 +23,7 @@ from pydist.kernels import checks
 from pydist.kernels.checks import FLOATS
 from pydist.kernels.launch import launch
 from pydist.kernels.lion import LionOptions, lion_apply_args
-from pydist.kernels.torch_tensors import on_device_of
+from pydist.kernels.torch_tensors import moved, on_device_of
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
 from pydist.transport.coder import NoScales, Worker, spans
 
@@ -100,6 +100,7 @@ class LionCoder(NoScales):
     codec = SignRows.number
     unit_bytes = SignRows.unit_bytes
     repeatable = False  # packing moves the momenta
+    usage = None
 
     def __init__(self, entries: Sequence[Entry], rule: VoteRule, scalars: Scalars) -> None:
         self.entries = list(entries)
@@ -116,7 +117,7 @@ class LionCoder(NoScales):
         self.signs = SignRows(rule, scalars.ranks)
         self.bits = self.signs.bits
         self.message_bytes, self.reduced_bytes = self.signs.row_bytes, self.signs.reduced_bytes
-        self.flags = self.job.flags
+        self.flags, self.all_flags = self.job.flags, self.job.all_flags
         self._memory = [memory_of(entry.param) for entry in self.entries]
         self._with_grad = np.array([entry.grad is not None for entry in self.entries], dtype=bool)
         self.used: np.ndarray = self._with_grad
@@ -220,7 +221,7 @@ class LionCoder(NoScales):
         """Counts the votes of a shard, or finds the majority."""
         rows = wire.cut_rows(self.rows, begin, end)
         rows[:, wire.WORD] -= begin
-        place = self.signs.reduced_place(out.unsqueeze(0), units, zero=True)
+        place = self.signs.reduced_place(out.zero_().unsqueeze(0), units, zeroed=True)
         self.signs.reduce(self.job, rows, self.signs.source(messages, units), place, flags)
 
     @cached_property
@@ -231,13 +232,13 @@ class LionCoder(NoScales):
 
     def decode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
         """Keeps the planes."""
-        planes = self.signs.reduced_source(shards, units).rows()
+        planes = shards.reshape(len(shards), self.bits, -1).transpose(0, 1).reshape(self.bits, -1)
         begin, end = begin * wire.WORD_BYTES, end * wire.WORD_BYTES
         self.planes[:, begin:end].copy_(planes[:, : end - begin], non_blocking=True)
 
     def finish(self, flags: Tensor) -> None:
         """Keeps the flags of all ranks; the optimizer applies the planes."""
-        self.flags = flags.to(self.device)
+        self.flags = moved(flags, self.device)
 
     # ----------------------------------------------------------------- after the vote
 

@@ -14,8 +14,9 @@ Momenta are keyed by parameter as residuals are, so neither buckets nor their si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,11 +40,14 @@ class Advanced:
             same tensor, which the codec masks.
         apart: Of parameters that were sent a part of their step's gradient before, those with
             residuals: what the codec masks is not what becomes the momentum.
+        keeps: Where the device alone knows which parameters are used and finite: bool [] by
+            ordinal, whether ``kept`` becomes the momentum. Empty: all do.
     """
 
     values: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
+    keeps: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Momenta:
@@ -69,7 +73,7 @@ class Momenta:
         self,
         flat: Tensor,
         parts: Sequence[Part],
-        used: np.ndarray,
+        used: np.ndarray | Tensor,
         with_residual: Sequence[bool],
         again: Collection[int] = (),
     ) -> Advanced:
@@ -79,18 +83,21 @@ class Momenta:
         and g is what is sent.
 
         Nothing that is kept changes before :meth:`take`. A parameter whose new momentum is not
-        finite everywhere keeps the old one. On CUDA this waits for the device.
+        finite everywhere keeps the old one.
 
         Args:
             flat: A bucket's gradients.
             parts: The parameters in it.
-            used: Which of them have a gradient that is not all zeros; the others have no part.
+            used: Which of them have a gradient that is not all zeros, bool [parts]; the others have
+                no part. A tensor on the device of ``flat`` is not waited for.
             with_residual: Which are encoded with a residual, so in the type of both.
             again: Ordinals of parameters whose momentum has moved in this step.
         """
         result, stored = Advanced(), {}
-        for part, is_used, narrow in zip(parts, used, with_residual, strict=True):
-            if not is_used:
+        on_device = used if isinstance(used, Tensor) else None
+        flags: Sequence[Any] = list(used)
+        for part, is_used, narrow in zip(parts, flags, with_residual, strict=True):
+            if on_device is None and not is_used:
                 continue
             gradient = flat[part.offset : part.offset + part.numel]
             dtype = self.dtype_for(gradient.dtype)
@@ -111,16 +118,26 @@ class Momenta:
                     sent = result.values[part.ordinal]
                     sent.masked_fill_(sent == 0, _TINY)
                     result.apart.add(part.ordinal)
+            if on_device is not None:
+                sent = result.values[part.ordinal]
+                sent.copy_(torch.where(is_used, sent, gradient.to(sent.dtype)))
         finite = _all_finite(list(stored.values()))
-        for (ordinal, value), is_finite in zip(stored.items(), finite, strict=True):
-            if is_finite:
-                result.kept[ordinal] = value
+        if on_device is None:
+            pairs = zip(stored.items(), finite.tolist(), strict=True)
+            result.kept = dict(item for item, is_finite in pairs if is_finite)
+        else:
+            result.kept = stored
+            result.keeps = dict(zip(stored, (finite & on_device).unbind(), strict=True))
         return result
 
     def take(self, advanced: Advanced) -> None:
         """Takes over the momenta of a step."""
         for ordinal in advanced.apart & advanced.kept.keys():
             advanced.kept[ordinal].masked_fill_(advanced.values[ordinal] == 0, 0.0)
+        for ordinal, keeps in advanced.keeps.items():
+            new, old = advanced.kept[ordinal], self.held.get(ordinal)
+            old = torch.zeros_like(new) if old is None else old.to(new.device)
+            advanced.kept[ordinal] = torch.where(keeps, new, old)
         self.held.update(advanced.kept)
 
     def turn(self, ordinal: int, change: Callable[[Tensor], Tensor]) -> None:
@@ -157,9 +174,9 @@ def drop_damaged(tensors: dict[int, Tensor]) -> list[int]:
     return damaged
 
 
-def _all_finite(tensors: list[Tensor]) -> Iterable[bool]:
-    """Which tensors hold neither NaN nor infinity; one wait for a device."""
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    """Which tensors hold neither NaN nor infinity, bool [tensors]."""
     if not tensors:
-        return []
+        return torch.zeros(0, dtype=torch.bool, device="cpu")
     norms = torch.stack([x.double() for x in torch._foreach_norm(tensors, math.inf)])
-    return norms.isfinite().tolist()
+    return norms.isfinite()

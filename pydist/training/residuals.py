@@ -219,7 +219,7 @@ class Residuals:
         self,
         section: Section,
         parts: Sequence[Part],
-        used: np.ndarray,
+        used: np.ndarray | None,
         *,
         owner: int | None,
         devices: tuple[torch.device, torch.device],
@@ -231,7 +231,7 @@ class Residuals:
         Args:
             section: The section.
             parts: The parts of its bucket.
-            used: Which parts have a gradient that is not all zeros.
+            used: Which parts have a gradient that is not all zeros; ``None``: their device knows.
             owner: This rank's place among the owners; ``None`` keeps no owner's residuals.
             devices: Of the gradients, and of the messages.
             staged: New residuals go to a second buffer, until :meth:`commit`.
@@ -271,19 +271,20 @@ class Residuals:
             worker=worker[0], worker_out=worker[1],
             owner=None if owners is None else owners[0],
             owner_out=None if owners is None else owners[1],
-            dtype=str(self.dtype)[6:], used=used[section.indices],
-            used_by_any=used[section.indices], keep=keep, values=addresses, masked=masked,
+            dtype=str(self.dtype)[6:], used=None if used is None else used[section.indices],
+            used_by_any=None, keep=keep, values=addresses, masked=masked,
         )  # fmt: skip
 
     def commit(self, section: Section, parts: Sequence[Part], feedback: Feedback) -> None:
         """Takes over the staged residuals of a section's parameters that were used."""
         for i, index in enumerate(section.indices):
             ordinal = parts[index].ordinal
+            assert feedback.used is not None
             if feedback.used[i]:
                 held = self.worker[ordinal]
                 self.worker[ordinal] = self._staged_worker[ordinal]
                 self._staged_worker[ordinal] = held
-            if feedback.owner is not None and feedback.used_by_any[i]:
+            if feedback.used_by_any is not None and feedback.used_by_any[i]:
                 share = self.owner[ordinal]
                 share.values, self._staged_owner[ordinal] = (
                     self._staged_owner[ordinal], share.values,
@@ -356,16 +357,10 @@ def any_nonzero(flat: Tensor, parts: Sequence[Part]) -> np.ndarray:
     """Which parameters' gradients are anything but zeros, bool [parts]; NaN is not zero.
 
     Args:
-        flat: A bucket's buffer: float32, float16 or bfloat16.
+        flat: A bucket's buffer on the CPU: float32, float16 or bfloat16.
         parts: The parameters in it.
     """
     used = np.zeros(len(parts), dtype=bool)
-    if flat.is_cuda:
-        full = [i for i, part in enumerate(parts) if part.numel]  # an empty one has no maximum
-        views = [flat[parts[i].offset : parts[i].offset + parts[i].numel] for i in full]
-        if views:
-            used[full] = (torch.stack(torch._foreach_norm(views, math.inf)) != 0).cpu().numpy()
-        return used
     # A glance at the first elements settles it nearly always. Bits, as NumPy knows no bfloat16.
     integer, sign = (torch.int32, 2**31) if flat.element_size() == 4 else (torch.int16, 2**15)
     bits = flat.view(integer).numpy()

@@ -36,6 +36,7 @@ class Call:
         problem: Why this rank cannot take part; all ranks then raise.
         details: Gives further names and values for the message where ranks differ: what a checksum
             among the fields stands for.
+        known: All ranks have agreed on the layout of such calls before, and expect this one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Call:
     step: int = 0
     problem: str | None = None
     details: Callable[[], dict[str, Any]] | None = None
+    known: bool = False
 
     @cached_property
     def digest(self) -> int:
@@ -53,6 +55,16 @@ class Call:
     def label(self) -> str:
         """Name and step, for messages."""
         return f"{self.name}, step {self.step}"
+
+
+@dataclass
+class Agreed:
+    """An exchange of headers under way."""
+
+    call: Call
+    work: dist.Work
+    sent: bytes
+    received: Tensor
 
 
 @dataclass
@@ -121,18 +133,29 @@ class Agreement:
                 raise PydistError(f"{call.name}: {call.problem}")
             meanwhile()
             return
-        flags = wire.FLAG_PROBLEM if call.problem else 0
-        mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
-        sent = torch.frombuffer(bytearray(mine * self.world_size), dtype=torch.uint8)
-        received = torch.empty_like(sent)
-        work = groups.all_to_all(received, sent, self._before)
+        started = self.start(call)
         try:
             meanwhile()
         finally:
-            groups.wait(work)
+            groups.wait(started.work)
+        self.finish(started)
+
+    def start(self, call: Call) -> Agreed:
+        """Sends this rank's header to everyone."""
+        flags = wire.FLAG_PROBLEM if call.problem else 0
+        mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
+        everyones = mine * self.world_size
+        sent = torch.frombuffer(bytearray(everyones), dtype=torch.uint8)
+        received = torch.empty_like(sent)
+        work = groups.all_to_all(received, sent, self._before)
         self._traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
-        if call.problem or received.numpy().tobytes() != mine * self.world_size:
-            self._raise_difference(call, received.view(self.world_size, -1))
+        return Agreed(call, work, everyones, received)
+
+    def finish(self, started: Agreed) -> None:
+        """Waits for the headers of all ranks, and raises as :meth:`agree` does."""
+        groups.wait(started.work)
+        if started.call.problem or started.received.numpy().tobytes() != started.sent:
+            self._raise_difference(started.call, started.received.view(self.world_size, -1))
 
     def _raise_difference(self, call: Call, headers: Tensor) -> None:
         for rank, header in zip(self.ranks, headers, strict=True):

@@ -19,19 +19,24 @@ class BufferPool:
     call after call travel through the same few pages. One that is never given back (its
     call failed) is freed with the last tensor that uses it. May be used by several threads.
 
+    Args:
+        pinned: The memory is pinned, for copies from and to CUDA devices that the host does not
+            wait for.
+
     Attributes:
         idle: Bytes of those that wait here.
         peak: The most that both have been together since :meth:`clear`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self.idle = self.peak = 0
         self._lock = threading.Lock()
         # By address. One that is freed leaves by itself: its address may come up again elsewhere.
         self._out: weakref.WeakValueDictionary[int, torch.UntypedStorage] = (
             weakref.WeakValueDictionary()
         )
-        self._idle: list[Tensor] = []  # by size
+        self._idle: list[tuple[Tensor, torch.cuda.Event | None]] = []  # by size
 
     @property
     def in_use(self) -> int:
@@ -47,20 +52,25 @@ class BufferPool:
         """An uninitialised uint8 [rows, columns]."""
         size = rows * columns
         with self._lock:
-            place = next((i for i, b in enumerate(self._idle) if b.numel() >= size), None)
+            place = next((i for i, idle in enumerate(self._idle) if _serves(*idle, size)), None)
             if place is None:  # the largest is too small: it makes room for a new one
                 if self._idle:
-                    self.idle -= self._idle.pop().numel()
-                buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+                    self.idle -= self._idle.pop()[0].numel()
+                buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
                 self.peak = max(self.peak, self._out_bytes() + self.idle + size)
             else:
-                buffer = self._idle.pop(place)
+                buffer = self._idle.pop(place)[0]
                 self.idle -= buffer.numel()
             self._out[buffer.data_ptr()] = buffer.untyped_storage()
         return buffer[:size].view(rows, columns)
 
-    def give(self, taken: Tensor) -> None:
-        """Takes a buffer back; nothing may read or write it any more. Others are let be."""
+    def give(self, taken: Tensor, after: torch.cuda.Event | None = None) -> None:
+        """Takes a buffer back. Other tensors are ignored.
+
+        Args:
+            taken: The buffer; nothing on the host may read or write it any more.
+            after: What a device has to have done before the buffer is used again.
+        """
         with self._lock:
             storage = self._out.get(taken.data_ptr())
             if storage is None or storage is not taken.untyped_storage():
@@ -70,10 +80,15 @@ class BufferPool:
             if self.idle + size <= IDLE_BYTES:
                 self.idle += size
                 buffer = taken.new_empty(0).set_(storage)
-                self._idle.insert(sum(b.numel() < size for b in self._idle), buffer)
+                place = sum(idle.numel() < size for idle, _ in self._idle)
+                self._idle.insert(place, (buffer, after))
 
     def clear(self) -> None:
         """Lets go of what waits here, and forgets the peak."""
         with self._lock:
             self._idle.clear()
             self.idle, self.peak = 0, self._out_bytes()
+
+
+def _serves(buffer: Tensor, after: torch.cuda.Event | None, size: int) -> bool:
+    return buffer.numel() >= size and (after is None or after.query())

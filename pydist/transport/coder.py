@@ -8,8 +8,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pydist.formats import wire
-
 
 @dataclass(frozen=True)
 class Worker:
@@ -45,6 +43,19 @@ class Worker:
         return self.ranks * self.behind
 
 
+class Usage(Protocol):
+    """Words in device memory that messages tell of, a bit for each (``kernels/device.py``)."""
+
+    @property
+    def told(self) -> int:
+        """How many words messages tell of."""
+        ...
+
+    def address(self, *, everyones: bool) -> int:
+        """Of the words of this rank, or of those that all ranks' become."""
+        ...
+
+
 class Coder(Protocol):
     """One call's data on its way through a codec: local bytes, their reduction, the result.
 
@@ -59,6 +70,7 @@ class Coder(Protocol):
         unit_bytes: Bytes of a unit in phase 1: of all shares in a scatter, all ranks in a gather.
         repeatable: Encoding changes nothing but buffers of its own, so it may be done in vain.
         flags: int32[1] on the data's device, raised by what was encoded so far.
+        all_flags: int32[1] zero on the data's device, for the flags of all ranks.
     """
 
     codec: int
@@ -67,6 +79,12 @@ class Coder(Protocol):
     unit_bytes: int
     repeatable: bool
     flags: Tensor
+    all_flags: Tensor
+
+    @property
+    def usage(self) -> Usage | None:
+        """Which parameters have a gradient, where the data's device knows it."""
+        ...
 
     def message_bytes(self, units: int) -> int:
         """Bytes of a shard of ``units`` units in phase 1; a multiple of 4."""
@@ -190,12 +208,3 @@ def spans(rows: int, units: int, begin: int, end: int) -> Iterator[Span]:
     """First and last unit of each of the rows that share ``begin`` … ``end``; empty ones too."""
     for row in range(rows):
         yield min(begin + row * units, end), min(begin + (row + 1) * units, end)
-
-
-def fill_nan(out: Tensor, flags: Tensor) -> None:
-    """Overwrites a result with NaN where any rank's input was not finite."""
-    bad = flags & (wire.FLAG_NON_FINITE | wire.FLAG_MALFORMED)
-    if bad.is_cuda:  # no host synchronisation
-        out.masked_fill_(bad.to(out.device).bool(), float("nan"))
-    elif bad.item():
-        out.fill_(float("nan"))

@@ -33,7 +33,14 @@ import torch.distributed as dist
 
 from pydist.errors import PydistError
 from pydist.transport import groups
-from pydist.transport.agreement import Agreement, Call, Confirmation, Traffic, differences
+from pydist.transport.agreement import (
+    Agreed,
+    Agreement,
+    Call,
+    Confirmation,
+    Traffic,
+    differences,
+)
 from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.connections import Connections, established
@@ -132,7 +139,8 @@ class Communicator:
         self.device_side = groups.backend_for(parent, device) == "nccl"
         self.timeout = groups.timeout_of(parent)
         self.traffic = Traffic()
-        self.buffers = BufferPool()
+        self.buffers, self.pinned = BufferPool(), BufferPool(pinned=True)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._counter = _counters.setdefault(parent, [0])
         self._made: list[dist.ProcessGroup] = []
         (roster,) = meet([parent], "set-up of a process group", self.timeout)
@@ -152,6 +160,7 @@ class Communicator:
         self.agreement = Agreement(
             roster.name, self.ranks, self.rank, self.control, behind, self.traffic
         )
+        self._behind: Agreed | None = None  # what nobody has waited for
         self._breaking = False
         self._broken = ""  # why; empty while nothing is, or while that is found out
         self._explained = threading.Event()
@@ -195,9 +204,44 @@ class Communicator:
         """Where messages about data on ``x`` are exchanged."""
         return x if self.device_side else torch.device("cpu")
 
+    def stream_for(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream of all calls with data on a device, made once; ``None`` for the CPU."""
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
     def agree(self, call: Call, meanwhile: Callable[[], object] | None = None) -> None:
-        """Makes sure that all ranks make the same call (:meth:`Agreement.agree`)."""
+        """Makes sure that all ranks make the same call (:meth:`Agreement.agree`).
+
+        Where messages stay on a device, a call that all ranks are known to expect (``call.known``)
+        is agreed on behind its back: the headers are looked at by the next call, or by
+        :meth:`catch_up`. So no call waits for the round trip of its own headers.
+        """
+        self.catch_up()
+        if self.device_side and call.known and not call.problem and self.world_size > 1:
+            self._behind = self.agreement.start(call)
+            if meanwhile is not None:
+                meanwhile()
+            return
         self.agreement.agree(call, meanwhile)
+
+    def catch_up(self) -> None:
+        """Looks at the headers of the last call that nobody has waited for.
+
+        Raises:
+            PydistError: The ranks have made different calls. Their data is under way, so that this
+                is the end of the process group.
+        """
+        behind, self._behind = self._behind, None
+        if behind is None:
+            return
+        try:
+            self.agreement.finish(behind)
+        except BaseException as error:
+            reason = self._break(behind.call.label, error)
+            raise (error if isinstance(error, PydistError) else reason) from None
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """Every rank's bytes, of any length, in rank order."""

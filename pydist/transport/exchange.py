@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
@@ -32,14 +32,20 @@ from pydist.errors import PydistError
 from pydist.formats import wire
 from pydist.transport import groups, message
 from pydist.transport.agreement import Confirmation
+from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Coder, Span, entropy_coder_of, spans
 from pydist.transport.communicator import Call, Communicator
 from pydist.transport.profiling import phase
+from pydist.transport.streams import SideStream
 from pydist.transport.variable import VariableMessages
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes per chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
+
+DEVICE_CHUNK_BYTES = 16 * 1024 * 1024
+"""The same where messages stay on a device: one stream runs chunks one after another, so smaller
+ones would hide nothing; what bounds them is memory."""
 
 LATENCY_BYTES = 16 * 1024
 """What a round trip costs, in bytes: below it one phase beats two."""
@@ -101,10 +107,11 @@ def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
     return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
 
 
-def chunk_units(coder: Coder) -> int:
-    """Units of a chunk."""
+def chunk_units(coder: Coder, chunk_bytes: int | None = None) -> int:
+    """Units of a chunk, of :data:`CHUNK_BYTES` where no other size is given."""
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
     whole: int = getattr(coder, "together", 1)
-    return max(1, CHUNK_BYTES // (coder.unit_bytes * whole)) * whole
+    return max(1, chunk_bytes // (coder.unit_bytes * whole)) * whole
 
 
 class Chunk:
@@ -118,7 +125,9 @@ class Chunk:
         self.exchange, self.begin, self.end, self.metadata = exchange, begin, end, metadata
         units = end - begin
         self.shard = -(-units // exchange.comm.world_size) if exchange.route.second else units
-        self.offset = wire.HEADER_BYTES + (0 if metadata is None else metadata.shape[-1])
+        self.told = 0 if begin or exchange.coder.usage is None else exchange.coder.usage.told
+        extra = wire.payload_bytes(self.told) if metadata is None else metadata.shape[-1]
+        self.offset = wire.HEADER_BYTES + extra
         self._sent: Tensor | None = None
         self._arriving: _Pending | VariableMessages | None = None
 
@@ -128,17 +137,15 @@ class Chunk:
         exchange = self.exchange
         rows = exchange.comm.world_size if exchange.route.scatters else 1
         size = self.offset + exchange.coder.message_bytes(self.shard)
-        sent = exchange.room(rows, size)
-        self._sent = sent
-        if exchange.data_device == exchange.device:
-            exchange.coder.encode(sent[:, self.offset :], self.shard, self.begin, self.end)
-        else:
-            coded = torch.empty_like(sent, device=exchange.data_device)
-            exchange.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
-            sent.copy_(coded)
-        exchange.put_header(sent, exchange.coder.flags)
+        self._sent = sent = exchange.room(rows, size)
+        beside = exchange.data_device == exchange.device
+        coded = sent if beside else torch.empty_like(sent, device=exchange.data_device)
+        exchange.coder.encode(coded[:, self.offset :], self.shard, self.begin, self.end)
+        exchange.put_header(coded, exchange.coder.flags, self.told)
         if self.metadata is not None:
-            sent[:, wire.HEADER_BYTES : self.offset] = self.metadata.to(exchange.device)
+            coded[:, wire.HEADER_BYTES : self.offset] = self.metadata
+        if not beside:
+            exchange.stream.to_host(sent, coded)
         exchange.seal(sent)
 
     def drop(self) -> None:
@@ -194,8 +201,8 @@ class Chunk:
         if not exchange.route.reduces:
             return
         received = self._arrived()
-        exchange.check(received)
-        if self.metadata is not None:
+        exchange.check(received, self.told)
+        if self.offset > wire.HEADER_BYTES and not (self.told and received.is_cuda):
             exchange.coder.merge_metadata(received[:, wire.HEADER_BYTES : self.offset])
         second = exchange.route.second
         begin, end = self._shards()[exchange.comm.rank] if second else (self.begin, self.end)
@@ -223,14 +230,15 @@ class Chunk:
     def complete(self) -> None:
         """Waits for the last phase and decodes."""
         with self.exchange.stream():
+            exchange = self.exchange
             received, begin = self._arrived(), wire.HEADER_BYTES
-            self.exchange.check(received, decoded=True)
-            if not self.exchange.route.reduces and self.metadata is not None:
+            exchange.check(received, decoded=True)
+            arrived = exchange.stream.to_device(received)
+            if not exchange.route.reduces and self.metadata is not None:
                 begin = self.offset
-                self.exchange.coder.merge_metadata(received[:, wire.HEADER_BYTES : begin])
-            shards = received[:, begin:]
-            self.exchange.coder.decode(shards, self.shard, self.begin, self.end)
-            self.exchange.done(received)
+                exchange.coder.merge_metadata(arrived[:, wire.HEADER_BYTES : begin])
+            exchange.coder.decode(arrived[:, begin:], self.shard, self.begin, self.end)
+            exchange.done(received)
 
 
 class _Pending:
@@ -270,7 +278,8 @@ class Exchange:
         self.comm, self.coder = comm, coder
         self.call_group = call_group or CallGroup()
         # How the data is cut must be equal too; another release may choose otherwise.
-        cut: dict[str, object] = {"chunk_bytes": CHUNK_BYTES}
+        self.chunk_bytes = DEVICE_CHUNK_BYTES if comm.device_side else CHUNK_BYTES
+        cut: dict[str, object] = {"chunk_bytes": self.chunk_bytes}
         if not isinstance(route, Route):
             cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
             route = ALL_REDUCE[str(cut["algorithm"])]
@@ -281,12 +290,15 @@ class Exchange:
         self.data_device = device
         self.device = comm.device(device)
         self.future: Future[None] = Future()
-        self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.flags = coder.all_flags
+        if self.flags.device != self.device:
+            self.flags = torch.zeros(1, dtype=torch.int32, device=self.device)
         header = wire.Header(coder.codec, coder.bits, 0, self.call.digest, call.step).pack()
-        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.device)
+        self._on_device = message.DeviceHeader(header, self.flags)
+        self._header = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self._expected = np.frombuffer(header, dtype=np.uint8)[_ALIKE]
         self._decoded = 0  # checksum of the checksums of what was decoded
-        self.stream = _SideStream(device)
+        self.stream = SideStream(comm.stream_for(device))
         self.entropy_coder = entropy_coder_of(coder) if comm.world_size > 1 else None
         self.bytes_sent = 0  # by this rank so far, but for the agreement
 
@@ -294,7 +306,7 @@ class Exchange:
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Agrees, then sends chunk after chunk."""
-        units, size = self.coder.units, chunk_units(self.coder)
+        units, size = self.coder.units, chunk_units(self.coder, self.chunk_bytes)
         with self.stream():
             metadata = self.coder.metadata()
             chunks = [
@@ -342,7 +354,7 @@ class Exchange:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
         everyones = self.share(all_scales.pop())
-        self.coder.merge_scales(everyones[:, wire.HEADER_BYTES :])
+        self.coder.merge_scales(self.stream.to_device(everyones)[:, wire.HEADER_BYTES :])
         self.done(everyones)
         return 0
 
@@ -371,37 +383,55 @@ class Exchange:
     def room(self, rows: int, size: int) -> Tensor:
         """Memory for messages, where they are exchanged."""
         if self.device.type == "cpu":
-            return self.comm.buffers.take(rows, size)
+            return self._buffers.take(rows, size)
         return torch.empty((rows, size), dtype=torch.uint8, device=self.device)
 
     def done(self, messages: Tensor) -> None:
         """Lets others use the memory of messages (on a device torch itself does)."""
         if self.device.type == "cpu":
-            self.comm.buffers.give(messages)
+            self._buffers.give(messages, self.stream.last)
 
-    def put_header(self, messages: Tensor, flags: Tensor) -> None:
-        """Puts the 16 bytes with this rank's flags, int32[1], before messages."""
+    @property
+    def _buffers(self) -> BufferPool:
+        return self.comm.pinned if self.data_device.type == "cuda" else self.comm.buffers
+
+    def put_header(self, messages: Tensor, flags: Tensor, told: int = 0) -> None:
+        """Puts the 16 bytes with this rank's flags, int32[1], before messages.
+
+        Args:
+            messages: uint8 [messages, bytes].
+            flags: The flags, where the messages are.
+            told: Of how many usage words they tell, in the bytes that follow.
+        """
+        if messages.is_cuda:
+            self._on_device.put(messages, flags, self._words(everyones=False, told=told), told)
+            return
         messages[:, : wire.HEADER_BYTES] = self._header
         messages[:, _FLAGS_AT] = flags
+
+    def _words(self, *, everyones: bool, told: int) -> int:
+        usage = self.coder.usage
+        return usage.address(everyones=everyones) if told and usage is not None else 0
 
     def seal(self, messages: Tensor) -> None:
         """Puts checksums into messages that are about to be sent."""
         if messages.device.type == "cpu":
             message.seal(messages)
 
-    def check(self, received: Tensor, *, decoded: bool = False) -> None:
+    def check(self, received: Tensor, told: int = 0, *, decoded: bool = False) -> None:
         """Compares checksums and headers, and collects the flags of all ranks.
 
         Args:
             received: Messages, which are used right behind this.
+            told: Of how many usage words they tell; collected too, on a device.
             decoded: They are what every rank decodes.
 
         Raises:
             ValueError: A message was damaged on its way, or did not come from an equal pydist.
         """
         headers = received[:, : wire.HEADER_BYTES]
-        if headers.is_cuda:  # agreed on the host before; comparing here would wait for the device
-            self.flags |= headers[:, _FLAGS_AT].max().to(torch.int32)
+        if headers.is_cuda:
+            self._on_device.merge(received, self._words(everyones=True, told=told), told)
             return
         damaged = message.first_damaged(received, self.call.digest)
         if damaged is not None:
@@ -436,8 +466,12 @@ class Exchange:
     def share(self, scales: Tensor) -> Tensor:
         """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
         sent = self.room(1, wire.HEADER_BYTES + scales.numel())
-        sent[0, : wire.HEADER_BYTES] = self._header
-        sent[0, wire.HEADER_BYTES :] = scales.to(self.device).view(-1)
+        beside = scales.device == sent.device
+        coded = sent if beside else torch.empty_like(sent, device=scales.device)
+        self.put_header(coded, torch.zeros_like(self.coder.flags))
+        coded[0, wire.HEADER_BYTES :] = scales.view(-1)
+        if not beside:
+            self.stream.to_host(sent, coded)
         self.seal(sent)
         received = self.gather(sent, phase="scales").wait()
         if received is not sent:
@@ -480,27 +514,3 @@ def await_future(future: Future[None], name: str, timeout: float | None) -> None
 def wait_for(exchange: Exchange | None) -> contextlib.AbstractContextManager[None]:
     """On CUDA: runs a block on the stream of an exchange, after its kernels."""
     return contextlib.nullcontext() if exchange is None else exchange.stream()
-
-
-class _SideStream:
-    """Runs a job's kernels beside the caller's stream, after what the caller had enqueued.
-
-    Attributes:
-        done: On CUDA, recorded after the last kernel so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            self.done = torch.cuda.Event()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.done is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-            self.done.record(self._stream)

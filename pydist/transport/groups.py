@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,22 @@ def new_group(
         group_desc=name,
     )
     c10d._world.pg_group_ranks[group] = {member: i for i, member in enumerate(ranks)}
+    _forget_split(group)
     return group
+
+
+def _forget_split(group: dist.ProcessGroup) -> None:
+    """Lets NCCL make a communicator of the group's own at its first use.
+
+    With ``init_process_group(device_id=…)`` torch would split it off the default communicator,
+    which takes all ranks of the world: those that are no members would have to take part.
+    """
+    try:
+        options: Any = group._get_backend(torch.device("cuda")).options
+    except (RuntimeError, AttributeError):  # it has no backend for CUDA, or one without options
+        return
+    if getattr(options, "split_from", None) is not None:
+        options.split_from = None
 
 
 def destroy(group: dist.ProcessGroup) -> None:
