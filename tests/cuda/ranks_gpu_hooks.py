@@ -93,7 +93,7 @@ class Trained:
         file = io.BytesIO()
         torch.save(self.state.state_dict(), file)
         file.seek(0)
-        again = Trained(*self._made)
+        again = type(self)(*self._made)
         again.state.load_state_dict(torch.load(file, weights_only=True))
         return again
 
