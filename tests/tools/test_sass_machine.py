@@ -84,7 +84,7 @@ def test_what_is_not_known_is_named() -> None:
         instruction(0, "QMMA R1, {R4}")
     with pytest.raises(ValueError, match="no label"):
         decode(program("BRA `(.L_x_1)"))
-    for line in ("WGMMA R1, R2, R3", "IADD3.SAT R1, R2, R3, R4", "ATOMS.ADD R1, [R2], R3"):
+    for line in ("WGMMA R1, R2, R3", "IADD3.SAT R1, R2, R3, R4", "ATOMS.MAX R1, [R2], R3"):
         with pytest.raises(UnknownInstruction, match=line.split()[0]):
             run(line)
 
@@ -110,6 +110,9 @@ def test_sums_and_carries() -> None:
     assert (lanes.registers[4] == product % 2**32).all() and (
         lanes.registers[5] == product >> 32
     ).all()
+    lanes = run("IMAD.HI R3, R1, R2, RZ", R1=a, R2=b)
+    signed = a.view(np.int32).astype(object) * b.view(np.int32).astype(object)
+    assert (lanes.registers[3] == (signed >> 32) % 2**32).all()
     lanes = run("IMAD.HI.U32 R3, R1, R2, R4", R1=a, R2=b, R4=words(0), R5=a)
     assert (lanes.registers[3] == ((product + (a.astype(object) << 32)) >> 32) % 2**32).all()
 
@@ -204,6 +207,8 @@ def test_floats_and_nan() -> None:
     assert run("FSETP.NE.AND P0, PT, R1, RZ, PT", R1=x).predicates[0, :2].tolist() == [False, False]
     halves = run("F2FP.BF16.F32.PACK_AB R2, R1, R1", R1=words(0x3F808000, 0x3F818000, 0x7F800001))
     assert halves.registers[2][:3].tolist() == [0x3F803F80, 0x3F823F82, 0x7FFF7FFF]
+    halves = run("F2F.F16.F32 R2, R1", R1=words(0x3F801000, 0x3F803000, 0xC7000000, 0x7F800001))
+    assert halves.registers[2][:4].tolist() == [0x3C00, 0x3C02, 0xF800, 0x7FFF]
     assert run("F2I.TRUNC.NTZ R2, R1", R1=x).registers[2].view(np.int32)[3] == 3
 
 
@@ -264,6 +269,41 @@ def test_a_block_meets_at_its_barrier() -> None:
     made.run()
     assert (made._lanes.registers[2] == 63 - np.arange(64)).all()
     assert (made._lanes.registers[3] == 64).all()
+
+
+def test_old_values_of_sums_in_shared_memory() -> None:
+    """Odd and even lanes add to two words; each finds what the lanes before it have added."""
+    _, made = machine(
+        "S2R R0, SR_TID.X",
+        "LOP3.LUT R1, R0, 0x1, RZ, 0xc0, !PT",
+        "IMAD.SHL.U32 R1, R1, 0x4, RZ",
+        "ISETP.GT.AND P0, PT, R0, 0x3, PT",
+        "@P0 ATOMS.ADD R2, [R1+0x600], R0",
+        "LDS R3, [R1+0x600]",
+        block=2 * WARP,
+    )
+    made.run()
+    lane = np.arange(2 * WARP)
+    before = [sum(n for n in range(4, i) if n % 2 == i % 2) if i > 3 else 0 for i in lane]
+    assert made._lanes.registers[2].tolist() == before
+    assert made._lanes.registers[3][:2].tolist() == [sum(range(4, 64, 2)), sum(range(5, 64, 2))]
+
+
+def test_breaks_may_have_a_condition() -> None:
+    """Lanes above 3 leave the barrier and exit; the others meet there and go on."""
+    _, made = machine(
+        "S2R R0, SR_TID.X",
+        "ISETP.GT.AND P0, PT, R0, 0x3, PT",
+        "BSSY B0, `(.L_x_0)",
+        "BREAK P0, B0",
+        "@P0 BRA `(.L_x_0)",
+        "BSYNC B0",
+        "VIADD R0, R0, 0x64",
+        ".L_x_0:",
+    )
+    made.run()
+    lane = np.arange(WARP)
+    assert (made._lanes.registers[0] == np.where(lane > 3, lane, lane + 100)).all()
 
 
 def test_who_waits_for_ever() -> None:

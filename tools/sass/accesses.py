@@ -173,21 +173,36 @@ class Accesses:
         return run
 
     def _atomic_shared(self, one: Instruction) -> Run:
-        """Those whose old value nobody reads; POPC.INC adds 1 for every lane."""
+        """Lanes come one after another. Old values may be read of sums; POPC.INC adds 1 a lane."""
         modifiers = only(one, *ATOMICS, "POPC", "INC", "32", "S32", "U32")
         target, place, *source = one.operands
-        if target.text != "RZ" or ("INC" in modifiers and "POPC" not in modifiers):
-            raise UnknownInstruction(one)
         counting = "POPC" in modifiers
+        unread = target.text == "RZ"
+        if ("INC" in modifiers and not counting) or not (unread or one.modifiers == ("ADD",)):
+            raise UnknownInstruction(one)
         ufunc = np.add if counting else next(ATOMICS[m] for m in one.modifiers if m in ATOMICS)
         address = self._address(place, shared=True)
         get = None if counting else self._lanes.u32(source[0])
         kind = np.int32 if "S32" in modifiers else U32
+        old = None if unread else self._lanes.registers[target.index]
 
         def run(mask: Mask) -> None:
             lanes = self._active(mask)
             at = self._shared.places(address()[lanes], self._blocks[lanes], 4) // 4
             values = np.ones(len(lanes), kind) if get is None else get()[lanes].view(kind)
-            ufunc.at(self._shared.view(4).view(kind), at, values)
+            view = self._shared.view(4).view(kind)
+            if old is not None:
+                old[lanes] = view[at] + _sums_before(at, values)
+            ufunc.at(view, at, values)
 
         return run
+
+
+def _sums_before(at: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each value, the sum of those before it that go to the same place."""
+    order = np.argsort(at, kind="stable")
+    before = np.cumsum(values[order], dtype=values.dtype) - values[order]
+    _, first, group = np.unique(at[order], return_index=True, return_inverse=True)
+    found = np.empty_like(values)
+    found[order] = before - before[first][group]
+    return found

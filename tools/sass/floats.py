@@ -272,6 +272,15 @@ def _f2fp(one: Instruction, lanes: Lanes) -> Run:
     return lambda mask: put(narrow(high()) << U32(16) | narrow(low()), mask)
 
 
+@operation("F2F")
+def _f2f(one: Instruction, lanes: Lanes) -> Run:
+    """Of its uses the one that narrows a float32 to a half, in the lower 16 bits."""
+    if one.modifiers != ("F16", "F32"):
+        raise UnknownInstruction(one)
+    put, x = lanes.put(one.operands[0]), lanes.f32(one.operands[1])
+    return lambda mask: put(to_half(x()), mask)
+
+
 @operation("HADD2")
 def _hadd2(one: Instruction, lanes: Lanes) -> Run:
     """Of its uses the one that widens a half: -0 + x in float32."""

@@ -146,7 +146,7 @@ def _imad_wide(
     unsigned, high = "U32" in one.modifiers, "HI" in one.modifiers
     a, b = lanes.u32(sources[0]), lanes.u32(sources[1])
     c = lanes.u64(sources[2])
-    if len(sources) > 3 or (high and not unsigned):
+    if len(sources) > 3:
         raise UnknownInstruction(one)
     put = lanes.put(targets[0]) if high else lanes.put64(targets[0])
     carry = lanes.put_predicate(targets[1]) if len(targets) > 1 else None

@@ -285,13 +285,18 @@ class Machine:
             if one.modifiers != ("ALL",):
                 raise UnknownInstruction(one)
             return barriers.meet_warp
-        number = int(one.operands[0].text.removeprefix("B"))
+        # BREAK may have a second condition: which of the lanes that get here leave.
+        conditional = name == "BREAK" and len(one.operands) > 1
+        second = self._lanes.predicate(one.operands[0]) if conditional else None
+        number = int(one.operands[conditional].text.removeprefix("B"))
         guard = self._guard(one)
 
         def step(at: int, mask: Mask) -> int | None:
             if name == "BSYNC":
                 return barriers.meet(number, at, guard(mask)) if one.guard is None else None
             lanes = guard(mask)
+            if second is not None:
+                lanes = second().copy() if lanes is None else lanes & second()
             if lanes is None or lanes.any():
                 (barriers.join if name == "BSSY" else barriers.leave)(number, lanes)
             return at + 1
