@@ -174,7 +174,7 @@ lint: $(ENV_STAMP) ## style and types, changing nothing
 	$(BIN)/mypy
 
 ptxas: $(ENV_STAMP) ## registers of every CUDA kernel, no spills: PTXAS_ARCHITECTURES="80 90 100"
-	@$(BIN)/python tools/ptxas.py --architectures $(PTXAS_ARCHITECTURES)
+	@$(BIN)/python tools/ptxas.py --architectures $(PTXAS_ARCHITECTURES) $(ARGS)
 
 sass: $(BUILD_STAMP) ## the CUDA kernels' machine code, executed and counted: ARGS=--check, --update, --json=file
 	@PYTHONPATH=tools:bench $(BIN)/python -m sass $(ARGS)

@@ -252,12 +252,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "ptxas", help="where to")
+    parser.add_argument("--module", action="store_true", help="link the kernels, and import them")
     options = parser.parse_args()
-    usages = readable(build(options.build, options.architectures))
+    targets = ["_C"] if options.module else []
+    usages = readable(build(options.build, options.architectures, *targets))
     print_table(usages, options.architectures)
+    if options.module:
+        print(f"a module with CUDA {imported(options.build)}")
     status, text = verdict(usages)
     print(text)
     return status
+
+
+def imported(directory: Path) -> str:
+    """What the compiled module of a folder says of CUDA, once another process has imported it."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import _C; print(_C.CUDA_BUILD)"
+    command = [sys.executable, "-c", code, str(directory)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
