@@ -18,7 +18,7 @@ from sass.host import Executor, base_name
 
 from pydist import selfcheck
 
-EVERY = 41  # cases of the self-check of which one runs here; `soak` runs all
+EVERY = 97  # cases of the self-check of which one runs here; `soak` runs all
 
 
 @pytest.fixture(scope="module")
