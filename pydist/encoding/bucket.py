@@ -74,7 +74,7 @@ class Feedback:
             return
         if self.used is None:
             self.used = usage.on_host(everyones=False)[indices]
-        if self.used_by_any is None:
+        if self.owner is not None and self.used_by_any is None:
             self.used_by_any = usage.on_host(everyones=True)[indices]
 
     def input_rows(self, rows: IntArray, part: IntArray, dtype: int) -> tuple[IntArray, int]:

@@ -117,17 +117,30 @@ def ddp_equals_cpu(
             with warnings.catch_warnings(), chunks_of(chunk):
                 warnings.simplefilter("ignore")
                 here, there = Trained("cpu", plain, *made), Trained(device, other, *made)
-                for step in range(STEPS):
-                    where = f"{name} {dtype} {options}, step {step}"
-                    if step == RESUMED:
-                        there = there.resumed()
-                    given = gradients(rank, step, rank == ranks - 1, made[1])
-                    wanted, got = here.step(given), there.step(given)
-                    assert got == wanted, f"{where}: gradients differ"
-                    assert there.kept() == here.kept(), f"{where}: residuals differ"
-                    results.append(got)
-                assert here.state.stats()["non_finite_steps"] == 1
+                results += compared(here, there, rank, ranks, f"{name} {dtype} {options}")[0]
     return results
+
+
+def compared(
+    here: Trained, there: Trained, rank: int, ranks: int, what: str
+) -> tuple[list[list[bytes]], Trained]:
+    """Trains both, resuming one on the way.
+
+    Returns:
+        Their gradients, step by step, and the one that was resumed.
+    """
+    results: list[list[bytes]] = []
+    dtype = here.net.parts[0].dtype
+    for step in range(STEPS):
+        if step == RESUMED:
+            there = there.resumed()
+        given = gradients(rank, step, rank == ranks - 1, dtype)
+        wanted, got = here.step(given), there.step(given)
+        assert got == wanted, f"{what}, step {step}: gradients differ"
+        assert there.kept() == here.kept(), f"{what}, step {step}: residuals differ"
+        results.append(got)
+    assert here.state.stats()["non_finite_steps"] == 1
+    return results, there
 
 
 # --------------------------------------------------------------------------- FSDP

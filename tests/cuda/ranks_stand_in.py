@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks_collectives import bits
 from ranks_ddp import CODECS, chunks_of
-from ranks_gpu_hooks import RESUMED, STEPS, Trained, gradients
+from ranks_gpu_hooks import RESUMED, Given, Trained, compared, gradients
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_map
@@ -38,8 +38,6 @@ class OnStandIn(Trained):
     def __init__(self, *made: Any) -> None:
         self._made = made
         self.device, group, codec, dtype, options = made
-        from ranks_gpu_hooks import Given
-
         self.net = Given(dtype)
         self.ddp = DDP(self.net, bucket_cap_mb=0.004, process_group=group)
         usual = {"min_numel": 100, "seed": 7}
@@ -82,23 +80,15 @@ def equals_cpu(
     rank: int, ranks: int, device_side: bool, cases: list[tuple[Any, ...]]
 ) -> list[list[bytes]]:
     """Gradients and what is kept, step by step."""
-    results = []
+    results: list[list[bytes]] = []
     for name, dtype, options, chunk in cases:
         made = CODECS[name], getattr(torch, dtype), options
         plain, other = groups_of(ranks, device_side)
         with warnings.catch_warnings(), chunks_of(chunk), stand_in.device():
             warnings.simplefilter("ignore")
             here, there = Trained("cpu", plain, *made), OnStandIn("cuda:0", other, *made)
-            for step in range(STEPS):
-                where = f"{name} {dtype} {options}, step {step}"
-                if step == RESUMED:
-                    there = there.resumed()
-                given = gradients(rank, step, rank == ranks - 1, made[1])
-                wanted, got = here.step(given), there.step(given)
-                assert got == wanted, f"{where}: gradients differ"
-                assert there.kept() == here.kept(), f"{where}: residuals differ"
-                results.append(got)
-            assert here.state.stats()["non_finite_steps"] == 1
+            found, there = compared(here, there, rank, ranks, f"{name} {dtype} {options}")
+            results += found
             assert there.state.stats()["non_finite_steps"] == 1 - (RESUMED > 2)
     return results
 

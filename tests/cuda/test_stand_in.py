@@ -10,12 +10,12 @@ import ranks_ddp
 import ranks_stand_in as cases
 import torch
 from ranks import Worlds
+from test_gpu_hooks import DTYPES
 
 from pydist import QSGD, BlockInt, Sign, TopK
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(240), *emulated.MARKS]
 
-DTYPES = ("float32", "bfloat16", "float16")
 EXTRAS: list[tuple[dict[str, Any], int | None]] = [
     ({}, None),
     ({"algorithm": "two_phase"}, 700),
