@@ -12,14 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pydist.codecs import Codec, Raw
-from pydist.collectives.hierarchical import (
-    Grid,
-    HierarchicalCall,
-    Levels,
-    Plan,
-    counter_of_grid,
-    grid,
-)
+from pydist.collectives.grid import Grid, HierarchicalCall, Levels, counter_of_grid, grid
+from pydist.collectives.hierarchical import AllReduce, Plan
 from pydist.encoding.choose import (
     all_gather_coder,
     all_reduce_coder,
@@ -167,7 +161,7 @@ def _start_hierarchical(
     try:
         number = number if step is None else _step_of(step)
         plan, result = prepare()
-        call = HierarchicalCall(where, name, fields, number, plan)
+        call = HierarchicalCall(where, name, fields, number, AllReduce(where, plan))
     except Exception as error:
         where.start(HierarchicalCall(where, name, {}, number, None, str(error)))
         raise

@@ -63,9 +63,7 @@ class Stats:
         self.steps += 1
         self.layouts, seconds = self._sent, self.seconds.copy()
         for exchange, coder in sent:
-            self.wire_bytes += (
-                exchange.bytes_sent + (exchange.comm.world_size - 1) * wire.HEADER_BYTES
-            )
+            self.wire_bytes += exchange.bytes_sent
             seconds.update(coder.seconds)
         self.seconds = seconds
         if not sent:

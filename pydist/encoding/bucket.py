@@ -21,8 +21,7 @@ from pydist.codecs import Codec
 from pydist.encoding.blocks import BlockRows
 from pydist.encoding.bucket_entropy import BucketEliasCoder
 from pydist.encoding.choose import rows_of
-from pydist.encoding.raw import DoubleRows
-from pydist.encoding.rows import REDUCED, Job, RowCodec, fill_nan
+from pydist.encoding.rows import REDUCED, Job, RowCodec, dtype_of, fill_nan
 from pydist.encoding.shares import Part, Piece, Shares
 from pydist.encoding.ternary import TernaryRows
 from pydist.encoding.usage import Usage, packed, unpacked
@@ -169,7 +168,7 @@ class Section:
         usage: Usage | None = None,
     ) -> None:
         """Writes a piece's bytes into ``out``, uint8 [owners, bytes], which is zero."""
-        rows, dtype = self._addressed(job, flat, piece, out.stride(0)), dtype_or_none(flat)
+        rows, dtype = self._addressed(job, flat, piece, out.stride(0)), dtype_of(flat)
         place = self.codec.place(out, piece.room, zeroed=True)
         if feedback is None:
             self.codec.encode(job, flat, rows, dtype, place, job.flags)
@@ -247,12 +246,7 @@ class Section:
         """Writes a piece's values, from uint8 [owners, bytes], into the bucket."""
         source = self.codec.reduced_source(shards, piece.room)
         rows = self._addressed(job, flat, piece, shards.stride(0))
-        self.codec.decode_reduced(job, flat, rows, dtype_or_none(flat), source, job.seen)
-
-
-def dtype_or_none(x: Tensor) -> int:
-    """A bucket's dtype as kernels take it; 0 where they take none of it."""
-    return FLOATS.get(str(x.dtype)[6:], 0)
+        self.codec.decode_reduced(job, flat, rows, dtype_of(flat), source, job.seen)
 
 
 @dataclass(frozen=True)
@@ -304,8 +298,6 @@ class BucketPlan:
         self._slots: dict[tuple[int, int, bool], list[Slot]] = {}
 
     def _section(self, codec: Codec | None, indices: list[int]) -> Section:
-        if codec is None and self.dtype == torch.float64:
-            return Section(self.parts, indices, DoubleRows(self.dtype), self.owners)
         rows = rows_of(codec, self.dtype, self.ranks)
         coded = isinstance(rows, BlockRows) and getattr(codec, "entropy", None) == "elias"
         return Section(self.parts, indices, rows, self.owners, coded=coded)

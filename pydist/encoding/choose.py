@@ -24,7 +24,7 @@ from pydist.encoding.coders import GatherCoder, PlanCoder, ReduceCoder, ScatterC
 from pydist.encoding.custom import CustomRows, check_custom
 from pydist.encoding.entropy import EliasCoder
 from pydist.encoding.plans import Plan
-from pydist.encoding.raw import RawRows
+from pydist.encoding.raw import DoubleRows, RawRows
 from pydist.encoding.rows import RowCodec
 from pydist.encoding.signs import OPS, SignRows, VoteRule
 from pydist.encoding.ternary import TernaryRows
@@ -91,7 +91,8 @@ def rows_of(
         return CustomRows(codec, numel)
     if codec is None or isinstance(codec, Raw):
         name = None if codec is None else codec.dtype
-        return RawRows(getattr(torch, name) if name else dtype, numel)
+        wide = dtype == torch.float64 and name is None
+        return (DoubleRows if wide else RawRows)(getattr(torch, name) if name else dtype, numel)
     if isinstance(codec, Ternary):
         return TernaryRows(codec.clip, ranks, numel)
     if isinstance(codec, TopK):

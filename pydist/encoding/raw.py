@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -105,8 +105,16 @@ class DoubleRows(RawRows):
         for address, n, word, message in rows[
             :, [wire.X, wire.N, wire.WORD, wire.MESSAGE]
         ].tolist():
-            begin = (address - x.data_ptr()) // 8
-            yield x[begin : begin + n], 8 * UNIT * word, message
+            begin = (address - x.untyped_storage().data_ptr()) // 8
+            yield x.as_strided((n,), (1,), begin), 8 * UNIT * word, message
+
+    def _sum(self, messages: Iterable[Tensor], divisor: int) -> Tensor:
+        """The sum of the values of messages, in order, divided."""
+        total = torch.zeros(0, dtype=self.dtype, device="cpu")
+        for i, message in enumerate(messages):  # their bytes start on 4, not on 8
+            values = message.clone().view(self.dtype)
+            total = total.add_(values) if i else values
+        return total.div_(divisor)
 
     @staticmethod
     def _flag(flags: Tensor, values: Tensor) -> None:
@@ -132,11 +140,7 @@ class DoubleRows(RawRows):
 
     def reduce(self, job: Job, rows: IntArray, source: Source, place: Place, flags: Tensor) -> None:
         """Sums in rank order, divides for a mean."""
-        total = torch.zeros(0, dtype=torch.float32, device=source.near.device)
-        for rank, message in enumerate(source.rows()):  # bytes of a message start on 4, not on 8
-            values = message.clone().view(self.dtype)
-            total = total.add_(values) if rank else values
-        total.div_(job.divisor)
+        total = self._sum(source.rows(), job.divisor)
         self._flag(flags, total)
         place.bytes().copy_(total.view(torch.uint8))
 
@@ -150,7 +154,7 @@ class DoubleRows(RawRows):
         divisor: int,
         flags: Tensor,
     ) -> None:
-        """Reduced values into their places."""
+        """Sums in rank order, into their places."""
         for values, at, message in self._runs(x, rows):
-            read = source.bytes(message)[at : at + 8 * len(values)]
-            values.copy_(read.clone().view(self.dtype))
+            read = source.rows() if source.ranks > 1 else source.bytes(message).unsqueeze(0)
+            values.copy_(self._sum(read[:, at : at + 8 * len(values)], divisor))

@@ -32,8 +32,8 @@ JOB_WORDS = 3
 
 
 def dtype_of(x: Tensor) -> int:
-    """A tensor's dtype as kernels take it."""
-    return FLOATS[str(x.dtype)[6:]]
+    """A tensor's dtype as kernels take it; 0 for float64, which they do not."""
+    return FLOATS.get(str(x.dtype)[6:], 0)
 
 
 @dataclass(frozen=True)

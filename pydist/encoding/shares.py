@@ -19,17 +19,24 @@ from pydist.formats.wire import IntArray
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter's gradient in a bucket.
+    """One parameter's gradient in a bucket, or a rank's share of it.
 
     Attributes:
         ordinal: The parameter's place in ``named_parameters()``.
         offset: First element in the bucket's buffer.
         numel: Elements.
+        first: Place of the first one in the parameter; a multiple of the codec's unit.
     """
 
     ordinal: int
     offset: int
     numel: int
+    first: int = 0
+
+    @property
+    def last(self) -> int:
+        """One past the last element's place in the parameter."""
+        return self.first + self.numel
 
 
 def share_bounds(units: IntArray, ordinals: IntArray, owners: int) -> IntArray:
@@ -91,7 +98,8 @@ class Shares:
     Attributes:
         units: Units of each owner.
         most: The largest of them.
-        bounds: int64 [parts, owners, 2]: first element and one past the last of each share.
+        bounds: int64 [parts, owners, 2]: first element of each share and one past the last, as
+            the parameter counts them.
     """
 
     def __init__(self, parts: Sequence[Part], unit: int, owners: int) -> None:
@@ -99,18 +107,20 @@ class Shares:
         numel = np.array([part.numel for part in parts], dtype=np.int64)
         ordinals = np.array([part.ordinal for part in parts], dtype=np.int64)
         offsets = np.array([part.offset for part in parts], dtype=np.int64)
+        firsts = np.array([part.first for part in parts], dtype=np.int64)
         units = -(-numel // unit)
         low, high = np.moveaxis(share_bounds(units, ordinals, owners), 2, 0)
-        self.bounds = np.minimum(np.stack([low, high], axis=2) * unit, numel[:, None, None])
+        inside = np.minimum(np.stack([low, high], axis=2) * unit, numel[:, None, None])
+        self.bounds = firsts[:, None, None] + inside
         self.units = (high - low).sum(0)
         self.most = int(self.units.max(initial=0))
         owner, part = np.nonzero((high > low).T)  # owner after owner, part after part
-        first, last = self.bounds[part, owner].T
+        first, last = inside[part, owner].T
         rows = np.zeros((len(part), wire.COLUMNS), dtype=np.int64)
         rows[:, wire.X] = offsets[part] + first
         rows[:, wire.N] = last - first
         rows[:, wire.ORDINAL] = ordinals[part]
-        rows[:, wire.FIRST] = first
+        rows[:, wire.FIRST] = firsts[part] + first
         taken = (high - low)[part, owner]
         before = np.cumsum(self.units) - self.units
         rows[:, wire.WORD] = np.cumsum(taken) - taken - before[owner]

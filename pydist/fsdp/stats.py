@@ -53,7 +53,7 @@ class Direction:
             Whether something was not finite; on CUDA a tensor that says so.
         """
         self.calls += 1
-        self.wire_bytes += exchange.bytes_sent + (exchange.comm.world_size - 1) * wire.HEADER_BYTES
+        self.wire_bytes += exchange.bytes_sent
         bad = (exchange.flags & wire.FLAG_NON_FINITE) != 0
         # No wait for the device: summary() waits.
         self._non_finite = self._non_finite + (bad[0].long() if bad.is_cuda else int(bad))

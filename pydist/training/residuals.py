@@ -103,7 +103,8 @@ class Residuals:
         mean: The collective takes means, not sums.
 
     Attributes:
-        worker: By ordinal, what this rank did not send.
+        worker: By ordinal, what this rank did not send; of its part of a parameter alone, where it
+            sends no more.
         owner: By ordinal, what it did not hand out of its share of a parameter.
     """
 
@@ -121,7 +122,7 @@ class Residuals:
         self.weight = ranks if self._mean else 1
 
     def worker_of(self, part: Part, device: torch.device) -> Tensor:
-        """A parameter's residual, on the device where its gradients are; zeros at first."""
+        """A part's residual, on the device where its gradients are; zeros at first."""
         held = self.worker.get(part.ordinal)
         if held is None:
             held = torch.zeros(part.numel, dtype=self.dtype, device=device)
@@ -175,7 +176,8 @@ class Residuals:
         # Not in place: a step that is taken back needs what was there.
         whole = self.worker_of(part, values.device).clone()
         moved = values.to(whole.device, torch.float32) * self.weight
-        whole[begin:end] = whole[begin:end].float() + moved
+        here = whole[begin - part.first : end - part.first]
+        here.copy_(here.float() + moved)
         self.worker[part.ordinal] = whole
 
     def release(self, part: Part, device: torch.device, rank: int) -> Tensor | None:
@@ -255,7 +257,8 @@ class Residuals:
             values = self.worker_of(part, devices[0])
             out = _second(self._staged_worker, part.ordinal, values) if staged else values
             keep += [values, out]
-            places.append((values.data_ptr(), out.data_ptr()))
+            skip = width * part.first
+            places.append((values.data_ptr() - skip, out.data_ptr() - skip))
         worker = np.array(places, dtype=np.int64).reshape(-1, 2).T
         addresses = masked = None
         if momenta is not None:
@@ -263,7 +266,11 @@ class Residuals:
             tensors = [momenta.values.get(ordinal) for ordinal in ordinals]
             keep += [x for x in tensors if x is not None]
             addresses = np.array(
-                [0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64
+                [
+                    0 if x is None else x.data_ptr() - width * part.first
+                    for part, x in zip(mine, tensors, strict=True)
+                ],
+                dtype=np.int64,
             )
             masked = np.array([ordinal in momenta.kept for ordinal in ordinals], dtype=bool)
         owners = np.array(shares, dtype=np.int64).reshape(-1, 2).T if owner is not None else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from pydist.formats import wire
 from pydist.transport.exchange import Exchange
 
 
@@ -50,7 +49,7 @@ class Counters:
         """Counts a call that is over."""
         ranks = exchange.comm.world_size
         self.calls += 1
-        self.last_bytes = exchange.bytes_sent + (ranks - 1) * wire.HEADER_BYTES
+        self.last_bytes = exchange.bytes_sent
         self.wire_bytes += self.last_bytes
         self.raw_bytes += ring_bytes(gradient_bytes, ranks)
 

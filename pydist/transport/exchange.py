@@ -300,7 +300,7 @@ class Exchange:
         self._decoded = 0  # checksum of the checksums of what was decoded
         self.stream = SideStream(comm.stream_for(device))
         self.entropy_coder = entropy_coder_of(coder) if comm.world_size > 1 else None
-        self.bytes_sent = 0  # by this rank so far, but for the agreement
+        self._bytes_sent = 0  # by this rank so far, but for the agreement
 
     # ----------------------------------------------------------------- Job
 
@@ -370,7 +370,7 @@ class Exchange:
         same = self.route.reduces or not self.route.scatters
         confirmation = self.comm.agreement.confirm(self.call, self._decoded if same else 0)
         if confirmation is not None:
-            self.bytes_sent += confirmation.bytes_sent
+            self._bytes_sent += confirmation.bytes_sent
         return confirmation
 
     def finish(self) -> None:
@@ -500,7 +500,12 @@ class Exchange:
 
     def _count(self, phase: str, size: int) -> None:
         self.comm.traffic.bytes_sent[phase] += size
-        self.bytes_sent += size
+        self._bytes_sent += size
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank has sent so far, headers and agreement included."""
+        return self._bytes_sent + (self.comm.world_size - 1) * wire.HEADER_BYTES
 
 
 def await_future(future: Future[None], name: str, timeout: float | None) -> None:

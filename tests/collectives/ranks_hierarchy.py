@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import pydist
 from pydist import QSGD, BlockFloat, BlockInt, Raw, Sign, Ternary, TopK, simulate
-from pydist.collectives import hierarchical as hierarchy
+from pydist.collectives import grid as hierarchy
 from pydist.collectives.flat import load_state_dict, state_dict
 from pydist.reference import raw as reference_raw
 from pydist.transport import exchange

@@ -12,7 +12,7 @@ import ranks_hierarchy
 import torch.distributed as dist
 
 from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
-from pydist.collectives import hierarchical as hierarchy
+from pydist.collectives import grid as hierarchy
 from pydist.transport.communicator import Communicator, communicator, own_communicator
 
 OF_EACH_KIND = [
