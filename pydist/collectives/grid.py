@@ -87,6 +87,10 @@ class Grid:
     def step(self, value: int) -> None:
         self._counter[0] = value
 
+    def messages_on(self, device: torch.device) -> torch.device:
+        """Where messages between nodes about data on a device are exchanged."""
+        return self._stages[ACROSS].device(device)
+
     def traffic(self) -> dict[str, Counter[str]]:
         """Bytes that this rank has sent ``"inside"`` its node and ``"across"``, by phase."""
         scatter, across, gather = (comm.traffic.bytes_sent for comm in self._stages)
@@ -177,7 +181,7 @@ Levels = DeviceMesh | tuple[dist.ProcessGroup, dist.ProcessGroup]
 """Two levels of groups: (across nodes, inside a node), or a mesh of these two dimensions."""
 
 
-def _pair(group: Levels) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def pair(group: Levels) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """The groups across nodes and inside a node.
 
     Raises:
@@ -203,7 +207,7 @@ def _pair(group: Levels) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 def counter_of_grid(group: Levels) -> list[int]:
     """The number of calls on two levels so far, the only entry of a list; not collective."""
-    across, inside = _pair(group)
+    across, inside = pair(group)
     return _counters.setdefault(inside, weakref.WeakKeyDictionary()).setdefault(across, [0])
 
 
@@ -220,7 +224,7 @@ def grid(group: Levels, device: torch.device | str = "cpu") -> Grid:
         ValueError: The mesh has another number of dimensions, this rank is not in it, or the groups
             do not form a grid.
     """
-    across, inside = _pair(group)
+    across, inside = pair(group)
     kind = torch.device(device).type
     known = _grids.setdefault(inside, weakref.WeakKeyDictionary()).setdefault(across, {})
     by_device = groups.backend_for(across, kind) == "nccl"
@@ -367,6 +371,11 @@ class HierarchicalCall:
             self._exchange.wait(timeout)  # has ended
 
     @property
-    def sent(self) -> list[int]:
-        """Bytes that this rank has sent in each stage, the agreement's included."""
-        return [exchange.bytes_sent for exchange in self._exchanges]
+    def bytes_sent(self) -> int:
+        """What this rank has sent so far, headers and agreements included."""
+        return sum(exchange.bytes_sent for exchange in self._exchanges)
+
+    @property
+    def inside_bytes(self) -> int:
+        """What of it has gone to ranks of its node."""
+        return self.bytes_sent - sum(x.bytes_sent for x in self._exchanges[ACROSS : ACROSS + 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pydist.codecs import Codec
+from pydist.collectives.grid import Levels
+from pydist.collectives.nodes import check_levels
 from pydist.ddp.hook import compression_hook
 from pydist.ddp.state import CompressionState
 from pydist.training import reducer
@@ -44,6 +46,9 @@ def compress(
     subgroup: dist.ProcessGroup | None = None,
     error_every: int = 100,
     replica_check_every: int = 0,
+    mesh: Levels | None = None,
+    levels: Literal["auto"] | None = None,
+    inner: Codec | None = None,
 ) -> CompressionState:
     """Compresses the gradients of a DDP model: makes a state and registers the hook.
 
@@ -55,7 +60,8 @@ def compress(
             (``torch.compile``, Lightning Fabric, Accelerate). In a single process any module: the
             state then has nothing to do and says so.
         codec: As of :class:`CompressionState`; or such a state, made before there was a process
-            group, or a copy. Of the other arguments it then takes ``scaler`` and ``subgroup``.
+            group, or a copy. Of the other arguments it then takes ``scaler``, ``subgroup`` and
+            ``mesh``.
         error_feedback: As of :class:`CompressionState`, like all that follow.
         warmup_steps: Steps at first in which everything travels raw.
         min_numel: Parameters with fewer elements travel raw.
@@ -72,6 +78,9 @@ def compress(
         subgroup: Ranks whose mean gradients are in local steps.
         error_every: Steps between measurements of the compression error.
         replica_check_every: Steps between comparisons of the parameters over the ranks.
+        mesh: Two levels: a 2-D mesh (across nodes, inside a node), or two groups.
+        levels: ``"auto"``: two levels of the nodes that ranks are on.
+        inner: The codec inside a node; ``None``: gradients as they are.
 
     Returns:
         The state: ``stats()``, ``state_dict()``.
@@ -89,8 +98,8 @@ def compress(
         "exclude": exclude, "seed": seed, "scaler": scaler, "exact_skip": exact_skip, "op": op,
         "algorithm": algorithm, "residual_dtype": residual_dtype, "momentum": momentum,
         "clip_norm": clip_norm, "local_after": local_after, "subgroup": subgroup,
-        "error_every": error_every,
-        "replica_check_every": replica_check_every,
+        "error_every": error_every, "replica_check_every": replica_check_every,
+        "mesh": mesh, "levels": levels, "inner": inner,
     }  # fmt: skip
     try:
         ddp = find_ddp(model)
@@ -102,7 +111,7 @@ def compress(
         return _same(known, codec, group, options)
     if isinstance(codec, CompressionState):
         state = codec
-        state.adopt(target, group, scaler, subgroup)
+        state.adopt(target, group, scaler, subgroup, mesh)
     else:
         state = CompressionState(codec, group=group, named_parameters=target, **options)
     if ddp is not None:
@@ -129,13 +138,19 @@ def _same(
     """The state that a model has, if it is the one that is asked for; collective."""
     name, problem = "pydist.ddp.compress, again", None
     if codec is not known:
-        chosen = {k: v for k, v in options.items() if k not in ("scaler", "subgroup")}
+        own = ("scaler", "subgroup", "mesh", "levels")
+        chosen = {k: v for k, v in options.items() if k not in own}
         try:
-            asked = Options(codec, in_subgroup=options["subgroup"] is not None, **chosen)
+            asked = Options(
+                codec, in_subgroup=options["subgroup"] is not None,
+                levels=check_levels(options["mesh"], options["levels"]), **chosen,
+            )  # fmt: skip
         except Exception as error:
             tell(name, group, error)
             raise
-        others = known.scaler is options["scaler"] and known.subgroup is options["subgroup"]
+        others = all(
+            getattr(known, name) is options[name] for name in ("scaler", "subgroup", "mesh")
+        )
         if asked != known.options or not others:
             problem = (
                 "the model is compressed already with other arguments; call "

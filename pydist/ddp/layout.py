@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
 from pydist.ddp.parameters import Parameters
 from pydist.encoding.bucket import BucketPlan
+from pydist.encoding.levels import Rows
 from pydist.encoding.shares import Part
 from pydist.training.buffers import real
-from pydist.training.options import Choice, Options
+from pydist.training.kept import InNodes, Span
+from pydist.training.options import LOCAL, Choice, Options
 from pydist.training.orders import Orders, Strided, has_several
 from pydist.transport.exchange import choose_algorithm
 
@@ -25,9 +28,11 @@ class Layout:
     """A bucket as it was laid out once; used again as long as it does not change.
 
     Attributes:
+        parts: The bucket's parameters.
         choices: How each parameter travels.
         orders: In which order its elements lie in the bucket.
-        plan: How they share messages.
+        plan: How they share messages; on two levels this rank's shares of them.
+        rows: On two levels how the ranks of a node share them.
         algorithm: The way the bucket takes.
         digest: Checksum of ``fields``.
         fields: What all ranks must agree on at the first call.
@@ -36,9 +41,11 @@ class Layout:
         watched: The gradients of all its parameters are.
     """
 
+    parts: list[Part]
     choices: list[Choice]
     orders: list[Strided]
     plan: BucketPlan
+    rows: Rows | None
     algorithm: str
     digest: int
     fields: dict[str, Any]
@@ -60,7 +67,7 @@ class Layout:
                 and grad.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
             )
             if now != order and not inside:
-                part = self.plan.parts[index]
+                part = self.parts[index]
                 here = flat[part.offset : part.offset + part.numel]
                 here.copy_(now.flat(order.shaped(here), flat.dtype, flat.device))
 
@@ -71,19 +78,19 @@ class Layouts:
     Args:
         options: What the user asked for.
         parameters: The model's.
-        ranks: Ranks of the group.
-        arrange: Called with a parameter's place and order whenever a bucket is laid out, so that
-            what is kept of it can follow.
+        levels: This rank's place; on one level every rank is a node.
+        arrange: Called with a parameter's place and order, and on two levels with what of it is
+            this rank's, whenever a bucket is laid out, so that what is kept of it can follow.
     """
 
     def __init__(
         self,
         options: Options,
         parameters: Parameters,
-        ranks: int,
-        arrange: Callable[[int, Strided], None],
+        levels: InNodes,
+        arrange: Callable[[int, Strided, Span | None], None],
     ) -> None:
-        self.options, self.parameters, self.ranks = options, parameters, ranks
+        self.options, self.parameters, self.levels = options, parameters, levels
         self._arrange = arrange
         self._orders = Orders()
         self._known: dict[tuple[Any, ...], Layout] = {}
@@ -106,13 +113,14 @@ class Layouts:
         layout = self._known.get(key)
         if layout is not None and not self._orders.unsettled(ordinals):
             return layout
-        parts = _parts(params, ordinals, flat) if layout is None else layout.plan.parts
+        parts = _parts(params, ordinals, flat) if layout is None else layout.parts
         self._orders.look(parts, params, flat)
         orders = [self._orders[i] for i in ordinals]
         if layout is None or layout.orders != orders:
-            for ordinal, order in zip(ordinals, orders, strict=True):
-                self._arrange(ordinal, order)
             layout = self._lay_out(bucket, flat, parts, orders, stage)
+            on_levels = self.levels.local > 1
+            for part, order in zip(layout.plan.parts, orders, strict=True):
+                self._arrange(part.ordinal, order, (part.first, part.last) if on_levels else None)
             # Buckets are rebuilt once or twice and stages pass; what was before is not needed.
             for old in [old for old in self._known if old[0] == key[0]]:
                 del self._known[old]
@@ -146,7 +154,16 @@ class Layouts:
             )
             for name, param in zip(names, params, strict=True)
         ]
-        plan, algorithm = self._plan(parts, choices, flat)
+        rows, mine = None, parts
+        if self.levels.local > 1:
+            units = [
+                self.options.unit(name, param) for name, param in zip(names, params, strict=True)
+            ]
+            raw = [choice.codec is None for choice in choices]
+            rows = Rows(parts, raw, units, dtype, self.levels.local)
+            mine = rows.shares(self.levels.local_rank, inside=stage != LOCAL)
+            rows = None if stage == LOCAL else rows
+        plan, algorithm = self._plan(mine, choices, dtype if rows is None else rows.dtype)
         fields: dict[str, Any] = {
             f"parameter {part.ordinal}": [
                 name, str(dtype), list(param.shape), repr(choice.codec), choice.feedback,
@@ -156,21 +173,21 @@ class Layouts:
                 parts, names, params, choices, orders, strict=True
             )
         }  # fmt: skip
-        digest = zlib.crc32(repr([str(dtype), algorithm, *fields.items()]).encode())
+        digest = zlib.crc32(repr([str(dtype), *fields.items()]).encode())
         turnable = [(i, param) for i, param in enumerate(params) if has_several(param)]
-        return Layout(choices, orders, plan, algorithm, digest, fields, turnable)
+        return Layout(parts, choices, orders, plan, rows, algorithm, digest, fields, turnable)
 
     def _plan(
-        self, parts: list[Part], choices: list[Choice], flat: Tensor
+        self, parts: list[Part], choices: list[Choice], dtype: torch.dtype
     ) -> tuple[BucketPlan, str]:
-        codecs = [choice.codec for choice in choices]
+        codecs, nodes = [choice.codec for choice in choices], self.levels.nodes
         keeps = [choice.feedback for choice in choices]
-        plan = BucketPlan(parts, codecs, keeps, flat.dtype, self.ranks, self.ranks)
+        plan = BucketPlan(parts, codecs, keeps, dtype, nodes, nodes)
         algorithm = "all_gather"
-        if self.ranks > 1:
-            algorithm = choose_algorithm(self.options.algorithm, plan, self.ranks)
+        if nodes > 1:
+            algorithm = choose_algorithm(self.options.algorithm, plan, nodes)
         if algorithm == "all_gather":
-            plan = BucketPlan(parts, codecs, keeps, flat.dtype, self.ranks, 1)
+            plan = BucketPlan(parts, codecs, keeps, dtype, nodes, 1)
         return plan, algorithm
 
 

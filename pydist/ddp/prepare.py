@@ -27,29 +27,50 @@ PIECE = 65536
 """Elements whose norm is taken at once."""
 
 
+class Earlier:
+    """What of a bucket's gradients was reduced in an earlier backward of the step: taken out of it.
+
+    Args:
+        layout: The bucket's layout.
+        flat: Its buffer; overwritten.
+        accumulation: Knows what that is; ``None``: nothing is known to be.
+    """
+
+    def __init__(self, layout: Layout, flat: Tensor, accumulation: Accumulation | None) -> None:
+        self._bases: list[tuple[Tensor, Tensor]] = []
+        if accumulation is None or not accumulation.continues:
+            return
+        for part, order in zip(layout.parts, layout.orders, strict=True):
+            if (base := accumulation.base(part.ordinal)) is not None:
+                view = order.shaped(_gradient(flat, part))
+                view.sub_(base)
+                self._bases.append((view, base))
+
+    def put_back(self) -> None:
+        """Adds it to the result."""
+        for view, base in self._bases:
+            view.add_(base)
+
+
 class Prepared:
-    """One bucket's gradients, ready to be encoded; what is kept stays as it was at first.
+    """Gradients, or a node's sums of them, ready to be encoded; what is kept stays as it was.
 
     :meth:`take` and :meth:`forget` change it.
 
-    1. What has been reduced before, in an earlier backward of the step, is taken out of the bucket;
-       :meth:`put_back` adds it to the result.
-    2. Where ``limit`` is given, a parameter's gradient that is longer is scaled to it, in place.
-    3. Momenta advance. Parameters with residuals are encoded from them; in those without they
-       replace the gradient in the bucket, rounded to its type.
-    4. A parameter that has a residual and does not keep one in this step (its codec changed) has
-       it added in the bucket. It is forgotten after the first step that is finite everywhere: of
+    1. Momenta advance. Parameters with residuals are encoded from them; in those without they
+       replace the gradient in the buffer, rounded to its type.
+    2. A parameter that has a residual and does not keep one in this step (its codec changed) has
+       it added in the buffer. It is forgotten after the first step that is finite everywhere: of
        any other nothing arrives, or the optimizer leaves it out.
 
     Parameters whose gradient is all zeros have no part in any of it.
 
     Args:
         layout: The bucket's layout.
-        flat: Its buffer; overwritten.
+        flat: The buffer of its plan; overwritten.
         residuals: The rank's.
         momenta: The rank's.
-        limit: The longest that a parameter's gradient may be.
-        rank: This rank.
+        rank: This rank, or on two levels its node.
         measured: Find out how long what is encoded is (:meth:`lost`).
         earlier: What of the gradients has been reduced before; ``None``: nothing is known to be.
 
@@ -67,7 +88,6 @@ class Prepared:
         residuals: Residuals,
         momenta: Momenta,
         *,
-        limit: float | None,
         rank: int,
         measured: bool,
         earlier: Accumulation | None = None,
@@ -75,9 +95,6 @@ class Prepared:
         parts, plan = layout.plan.parts, layout.plan
         self._residuals, self._momenta = residuals, momenta
         self._earlier = earlier
-        self._bases: list[tuple[Tensor, Tensor]] = []
-        if earlier is not None and earlier.continues:
-            self._take_out(layout, flat, earlier)
         self._sent: list[tuple[int, Tensor | bool]] = []
         # Ordinal, square of the norm of what enters, whether the parameter is used.
         self._entered: list[tuple[int, Tensor, Tensor | bool]] = []
@@ -95,8 +112,6 @@ class Prepared:
                 self.used, self.usage = None, Usage(flat, plan)
             else:
                 self.used = used_parts(flat, parts)
-        if limit is not None:
-            (_clip_on_device if flat.is_cuda else _clip)(flat, parts, limit)
         if momenta.factor:
             self._advance(layout, flat)
         for part, rest in left:
@@ -134,23 +149,6 @@ class Prepared:
             view.copy_(torch.where(used & rest.any(), whole, view.float()))
         elif bool(rest.any()):
             view.copy_(self._input(view, part).float() + rest)
-
-    def _take_out(self, layout: Layout, flat: Tensor, earlier: Accumulation) -> None:
-        """Leaves in the bucket what has not been reduced yet."""
-        bases = [
-            (part, order, base)
-            for part, order in zip(layout.plan.parts, layout.orders, strict=True)
-            if (base := earlier.base(part.ordinal)) is not None
-        ]
-        for part, order, base in bases:
-            view = order.shaped(_gradient(flat, part))
-            view.sub_(base)
-            self._bases.append((view, base))
-
-    def put_back(self) -> None:
-        """Adds to the result what had been reduced before."""
-        for view, base in self._bases:
-            view.add_(base)
 
     def measure(self, layout: Layout, flat: Tensor) -> None:
         """Notes how long what is going to be encoded with residuals is."""
@@ -252,6 +250,11 @@ def _square(x: Tensor) -> Tensor:
     """
     norms = torch._foreach_norm(x.split(PIECE))
     return torch.stack(norms).double().square().sum()
+
+
+def clip(flat: Tensor, parts: Sequence[Part], limit: float) -> None:
+    """Scales gradients that are longer than ``limit``, in place, parameter by parameter."""
+    (_clip_on_device if flat.is_cuda else _clip)(flat, parts, limit)
 
 
 def _clip_on_device(flat: Tensor, parts: Sequence[Part], limit: float) -> None:

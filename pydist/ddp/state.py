@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,17 @@ from torch._C._distributed_c10d import GradBucket
 from torch.utils.hooks import RemovableHandle
 
 from pydist.codecs import Codec
+from pydist.collectives.grid import Levels, grid
+from pydist.collectives.nodes import Groups, check_levels, groups_of
 from pydist.ddp import local
+from pydist.ddp.carriers import Carrier, OneLevel, TwoLevels
 from pydist.ddp.optimizers import OptimizerWatch, suffer, warn_of_momentum, warn_of_variance
 from pydist.ddp.parameters import Named, Parameters
 from pydist.ddp.stats import Stats
 from pydist.ddp.steps import Steps
 from pydist.training import checkpoint
 from pydist.training.advice import Advice
-from pydist.training.kept import Kept
+from pydist.training.kept import InNodes, Kept
 from pydist.training.momentum import Momenta
 from pydist.training.options import Algorithm, ErrorFeedback, Exclude, Op, Options
 from pydist.training.reducer import in_backward
@@ -88,6 +91,14 @@ class CompressionState:
             0: none.
         replica_check_every: Steps from one comparison of parameters over the ranks to the next
             (:func:`pydist.check_replicas`); 0: none.
+        mesh: Two levels: a 2-D ``DeviceMesh`` of the dimensions (across nodes, inside a node), or
+            this rank's groups in that order, which together hold all ranks of ``group``. Gradients
+            are summed inside a node; what a codec encodes, and what residuals and momenta belong
+            to, is a rank's share of its node's sum.
+        levels: ``"auto"``: two levels of the nodes that ranks are on, by torchrun's ``GROUP_RANK``,
+            ``LOCAL_WORLD_SIZE`` or the host's name; one level where that gives less than two nodes,
+            one rank per node, or nodes with different numbers of ranks.
+        inner: The codec inside a node; ``None``: gradients as they are, in the bucket's dtype.
 
     Raises:
         TypeError: An argument is of another type, or there is none of its name.
@@ -120,8 +131,11 @@ class CompressionState:
         subgroup: dist.ProcessGroup | None = None,
         error_every: int = 100,
         replica_check_every: int = 0,
+        mesh: Levels | None = None,
+        levels: Literal["auto"] | None = None,
+        inner: Codec | None = None,
     ) -> None:
-        self.group, self.scaler, self.subgroup = group, scaler, subgroup
+        self.group, self.scaler, self.subgroup, self.mesh = group, scaler, subgroup, mesh
         try:
             local.check_subgroup(subgroup)
             if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
@@ -129,7 +143,7 @@ class CompressionState:
             self.options = Options(
                 codec, error_feedback, warmup_steps, min_numel, exclude, seed, op, algorithm,
                 residual_dtype, exact_skip, momentum, clip_norm, local_after, subgroup is not None,
-                error_every, replica_check_every,
+                error_every, replica_check_every, check_levels(mesh, levels), inner,
             )  # fmt: skip
             self.parameters = Parameters(named_parameters)
             self._check_names()
@@ -156,6 +170,7 @@ class CompressionState:
         """What a copy does not have of its original."""
         self.stats_of = Stats()
         self._steps: Steps | None = None
+        self._levels: Groups | None = None  # known when it is bound
         self._watch: OptimizerWatch | None = None
         self._before_forward: RemovableHandle | None = None
         self._lacks: list[str] = []
@@ -168,21 +183,33 @@ class CompressionState:
         with self._lock:
             if not self.bound:
                 self._compare()
-            comm = communicator(self.group, device)
-            if self._steps is None or self._steps.comm is not comm:
+            carrier = self._carrier(device)
+            if self._steps is None or self._steps.carrier.key is not carrier.key:
                 self._steps = Steps(
-                    comm, self.kept, self.parameters, self.stats_of, self.scaler, self.subgroup,
+                    carrier, self.kept, self.parameters, self.stats_of, self.scaler, self.subgroup,
                     None if self._watch is None else self._watch.count,
                 )  # fmt: skip
             return self._steps
+
+    def _carrier(self, device: torch.device) -> Carrier:
+        """How buckets on a device travel."""
+        if self._levels is None:
+            return OneLevel(communicator(self.group, device))
+        return TwoLevels(grid(self._levels, device), self.options.inner, self.options.seed)
 
     def _compare(self) -> None:
         """Compares options and names over the ranks."""
         comm = communicator(self.group)
         rank, ranks = comm.rank, comm.world_size
         fields = {"world_size": ranks, **self.options.described(), **self.parameters.described()}
-        compare("CompressionState", self.group, fields, self._problem(rank, ranks))
-        self.kept.join(rank, ranks)
+        problem = self._problem(rank, ranks)
+        try:
+            self._levels = groups_of(self.group, self.mesh, self.options.levels)
+        except (TypeError, ValueError) as error:
+            problem = problem or str(error)
+        place = None if self._levels is None else self._carrier(torch.device("cpu")).levels
+        compare("CompressionState", self.group, fields, problem or self._moved(place))
+        self.kept.join(rank, ranks, place)
         suffering = suffer(self.options.codecs())
         if self.options.momentum or (suffering and self.options.error_feedback == "auto"):
             self._watch = OptimizerWatch(self._owns, self._look_at)
@@ -199,6 +226,16 @@ class CompressionState:
             )
         return None
 
+    def _moved(self, place: InNodes | None) -> str | None:
+        """Why what is kept cannot go on at a place among nodes."""
+        kept = self.kept
+        if kept.empty or kept.levels == place:
+            return None
+        return (
+            f"the state is that of levels {kept.levels}, here {place}: load the states of all "
+            f"{kept.ranks} ranks"
+        )
+
     @property
     def bound(self) -> bool:
         """Whether it knows its group, and has been compared over the ranks."""
@@ -206,14 +243,14 @@ class CompressionState:
 
     @property
     def communicator(self) -> Communicator:
-        """The group's communicator, with its traffic counters.
+        """The group's communicator, with its traffic counters; on two levels buckets have others.
 
         Raises:
             RuntimeError: The state is not bound to a group yet.
         """
         if self._steps is None:
             raise RuntimeError("the state is not bound to a process group before its first bucket")
-        return self._steps.comm
+        return communicator(self.group, self._steps.device_type or "cpu")
 
     def adopt(
         self,
@@ -221,6 +258,7 @@ class CompressionState:
         group: dist.ProcessGroup | None,
         scaler: torch.amp.GradScaler | None = None,
         subgroup: dist.ProcessGroup | None = None,
+        mesh: Levels | None = None,
     ) -> None:
         """Takes a model, and a group; :func:`pydist.ddp.compress` calls it. Collective.
 
@@ -239,6 +277,7 @@ class CompressionState:
         self.group = group
         self.scaler = self.scaler if scaler is None else scaler
         self.subgroup = self.subgroup if subgroup is None else subgroup
+        self.mesh = self.mesh if mesh is None else mesh
         self._lacks = [name for name in self._lacks if getattr(self, name) is None]
         if dist.is_available() and dist.is_initialized():
             self._bind(self.parameters.device)
@@ -376,7 +415,7 @@ class CompressionState:
         """This rank as the world counts it, and how many ranks the group has."""
         if self._steps is None:
             return self._place()
-        comm = self._steps.comm
+        comm = communicator(self.group)
         return comm.ranks[comm.rank], comm.world_size
 
     def _place(self) -> tuple[int, int]:
@@ -415,10 +454,12 @@ class CompressionState:
             alone = self._steps is None and not (dist.is_available() and dist.is_initialized())
             if alone and isinstance(state, Mapping):  # compared when it is bound
                 place = state.get("rank"), state.get("world_size")
+            if self._steps is None:
+                self.kept.levels = checkpoint.levels_of(state)  # compared when it is bound
             memory = checkpoint.read(self.kept, state, *place)
             self.kept.load(memory)
             if self._steps is None:
-                self.kept.join(*place)
+                self.kept.join(place[0], place[1], self.kept.levels)
             else:
                 self._steps.replaced()
 
@@ -430,13 +471,12 @@ class CompressionState:
 
     def _lacking(self) -> list[str]:
         """What a copy has to be given again."""
-        return [
-            x for x in ("scaler", "subgroup") if getattr(self, x) is not None or x in self._lacks
-        ]
+        own = ("scaler", "subgroup", "mesh")
+        return [x for x in own if getattr(self, x) is not None or x in self._lacks]
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.options, self.parameters = held["options"], held["parameters"]
-        self.group = self.scaler = self.subgroup = None
+        self.group = self.scaler = self.subgroup = self.mesh = None
         self._make_anew()
         self.stats_of, self._lacks = held["stats"], held["lacks"]
         self.kept = Kept.__new__(Kept)

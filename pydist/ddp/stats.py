@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydist.ddp.carriers import Sending
 from pydist.ddp.layout import Layout
 from pydist.encoding.bucket import BucketCoder
 from pydist.encoding.raw import RawRows
@@ -17,7 +18,7 @@ from pydist.formats import wire
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.damage import Damage
 from pydist.training.kept import Kept
-from pydist.transport.exchange import Exchange
+from pydist.training.stats import ring_bytes
 
 
 class Stats:
@@ -31,7 +32,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.wire_bytes = 0
+        self.wire_bytes = self.inside_bytes = 0
         self.raw_bytes = 0.0
         self.steps = 0
         self.seconds: Counter[str] = Counter()
@@ -46,24 +47,23 @@ class Stats:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layouts": [], "_sent": []}
 
-    def sent(self, layout: Layout, flat: Tensor, *, first: bool) -> None:
-        """Counts a bucket at its start; ``first``: of a step."""
+    def sent(self, layout: Layout, flat: Tensor, ranks: int, *, first: bool) -> None:
+        """Counts a bucket of so many ranks at its start; ``first``: of a step."""
         self.calls += 1
-        plan = layout.plan
-        ring = 2 * (plan.ranks - 1) / plan.ranks
-        self.raw_bytes += ring * flat.numel() * flat.element_size()
+        self.raw_bytes += ring_bytes(flat.numel() * flat.element_size(), ranks)
         self._sent = [layout] if first else [*self._sent, layout]
 
-    def step_over(self, sent: Sequence[tuple[Exchange, BucketCoder]]) -> bool | Tensor:
-        """Counts a step that is complete.
+    def step_over(self, sent: Sequence[tuple[Sending, BucketCoder]]) -> bool | Tensor:
+        """Counts a step that is complete, by what was sent and what encoded it.
 
         Returns:
             Whether any rank's gradients were not finite; on CUDA a tensor that says so.
         """
         self.steps += 1
         self.layouts, seconds = self._sent, self.seconds.copy()
-        for exchange, coder in sent:
-            self.wire_bytes += exchange.bytes_sent
+        for sending, coder in sent:
+            self.wire_bytes += sending.call.bytes_sent
+            self.inside_bytes += sending.inside_bytes
             seconds.update(coder.seconds)
         self.seconds = seconds
         if not sent:
@@ -71,7 +71,7 @@ class Stats:
         coders = [coder for _, coder in sent]
         if any(not isinstance(x.codec, RawRows) for coder in coders for x in coder.plan.sections):
             self._sizes = [_size(coder) for coder in coders]
-        flags = torch.cat([coder.not_finite for _, coder in sent])
+        flags = torch.cat([sending.flagged.not_finite for sending, _ in sent])
         bad = (flags & wire.FLAG_NON_FINITE).amax()
         if bad.is_cuda:  # no wait for the device; summary() waits
             self._non_finite = self._non_finite + bad.long()
@@ -102,7 +102,7 @@ class Stats:
         """Reason to number of parameters and of elements that travelled raw in the last step."""
         result: dict[str, dict[str, int]] = {}
         for layout in self.layouts:
-            for choice, part in zip(layout.choices, layout.plan.parts, strict=True):
+            for choice, part in zip(layout.choices, layout.parts, strict=True):
                 if choice.codec is None:
                     entry = result.setdefault(choice.reason, {"parameters": 0, "elements": 0})
                     entry["parameters"] += 1
@@ -118,6 +118,7 @@ class Stats:
             "non_finite_steps": self.non_finite_steps,
             "buckets": self.calls,
             "wire_bytes": self.wire_bytes,
+            "wire_bytes_inside": self.inside_bytes,
             "raw_bytes": int(self.raw_bytes),
             "ratio": self.raw_bytes / self.wire_bytes if self.wire_bytes else float("nan"),
             "residual_bytes": residuals.memory_bytes,
@@ -129,6 +130,7 @@ class Stats:
             "fallbacks": self.fallbacks(),
             "damage_dropped": self.damage.counts(),
             "world_size": kept.ranks,
+            "ranks_per_node": 1 if kept.levels is None else kept.levels.local,
         }
 
     @staticmethod

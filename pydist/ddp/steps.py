@@ -17,10 +17,11 @@ from torch._C._distributed_c10d import GradBucket
 
 from pydist.ddp import local
 from pydist.ddp.accumulation import Accumulation
+from pydist.ddp.carriers import Carrier, Sending
 from pydist.ddp.layout import Layout, Layouts
 from pydist.ddp.loss_scale import LossScale
 from pydist.ddp.parameters import Parameters
-from pydist.ddp.prepare import Prepared, StepOf, clip_limit
+from pydist.ddp.prepare import Earlier, Prepared, StepOf, clip, clip_limit
 from pydist.ddp.stats import Stats
 from pydist.encoding.bucket import BucketCoder, Feedback
 from pydist.errors import PydistError
@@ -30,10 +31,8 @@ from pydist.training.kept import Kept, Memory
 from pydist.training.options import LOCAL
 from pydist.training.reducer import in_backward
 from pydist.training.replicas import checksums
-from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Worker
-from pydist.transport.communicator import Call, Communicator
-from pydist.transport.exchange import Exchange
+from pydist.transport.communicator import Call
 
 PATIENCE = 30.0
 """Seconds that a reader in another thread waits for the end of a step."""
@@ -43,17 +42,46 @@ PATIENCE = 30.0
 class _InFlight:
     """A bucket on its way, and afterwards what became of it."""
 
-    exchange: Exchange
-    coder: BucketCoder
+    sending: Sending
+    encoded: _Encoded
     layout: Layout
+    flat: Tensor
+    earlier: Earlier
+
+
+class _Encoded:
+    """A bucket, or this rank's share of a node's sums, from when it is encoded.
+
+    Attributes:
+        prepared: What enters its coder.
+        coder: Its coder.
+    """
+
     prepared: Prepared
+    coder: BucketCoder
+
+    def __init__(
+        self, steps: Steps, layout: Layout, step_of: StepOf, accumulation: Accumulation | None
+    ) -> None:
+        self._steps, self._layout, self._of = steps, layout, (step_of, accumulation)
+
+    def __call__(self, flat: Tensor, worker: Worker) -> BucketCoder:
+        """Prepares what is in the buffer of a layout's plan, and makes its coder."""
+        steps, options = self._steps, self._steps.kept.options
+        self.prepared = steps.prepare(self._layout, flat, *self._of)
+        self.coder = BucketCoder(
+            self._layout.plan, flat, worker, mean=options.op == "mean", seed=options.seed,
+            feedback=steps.feedback(self._layout, flat, self.prepared), staged=options.exact_skip,
+            usage=self.prepared.usage,
+        )  # fmt: skip
+        return self.coder
 
 
 class Steps:
     """Takes the buckets of step after step, for one group of ranks.
 
     Args:
-        comm: The group's communicator.
+        carrier: How buckets travel.
         kept: What the state keeps.
         parameters: The model's.
         stats: The state's counters.
@@ -65,7 +93,7 @@ class Steps:
 
     def __init__(
         self,
-        comm: Communicator,
+        carrier: Carrier,
         kept: Kept,
         parameters: Parameters,
         stats: Stats,
@@ -73,18 +101,18 @@ class Steps:
         subgroup: dist.ProcessGroup | None,
         optimizer_steps: Callable[[], int] | None = None,
     ) -> None:
-        self.comm, self.kept, self.stats = comm, kept, stats
+        self.carrier, self.kept, self.stats = carrier, kept, stats
         self.device_type = ""  # of the buckets, once one has come
         self._parameters = parameters
         self._options, self._subgroup = kept.options, subgroup
         self.scale = None if scaler is None else LossScale(scaler)
-        self.layouts = Layouts(kept.options, parameters, comm.world_size, kept.arrange)
+        self.layouts = Layouts(kept.options, parameters, carrier.levels, kept.arrange)
         self.accumulation = Accumulation() if kept.options.counts_steps else None
         self._open = False  # inside a step: its last bucket has not come by
         self._unsettled = False  # a step is over, and what became of it was not looked at
         self._in_flight: list[_InFlight] = []
         self._step_of = StepOf()
-        self._call_group = CallGroup()  # the buckets of this step
+        self._call_groups = carrier.call_groups()  # the buckets of this step
         self._before: Memory | None = None  # what there was when the step began, to return to
         self._damage = ""  # what no step can go on with
         self._looked = 0  # non-finite steps when damage was last looked for, on CUDA
@@ -131,7 +159,8 @@ class Steps:
                 if kept.scale is not None and scale != kept.scale:
                     kept.multiply(scale / kept.scale)
                 kept.scale = scale
-            self._open, self._call_group, self._thread = True, CallGroup(), threading.get_ident()
+            self._open, self._thread = True, threading.get_ident()
+            self._call_groups = self.carrier.call_groups()
             if self._options.exact_skip:
                 again = self.accumulation is not None and self.accumulation.continues
                 if again and self._before is not None:
@@ -169,36 +198,47 @@ class Steps:
             future.set_result(filled_with_nan(buffer))
             return future
         self._in_flight.append(sent)
-        sent.exchange.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
+        sent.sending.call.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
         return future
 
-    def _prepare(self, bucket: GradBucket, flat: Tensor, running: bool) -> tuple[Layout, Prepared]:
-        options, comm, kept = self._options, self.comm, self.kept
+    def _lay_out(
+        self, bucket: GradBucket, flat: Tensor, accumulation: Accumulation | None
+    ) -> tuple[Layout, Earlier]:
+        """The layout of a bucket, whose gradients become this backward's own, and are clipped."""
+        options, kept = self._options, self.kept
         stage = options.stage(kept.step)
         layout = self.layouts.of(bucket, flat, stage)
         if self.accumulation is not None and not layout.watched:
-            ordinals = [part.ordinal for part in layout.plan.parts]
+            ordinals = [part.ordinal for part in layout.parts]
             layout.watched = self.accumulation.watch(ordinals, bucket.parameters())
-        limit = None
+        earlier = Earlier(layout, flat, accumulation)
         if options.clip_norm is not None:
             scale = kept.rescaled if self.scale is None or kept.scale is None else kept.scale
             # In local steps the result is the mean of fewer ranks, or of this one alone.
-            ranks = local.size(self._subgroup) if stage == LOCAL else comm.world_size
+            ranks = local.size(self._subgroup) if stage == LOCAL else self.carrier.ranks
             limit = clip_limit(options.clip_norm, ranks, options.op == "mean", scale)
-        every = options.error_every
+            clip(flat, layout.parts, limit)
+        return layout, earlier
+
+    def prepare(
+        self, layout: Layout, flat: Tensor, step_of: StepOf, accumulation: Accumulation | None
+    ) -> Prepared:
+        """Adds momentum, and what is left of residuals, to what is in a buffer."""
+        kept, every = self.kept, self._options.error_every
         prepared = Prepared(
-            layout, flat, kept.residuals, kept.momenta, limit=limit, rank=comm.rank,
+            layout, flat, kept.residuals, kept.momenta, rank=self.carrier.levels.node,
             measured=every > 0 and kept.step % every == 0,
-            earlier=self.accumulation if running else None,
+            earlier=accumulation,
         )  # fmt: skip
-        self._step_of.add(prepared)
-        return layout, prepared
+        step_of.add(prepared)
+        return prepared
 
     def _start(self, bucket: GradBucket, buffer: Tensor, running: bool) -> _InFlight:
         if self._damage:
             raise ValueError(self._damage)
         flat = values_of(buffer)
-        layout, prepared = self._prepare(bucket, flat, running)
+        accumulation = self.accumulation if running else None
+        layout, earlier = self._lay_out(bucket, flat, accumulation)
         fields: dict[str, Any] = {"bucket": bucket.index(), "layout": layout.digest}
         if not layout.agreed:
             fields |= {"numel": flat.numel(), **layout.fields}
@@ -206,34 +246,27 @@ class Steps:
             fields["loaded state"] = self.kept.shared_digest()
         every = self._options.replica_check_every
         if every and self.kept.step % every == 0:
-            names = [self._parameters.name_of(part.ordinal) for part in layout.plan.parts]
+            names = [self._parameters.name_of(part.ordinal) for part in layout.parts]
             fields |= checksums(names, bucket.parameters())
-        plan, comm, number = layout.plan, self.comm, self.kept.step
-        coder = BucketCoder(
-            plan, flat, Worker(comm.rank, comm.world_size, number, torch.get_num_threads()),
-            mean=self._options.op == "mean", seed=self._options.seed,
-            feedback=self._feedback(layout, flat, prepared), staged=self._options.exact_skip,
-            usage=prepared.usage,
-        )  # fmt: skip
         known = fields.keys() == {"bucket", "layout"}
-        call = Call("compression_hook", fields, number, known=known)
-        exchange = Exchange(comm, coder, call, layout.algorithm, flat.device, self._call_group)
-        comm.submit(exchange)
-        self.stats.sent(layout, flat, first=bucket.index() == 0)
+        call = Call("compression_hook", fields, self.kept.step, known=known)
+        encoded = _Encoded(self, layout, self._step_of, accumulation)
+        sending = self.carrier.start(call, layout, flat, encoded, self._call_groups)
+        self.stats.sent(layout, flat, self.carrier.ranks, first=bucket.index() == 0)
         layout.agreed = True
-        return _InFlight(exchange, coder, layout, prepared)
+        return _InFlight(sending, encoded, layout, flat, earlier)
 
-    def _feedback(self, layout: Layout, flat: Tensor, prepared: Prepared) -> list[Feedback | None]:
+    def feedback(self, layout: Layout, flat: Tensor, prepared: Prepared) -> list[Feedback | None]:
         """Where the residuals of each section are."""
-        plan, comm = layout.plan, self.comm
+        plan, node = layout.plan, self.carrier.levels.node
         if not any(plan.with_feedback):
             return [None] * len(plan.sections)
-        owner = (comm.rank if plan.owners > 1 else 0) if self._options.owner_feedback else None
+        owner = (node if plan.owners > 1 else 0) if self._options.owner_feedback else None
+        devices = flat.device, self.carrier.messages_on(flat.device)
         return [
             self.kept.residuals.section(
-                section, plan.parts, prepared.used, owner=owner,
-                devices=(flat.device, comm.device(flat.device)), staged=self._options.exact_skip,
-                momenta=prepared.advanced,
+                section, plan.parts, prepared.used, owner=owner, devices=devices,
+                staged=self._options.exact_skip, momenta=prepared.advanced,
             )
             if keeps else None
             for section, keeps in zip(plan.sections, plan.with_feedback, strict=True)
@@ -242,10 +275,12 @@ class Steps:
     def _reduce_locally(self, bucket: GradBucket, running: bool) -> torch.futures.Future[Tensor]:
         """A bucket's step of post-local SGD: nothing is compressed, nobody is asked."""
         buffer = bucket.buffer()
-        flat, layout, prepared = values_of(buffer), None, None
+        flat, layout, earlier = values_of(buffer), None, None
         try:
-            layout, prepared = self._prepare(bucket, flat, running)
-            self.stats.sent(layout, flat, first=bucket.index() == 0)
+            accumulation = self.accumulation if running else None
+            layout, earlier = self._lay_out(bucket, flat, accumulation)
+            self.prepare(layout, flat, self._step_of, accumulation)
+            self.stats.sent(layout, flat, self.carrier.ranks, first=bucket.index() == 0)
             self.stats.wire_bytes += local.bytes_sent(self._subgroup, flat)
         except Exception as error:  # the subgroup is waiting: it gets a NaN from here
             self._failed(error)
@@ -257,8 +292,8 @@ class Steps:
         def arrived(flat: Tensor) -> None:
             if watch is not None:
                 watch(flat)
-            if layout is not None and prepared is not None:
-                prepared.put_back()
+            if layout is not None and earlier is not None:
+                earlier.put_back()
                 layout.hand_back(flat)
 
         return local.mean_in(self._subgroup, flat, buffer, arrived)
@@ -271,7 +306,7 @@ class Steps:
         fields, number = {"bucket": bucket.index()}, self.kept.step
         call = Call("compression_hook", fields, number, problem=str(error))
         try:
-            self.comm.refuse(call, call_group=self._call_group).result()
+            self.carrier.refuse(call, self._call_groups)
             self._failed(error)
         except PydistError as refused:
             self._failed(refused if not isinstance(error, PydistError) else error)
@@ -282,19 +317,19 @@ class Steps:
         """Runs when a bucket's job is over, in the thread that ended it."""
         result = buffer
         try:
-            error = sent.exchange.future.exception()
-            with sent.exchange.stream():
+            error = sent.sending.call.future.exception()
+            with sent.sending.call.stream():
                 if error is not None:
                     self._failed(error)
                     result = filled_with_nan(buffer)
                     return
-                sent.prepared.put_back()
-                sent.layout.hand_back(sent.coder.flat)
-                result = result_of(buffer, sent.coder.flat)
+                sent.earlier.put_back()
+                sent.layout.hand_back(sent.flat)
+                result = result_of(buffer, sent.flat)
         except BaseException as error:  # backward must not wait for ever
             self._failed(error)
         finally:
-            with sent.exchange.stream():
+            with sent.sending.call.stream():
                 future.set_result(result)
 
     # ----------------------------------------------------------------- the end of a step
@@ -323,7 +358,7 @@ class Steps:
     def _await(self) -> None:
         """Waits for the buckets on their way; DDP would, too, but deaf to Ctrl-C."""
         try:
-            concurrent.futures.wait([one.exchange.future for one in self._in_flight])
+            concurrent.futures.wait([one.sending.call.future for one in self._in_flight])
         except BaseException:  # of a signal's handler
             self._abandon()
             raise
@@ -337,7 +372,7 @@ class Steps:
     def _finish(self) -> None:
         """At the end of backward: raises what went wrong; else the step is settled."""
         try:
-            self.comm.catch_up()
+            self.carrier.catch_up()
         except PydistError as error:
             self._failed(error)
         with self._lock:
@@ -371,8 +406,8 @@ class Steps:
             sent, self._in_flight = self._in_flight, []
             step_of, self._step_of = self._step_of, StepOf()
             for one in sent:
-                one.exchange.wait()
-            bad = self.stats.step_over([(one.exchange, one.coder) for one in sent])
+                one.sending.call.wait()
+            bad = self.stats.step_over([(one.sending, one.encoded.coder) for one in sent])
             self.kept.loaded = False
             self._last_finite = not isinstance(bad, Tensor) and not bad
             self._drop_damage(bad)
@@ -388,11 +423,11 @@ class Steps:
     def _take(self, sent: list[_InFlight], step_of: StepOf, bad: bool | Tensor) -> None:
         """Takes over what a step leaves."""
         if self._options.exact_skip:
-            for one in sent:
-                plan = one.coder.plan
-                for section, feedback in zip(plan.sections, one.coder.feedback, strict=True):
+            for coder in [one.encoded.coder for one in sent]:
+                plan = coder.plan
+                for section, feedback in zip(plan.sections, coder.feedback, strict=True):
                     if feedback is not None:
-                        feedback.learn(section.indices, one.coder.usage)
+                        feedback.learn(section.indices, coder.usage)
                         self.kept.residuals.commit(section, plan.parts, feedback)
         step_of.take()
         step_of.forget(bad)
@@ -409,7 +444,7 @@ class Steps:
         named = [
             (held.names[part.ordinal], held.tensors[part.ordinal])
             for layout in self.stats.layouts
-            for part in layout.plan.parts
+            for part in layout.parts
         ]
         if (warning := self._options.uncompressed(named)) is not None:
             warnings.warn(warning, stacklevel=2)
@@ -446,7 +481,7 @@ class Steps:
                 self._changes.wait_for(lambda: not (self._open or self._unsettled), PATIENCE)
             for one in list(self._in_flight):
                 with contextlib.suppress(Exception):
-                    one.exchange.wait()
+                    one.sending.call.wait()
             yield
 
     def replaced(self) -> None:

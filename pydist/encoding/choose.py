@@ -164,7 +164,7 @@ def reduce_scatter_coder(
 
 def all_gather_coder(
     output: Tensor, data: Tensor, codec: Codec, worker: Worker, *, seed: int
-) -> Coder:
+) -> GatherCoder:
     """The coder of an all-gather of ``data`` into ``output``."""
     check_codec(codec)
     checks.check_seed(seed)

@@ -33,6 +33,7 @@ class PlanCoder(NoScales):
 
     Attributes:
         entropy_coder: What shortens messages; ``None`` where nothing does.
+        not_finite: int32, the flags of all ranks; known when the call is complete.
     """
 
     repeatable = True
@@ -56,6 +57,7 @@ class PlanCoder(NoScales):
         self.flags, self.all_flags = self.job.flags, self.job.all_flags
         self.agreed = rows.agreed
         self.message_bytes, self.reduced_bytes = rows.row_bytes, rows.reduced_bytes
+        self.not_finite = self.flags
 
     def metadata(self) -> Tensor | None:
         """No metadata bytes."""
@@ -157,7 +159,8 @@ class PlanCoder(NoScales):
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where any rank's input was not finite."""
         # A share alone may overflow: it stays infinite.
-        fill_nan(self.result, self.job.merged(flags, wire.FLAG_MALFORMED))
+        self.not_finite = self.job.merged(flags, wire.FLAG_MALFORMED)
+        fill_nan(self.result, self.not_finite)
 
 
 class ReduceCoder(PlanCoder):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pydist.codecs import Codec, Raw
 from pydist.encoding.choose import all_gather_coder
+from pydist.encoding.coders import GatherCoder
 from pydist.encoding.plans import Layout, Shards
 from pydist.encoding.sharded import scatter_coder
 from pydist.encoding.shares import Part, share_bounds
@@ -71,13 +72,12 @@ class Rows:
         """Elements of a row; the shorter ones end in zeros."""
         return self._layout.row
 
-    def shares(self, local_rank: int) -> list[Part]:
-        """A rank's shares, as they lie in its row."""
+    def shares(self, local_rank: int, *, inside: bool = True) -> list[Part]:
+        """A rank's shares: as they lie in its row, or in the bucket."""
+        bounds, offsets = self._bounds[:, local_rank], self._offsets[:, local_rank].tolist()
         return [
-            Part(part.ordinal, int(at), int(last - first), int(first))
-            for part, at, (first, last) in zip(
-                self.parts, self._offsets[:, local_rank], self._bounds[:, local_rank], strict=True
-            )
+            Part(part.ordinal, at if inside else part.offset + first, last - first, first)
+            for part, at, (first, last) in zip(self.parts, offsets, bounds.tolist(), strict=True)
         ]
 
     def _pairs(self, flat: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,7 +108,7 @@ class Rows:
         """The coder of the reduce-scatter inside a node: the sum of all ranks' rows."""
         return scatter_coder(row, rows.view(-1), self._layout, inner, worker, mean=False, seed=seed)
 
-    def gather_coder(self, rows: Tensor, row: Tensor, worker: Worker, *, seed: int) -> Coder:
+    def gather_coder(self, rows: Tensor, row: Tensor, worker: Worker, *, seed: int) -> GatherCoder:
         """The coder of the all-gather inside a node, in the rows' type, bit for bit."""
         exact = Raw() if rows.dtype == row.dtype else Raw(str(rows.dtype)[6:])
         return all_gather_coder(rows.view(-1), row, exact, worker, seed=seed)

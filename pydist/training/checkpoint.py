@@ -3,7 +3,9 @@
 Residuals differ by rank. In a world of the same size every rank takes its own again and training
 continues bit for bit. In a world of another size an owner's residual first goes to its owner's
 worker residual, weighted as it would have counted in the next result; then every new rank takes the
-sum over the old ranks divided by their number, so that nothing unsent is lost.
+sum over the old ranks divided by their number, so that nothing unsent is lost. On two levels a rank
+keeps what belongs to its share of its node's sum: an old one counts as zeros elsewhere, and a new
+one takes as much as all ranks of its node would together.
 
 Loading is all or nothing: :func:`read` checks everything and changes nothing.
 """
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydist.training.kept import Kept, Memory, Place
+from pydist.training.kept import InNodes, Kept, Memory, Place, Span
 from pydist.training.momentum import LARGEST, is_damaged
 from pydist.training.orders import Order, Strided, contiguous
 from pydist.training.residuals import OwnerShare
@@ -28,7 +30,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "version": (int,), "world_size": (int,), "rank": (int,), "step": (int,),
     "weight": (int,), "scale": (float, int, type(None)), "rescaled": (float, int),
 }  # fmt: skip
-_ENTRY = ("residual", "momentum", "owner", "owner_span", "stride")
+_ENTRY = ("residual", "momentum", "owner", "owner_span", "stride", "span")
 CPU = torch.device("cpu")
 
 Saved = Mapping[str, Any]
@@ -44,10 +46,13 @@ def state_dict(kept: Kept) -> dict[str, Any]:
     for ordinal in sorted({*memory.worker, *memory.momenta, *memory.owner}):
         order = memory.orders[ordinal]
         entry: dict[str, Any] = {}
-        if ordinal in memory.worker:
-            entry["residual"] = order.shaped(memory.worker[ordinal]).clone()
-        if ordinal in memory.momenta:
-            entry["momentum"] = order.shaped(memory.momenta[ordinal]).clone()
+        span = memory.spans.get(ordinal)
+        for key, held in (("residual", memory.worker), ("momentum", memory.momenta)):
+            if ordinal in held:
+                values = held[ordinal]
+                entry[key] = (order.shaped(values) if span is None else values).clone()
+        if span is not None:
+            entry["span"] = list(span)
         share = memory.owner.get(ordinal)
         if share is not None:
             entry["owner"] = share.values.clone()
@@ -63,6 +68,7 @@ def state_dict(kept: Kept) -> dict[str, Any]:
         "step": memory.step,
         "scale": memory.scale,
         "rescaled": memory.rescaled,
+        "levels": None if kept.levels is None else list(kept.levels),
         "parameters": parameters,
     }
 
@@ -90,6 +96,11 @@ def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> M
                 f"state: saved by rank {one.rank} of {one.world_size}, loaded by rank "
                 f"{rank} of {ranks}: give the states of all {one.world_size} ranks"
             )
+        if one.levels != kept.levels:
+            raise ValueError(
+                f"state: saved as {_described(one.levels)}, loaded as {_described(kept.levels)}: "
+                f"give the states of all {one.world_size} ranks"
+            )
         return one.memory()
     if not isinstance(saved, Sequence) or isinstance(saved, str | bytes):
         raise TypeError(f"state must be a dict, or one for each rank, got {type(saved).__name__}")
@@ -104,7 +115,22 @@ def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> M
     if len({one.step for one in every}) > 1:  # loss scales differ by rank in local steps
         text = differences([{"step": one.step} for one in every], list(range(len(every))))
         raise ValueError(f"state: ranks saved at different moments: {text}")
-    return every[rank].memory() if len(every) == ranks else _shared(kept, every)
+    same = len(every) == ranks and every[rank].levels == kept.levels
+    return every[rank].memory() if same else _shared(kept, every)
+
+
+def levels_of(saved: object) -> InNodes | None:
+    """The levels that a rank's own state says it is of, unchecked; ``None`` where it says none."""
+    levels = saved.get("levels") if isinstance(saved, Mapping) else None
+    if isinstance(levels, list | tuple) and len(levels) == len(InNodes._fields):
+        return InNodes(*levels)
+    return None
+
+
+def _described(levels: InNodes | None) -> str:
+    if levels is None:
+        return "a rank on one level"
+    return f"rank {levels.local_rank} of {levels.local} in node {levels.node} of {levels.nodes}"
 
 
 class _Rank:
@@ -130,7 +156,7 @@ class _Rank:
             raise ValueError(f"{where}: version {saved['version']}, this pydist reads {VERSION}")
         self.rank, self.world_size, self.step = saved["rank"], saved["world_size"], saved["step"]
         self.scale, self.rescaled = saved["scale"], float(saved["rescaled"])
-        self.weight = saved["weight"]
+        self.weight, self.levels = saved["weight"], self._levels(saved.get("levels"))
         self._check_numbers()
         entries = saved["parameters"]
         if not isinstance(entries, Mapping):
@@ -142,6 +168,28 @@ class _Rank:
             self._kept.parameters.ordinal_of(name): _Entry(kept, name, entry, where)
             for name, entry in entries.items()
         }
+
+    def _levels(self, levels: Any) -> InNodes | None:
+        if levels is None:
+            return None
+        whole = isinstance(levels, list | tuple) and all(type(x) is int for x in levels)
+        if not whole or len(levels) != 4:
+            raise TypeError(f"{self._where}: levels must be four integers, got {levels!r}")
+        found = InNodes(*levels)
+        fits = 0 <= found.node < found.nodes and 0 <= found.local_rank < found.local
+        if not fits or found.nodes * found.local != self.world_size:
+            raise ValueError(f"{self._where}: levels {list(found)} of {self.world_size} ranks")
+        return found
+
+    @property
+    def local(self) -> int:
+        """Ranks whose sum what is kept belongs to."""
+        return 1 if self.levels is None else self.levels.local
+
+    @property
+    def first_holder(self) -> bool:
+        """Whether it is the first of the ranks that hold what owners of whole parameters keep."""
+        return self.rank == 0 if self.levels is None else self.levels.node == 0
 
     def _check_numbers(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -167,11 +215,13 @@ class _Rank:
             assert ordinal is not None
             order, device = entry.order, entry.place.device
             memory.orders[ordinal] = order
+            if entry.span is not None:
+                memory.spans[ordinal] = entry.span
             if entry.residual is not None:
-                memory.worker[ordinal] = order.flat(entry.residual, dtype, device)
+                memory.worker[ordinal] = entry.flat(entry.residual, dtype, device)
             if entry.momentum is not None:
                 kind = self._kept.momenta.dtype_for(entry.place.dtype)
-                memory.momenta[ordinal] = order.flat(entry.momentum, kind, device)
+                memory.momenta[ordinal] = entry.flat(entry.momentum, kind, device)
             if entry.owner is not None:
                 values = entry.owner.to(device, dtype, copy=True)
                 memory.owner[ordinal] = OwnerShare(entry.first, values, entry.whole)
@@ -184,8 +234,9 @@ class _Entry:
     Attributes:
         place: Where it belongs.
         order: In which it was kept, and is.
-        residual: What the rank had not sent, in the parameter's shape.
-        momentum: Its momentum, in the parameter's shape.
+        span: Which elements both are of, as ``order`` counts them; ``None``: all.
+        residual: What the rank had not sent, in the parameter's shape, or flat where it has a span.
+        momentum: Its momentum, likewise.
         owner: What it had not handed out as an owner, flat in ``order``, from element ``first`` on.
     """
 
@@ -200,8 +251,10 @@ class _Entry:
         assert ordinal is not None
         self.place = self._placed(kept, ordinal, entry)
         self.order = self._ordered(entry)
-        self.residual = self._tensor(entry, "residual", self.order.size)
-        self.momentum = self._tensor(entry, "momentum", self.order.size)
+        self.span = self._spanned(entry)
+        size = self.order.size if self.span is None else (self.span[1] - self.span[0],)
+        self.residual = self._tensor(entry, "residual", size)
+        self.momentum = self._tensor(entry, "momentum", size)
         if self.momentum is not None and not kept.momenta.factor:
             raise ValueError(f"{self._what}: it has a momentum, and momentum is 0.0 here")
         self.owner: Tensor | None = None
@@ -272,13 +325,42 @@ class _Entry:
             raise ValueError(f"{self._what} has an owner_span, and no owner")
         self.first, self.whole = first, bool(whole)
 
-    def unsent(self, weight: int, *, first_rank: bool) -> Tensor:
-        """All that the rank had not sent, as its own contribution weighs, in the shape."""
+    def _spanned(self, entry: Mapping[str, Any]) -> Span | None:
+        span, numel = entry.get("span"), math.prod(self.order.size)
+        if span is None:
+            return None
+        whole = isinstance(span, list | tuple) and all(type(x) is int for x in span)
+        if not whole or len(span) != 2:
+            raise TypeError(f"{self._what}: span must be two integers, got {span!r}")
+        if not 0 <= span[0] <= span[1] <= numel:
+            raise ValueError(f"{self._what}: span {list(span)} of {numel} elements")
+        return span[0], span[1]
+
+    def flat(self, values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A new flat tensor of what was kept, of the elements that it is of."""
+        if self.span is not None:
+            return values.to(device, dtype, copy=True)
+        return self.order.flat(values, dtype, device)
+
+    def part_of(self, values: Tensor, local: int) -> Tensor:
+        """What one rank has of a sum over ``local`` ranks, flat, zeros outside of its span.
+
+        Without a span all of these ranks hold the whole of it.
+        """
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        if self.span is None:
+            return self.order.flat(values, dtype, CPU).div_(local)
+        flat = torch.zeros(math.prod(self.order.size), dtype=dtype, device=CPU)
+        flat[self.span[0] : self.span[1]] = values.to(CPU, dtype)
+        return flat
+
+    def unsent(self, one: _Rank) -> Tensor:
+        """All that a rank had not sent, as its own contribution weighs, in the shape."""
         assert self.residual is not None
-        flat = self.order.flat(self.residual, torch.float32, CPU)
-        if self.owner is not None and (first_rank or not self.whole):
+        flat = self.part_of(self.residual, one.local)
+        if self.owner is not None and (one.first_holder or not self.whole):
             last = self.first + self.owner.numel()
-            flat[self.first : last] += self.owner.to(CPU, torch.float32) * weight
+            flat[self.first : last] += self.owner.to(CPU, torch.float32) * one.weight
         return self.order.shaped(flat)
 
 
@@ -286,32 +368,31 @@ def _shared(kept: Kept, every: Sequence[_Rank]) -> Memory:
     """An equal part of what all old ranks had not sent, in the unit of rank 0's."""
     memory = Memory(every[0].step, every[0].scale, every[0].rescaled)
     ratios = [every[0].unit / one.unit for one in every]
+    local = 1 if kept.levels is None else kept.levels.local
     for ordinal in dict.fromkeys(ordinal for one in every for ordinal in one.entries):
         assert ordinal is not None
         held = [
-            (rank, one.weight, ratios[rank], one.entries[ordinal])
-            for rank, one in enumerate(every)
+            (one, ratio, one.entries[ordinal])
+            for one, ratio in zip(every, ratios, strict=True)
             if ordinal in one.entries
         ]
         # Any order will do, as the parts are put together by index.
-        place = held[0][3].place
+        place = held[0][2].place
         order = memory.orders[ordinal] = place.order
         momenta = [
-            entry.momentum.to(CPU, torch.promote_types(entry.momentum.dtype, torch.float32)) * ratio
-            for _, _, ratio, entry in held
+            entry.order.shaped(entry.part_of(entry.momentum, one.local)) * ratio
+            for one, ratio, entry in held
             if entry.momentum is not None
         ]
         if momenta:
             dtype = kept.momenta.dtype_for(place.dtype)
-            mean = torch.stack(momenta).sum(0) / len(every)
+            mean = torch.stack(momenta).sum(0) / len(every) * local
             memory.momenta[ordinal] = order.flat(mean, dtype, place.device)
         unsent = [
-            entry.unsent(weight, first_rank=rank == 0) * ratio
-            for rank, weight, ratio, entry in held
-            if entry.residual is not None
+            entry.unsent(one) * ratio for one, ratio, entry in held if entry.residual is not None
         ]
         if unsent:
-            total = sum(unsent[1:], unsent[0]) / len(every)
+            total = sum(unsent[1:], unsent[0]) / len(every) * local
             if is_damaged(total):
                 name = kept.parameters.name_of(ordinal)
                 raise ValueError(f"state: {name!r}: the ranks' residuals have a sum out of bounds")

@@ -17,6 +17,25 @@ from pydist.training.options import Options
 from pydist.training.orders import Order
 from pydist.training.residuals import OwnerShare, Residuals
 
+Span = tuple[int, int]
+"""First element of a parameter, and one past the last."""
+
+
+class InNodes(NamedTuple):
+    """A rank's place among nodes with equally many ranks.
+
+    Attributes:
+        node: Its node.
+        nodes: Of how many.
+        local_rank: Its place in the node.
+        local: Ranks of a node.
+    """
+
+    node: int
+    nodes: int
+    local_rank: int
+    local: int
+
 
 class Place(NamedTuple):
     """Where what is kept of a parameter belongs.
@@ -60,6 +79,7 @@ class Memory:
         owner: Those of its shares, as their owner.
         momenta: Momenta, flat.
         orders: In which order each of these lies in memory.
+        spans: Which elements of a parameter they are of; without an entry all.
     """
 
     step: int = 0
@@ -69,6 +89,7 @@ class Memory:
     owner: dict[int, OwnerShare] = field(default_factory=dict)
     momenta: dict[int, Tensor] = field(default_factory=dict)
     orders: dict[int, Order] = field(default_factory=dict)
+    spans: dict[int, Span] = field(default_factory=dict)
 
     def copied(self) -> Memory:
         """The same with tensors of its own."""
@@ -91,12 +112,15 @@ class Kept:
         residuals: The rank's.
         momenta: The rank's.
         orders: In which order what is kept of a parameter lies in memory, by ordinal.
+        spans: Which elements of a parameter residual and momentum are of, by ordinal: first, and
+            one past the last. Without an entry all.
         step: Number of the next step.
         scale: The loss scale that the residuals follow, where there is a scaler.
         rescaled: What :meth:`rescale` has multiplied the loss scale by.
         rank: This rank, and of how many; of a state that was loaded or copied those of the original
             until it is bound to a group.
         ranks: How many there are.
+        levels: This rank's place on two levels; ``None`` on one.
         loaded: It was loaded or copied, and what ranks must hold alike was not compared since.
     """
 
@@ -105,15 +129,17 @@ class Kept:
         self.residuals = Residuals(options.residual_dtype, 1, options.op == "mean")
         self.momenta = Momenta(options.momentum, options.residual_dtype)
         self.orders: dict[int, Order] = {}
+        self.spans: dict[int, Span] = {}
         self.step = 0
         self.scale: float | None = None
         self.rescaled = 1.0
         self.rank, self.ranks = 0, 1
+        self.levels: InNodes | None = None
         self.loaded = False
 
-    def join(self, rank: int, ranks: int) -> None:
+    def join(self, rank: int, ranks: int, levels: InNodes | None = None) -> None:
         """Learns this rank's place."""
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.levels = rank, ranks, levels
         self.residuals.join(ranks)
 
     @property
@@ -123,21 +149,43 @@ class Kept:
 
     # ----------------------------------------------------------------- in which order
 
-    def arrange(self, ordinal: int, order: Order) -> None:
+    def arrange(self, ordinal: int, order: Order, span: Span | None = None) -> None:
         """Brings what is kept of a parameter into the order in which its gradients lie.
 
+        Args:
+            ordinal: The parameter.
+            order: In which order its gradients lie.
+            span: Which of its elements this rank encodes; ``None``: all.
+
         Raises:
-            ValueError: It is of another shape.
+            ValueError: It is of another shape, or of other elements.
         """
+        self._turn(ordinal, order)
+        if span is not None and self.spans.setdefault(ordinal, span) != span:
+            raise ValueError(
+                f"what the state keeps of {self.parameters.name_of(ordinal)!r} is of elements "
+                f"{list(self.spans[ordinal])}, this rank's share is {list(span)}"
+            )
+        if span is not None:
+            self.residuals.cut(ordinal, *span)
+            self.momenta.cut(ordinal, *span)
+
+    def _turn(self, ordinal: int, order: Order) -> None:
         before = self.orders.get(ordinal)
         self.orders[ordinal] = order
         if before is None or before == order:
             return
-        if before.size != order.size:
+        if before.size != order.size or ordinal in self.spans:
             self.orders[ordinal] = before
+            name = self.parameters.name_of(ordinal)
+            if before.size == order.size:
+                raise ValueError(
+                    f"the memory format of {name!r} has changed: on two levels a rank keeps what "
+                    "belongs to a share of its memory; choose the format before DDP is made"
+                )
             raise ValueError(
-                f"what the state keeps of {self.parameters.name_of(ordinal)!r} has shape "
-                f"{list(before.size)}, the parameter {list(order.size)}"
+                f"what the state keeps of {name!r} has shape {list(before.size)}, the parameter "
+                f"{list(order.size)}"
             )
 
         def change(flat: Tensor) -> Tensor:
@@ -158,7 +206,7 @@ class Kept:
         worker, owner = self.residuals.snapshot()
         return Memory(
             self.step, self.scale, self.rescaled, worker, owner, dict(self.momenta.held),
-            dict(self.orders),
+            dict(self.orders), dict(self.spans),
         )  # fmt: skip
 
     def replace(self, memory: Memory) -> None:
@@ -166,6 +214,7 @@ class Kept:
         self.step, self.scale, self.rescaled = memory.step, memory.scale, memory.rescaled
         self.residuals.replace(memory.worker, memory.owner)
         self.momenta.held, self.orders = memory.momenta, memory.orders
+        self.spans = memory.spans
 
     def load(self, memory: Memory) -> None:
         """Takes over what was saved."""
@@ -174,10 +223,10 @@ class Kept:
 
     def take_back(self, memory: Memory) -> None:
         """Returns to what there was before a step that did not count."""
-        orders = self.orders
+        orders, spans = self.orders, self.spans
         self.replace(memory)
         for ordinal, order in orders.items():
-            self.arrange(ordinal, order)
+            self.arrange(ordinal, order, spans.get(ordinal))
 
     def multiply(self, ratio: float) -> None:
         """Follows a loss scale that was multiplied by ``ratio``."""

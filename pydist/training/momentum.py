@@ -145,6 +145,12 @@ class Momenta:
         if (held := self.held.get(ordinal)) is not None:
             self.held[ordinal] = change(held)
 
+    def cut(self, ordinal: int, first: int, last: int) -> None:
+        """Keeps these elements of a parameter's momentum, where it is of more."""
+        held = self.held.get(ordinal)
+        if held is not None and held.numel() != last - first:
+            self.held[ordinal] = held[first:last].clone()
+
     def drop_damaged(self) -> list[int]:
         """Sets elements to zero that no step could have left; the ordinals that had some."""
         return drop_damaged(self.held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pydist.codecs import Codec, Raw
-from pydist.encoding.choose import bytes_in_bucket, check_codec, check_op
+from pydist.encoding.choose import bytes_in_bucket, check_codec, check_op, unit_of
 from pydist.formats import wire
 from pydist.kernels import checks
 from pydist.training.residuals import contracts, forbids
@@ -70,6 +71,8 @@ class Options:
     in_subgroup: bool = False
     error_every: int = 0
     replica_check_every: int = 0
+    levels: str | None = None
+    inner: Codec | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -88,6 +91,7 @@ class Options:
             if not any(type(value) is type(one) and value == one for one in values):
                 raise ValueError(f"{name} must be one of {list(values)}, got {value!r}")
         self._check_local()
+        self._check_levels()
         for pattern in self._patterns():
             if not isinstance(pattern, str):
                 raise TypeError(f"codec must map patterns (str) to codecs, got {pattern!r}")
@@ -135,8 +139,23 @@ class Options:
         if self.exact_skip:
             raise ValueError("local_after excludes exact_skip: ranks would count other steps")
 
+    def _check_levels(self) -> None:
+        """Checks what belongs to two levels."""
+        if self.levels not in (None, "auto", "mesh"):
+            raise ValueError(f"levels must be 'auto' or None, got {self.levels!r}")
+        if self.inner is not None:
+            check_codec(self.inner)
+            check_op("sum", self.inner, OPS)
+            if self.levels is None:
+                raise ValueError(f"inner={self.inner} needs levels='auto', or a mesh")
+        if self.levels is not None and self.momentum and self.local_after is not None:
+            raise ValueError(
+                f"momentum={self.momentum} and local_after={self.local_after} exclude levels: "
+                "momenta belong to nodes there, and local steps to ranks"
+            )
+
     def codecs(self) -> list[Codec | None]:
-        """All codecs that were given."""
+        """All codecs that were given, but for that inside a node."""
         result: list[Codec | None] = []
         for codec in self._stages():
             result += codec.values() if isinstance(codec, Mapping) else [codec]
@@ -210,6 +229,8 @@ class Options:
             "local_after": self.local_after,
             "subgroup": self.in_subgroup,
             "replica_check_every": self.replica_check_every,
+            "levels": self.levels,
+            "inner": None if self.inner is None else repr(self.inner),
         }
 
     # ----------------------------------------------------------------- one parameter
@@ -250,6 +271,13 @@ class Options:
             return Choice(None, reason="would not be smaller", too_small=True)
         keeps = contracts(codec) if self.error_feedback == "auto" else bool(self.error_feedback)
         return Choice(codec, feedback=keeps and not isinstance(codec, Raw))
+
+    def unit(self, name: str, param: Tensor) -> int:
+        """Elements of a parameter that stay together, whatever codec it has in whatever stage."""
+        choices = [
+            self.choose(name, param, torch.float32, stage) for stage in range(self.last_stage + 1)
+        ]
+        return math.lcm(*(unit_of(choice.codec or Raw()) for choice in choices))
 
     def uncompressed(self, parameters: Iterable[tuple[str, Tensor]]) -> str | None:
         """What to change where most of what codecs were given for is too small for them.

@@ -212,6 +212,13 @@ class Residuals:
         self._staged_worker.pop(part.ordinal, None)
         self._staged_owner.pop(part.ordinal, None)
 
+    def cut(self, ordinal: int, first: int, last: int) -> None:
+        """Keeps these elements of a parameter's worker residual, where it is of more."""
+        held = self.worker.get(ordinal)
+        if held is not None and held.numel() != last - first:
+            self.worker[ordinal] = held[first:last].clone()
+            self._staged_worker.pop(ordinal, None)
+
     def drop(self, ordinal: int) -> None:
         """Forgets a parameter's worker residual: it has been sent."""
         self.worker.pop(ordinal, None)

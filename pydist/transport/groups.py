@@ -26,6 +26,11 @@ def backend_for(group: dist.ProcessGroup, device: str) -> str | None:
         return None
 
 
+def backends_of(group: dist.ProcessGroup) -> str:
+    """The backends of a group, as a new one takes them."""
+    return dist.distributed_c10d._world.pg_backend_config[group]
+
+
 def new_group(
     ranks: list[int], rank: int, *, backend: str, name: str, timeout: timedelta
 ) -> dist.ProcessGroup:
