@@ -271,6 +271,7 @@ class HierarchicalCall:
         step: Step of the call.
         stages: What to do; ``None``: this rank cannot take part.
         problem: Why.
+        across: What must be equal on the ranks with this rank's place in their nodes.
         known: As of :class:`pydist.transport.agreement.Call`.
         call_groups: For each stage the calls that this one belongs to.
     """
@@ -284,6 +285,7 @@ class HierarchicalCall:
         stages: Stages | None,
         problem: str | None = None,
         *,
+        across: dict[str, Any] | None = None,
         known: bool = False,
         call_groups: Sequence[CallGroup] | None = None,
     ) -> None:
@@ -291,6 +293,7 @@ class HierarchicalCall:
         self.at = -1
         self._grid, self._name, self._fields, self._step = grid, name, fields, step
         self._stages, self._problem, self._known = stages, problem, known
+        self._fields_across = across or {}
         self._call_groups = call_groups or [CallGroup() for _ in STAGES]
         self._exchanges: list[Exchange] = []
 
@@ -324,6 +327,8 @@ class HierarchicalCall:
     def _exchange_of(self, stage: int, comm: Communicator, stages: Stages) -> Exchange:
         worker = Worker(0, 1, self._step, stages.threads)
         fields = {**self._fields, "stage": STAGES[stage]}
+        if stage == ACROSS:
+            fields |= self._fields_across
         call = Call(self._name, fields, self._step, known=self._known)
         with self.stream():  # on CUDA: in stream order after the stage before
             coder, route = stages.coder(stage, worker)

@@ -39,6 +39,10 @@ class Flagged(Protocol):
         ...
 
 
+OF_SHARES = {"loaded state"}
+"""Fields of a bucket's call that the ranks of one node do not have alike."""
+
+
 @dataclass(frozen=True)
 class Sending:
     """A bucket on its way.
@@ -138,9 +142,11 @@ class TwoLevels:
     ) -> Sending:
         """Sends a bucket on its way; it is encoded when the node's sum is there."""
         stages = _Stages(self._grid, layout, flat, encode, (self._inner, self._seed))
+        fields = dict(call.fields)
+        across = {name: fields.pop(name) for name in OF_SHARES & fields.keys()}
         sent = HierarchicalCall(
-            self._grid, call.name, dict(call.fields), call.step, stages,
-            known=call.known, call_groups=groups,
+            self._grid, call.name, fields, call.step, stages,
+            across=across, known=call.known, call_groups=groups,
         )  # fmt: skip
         self._grid.start(sent)
         return Sending(sent, stages)

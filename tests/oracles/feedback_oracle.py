@@ -30,12 +30,18 @@ class Kind:
         numel: Its elements.
         codec: ``None``: raw, in the gradient's type.
         feedback: It has residuals.
+        first: It is the part of a parameter that begins there.
     """
 
     ordinal: int
     numel: int
     codec: Any
     feedback: bool
+    first: int = 0
+
+    def table(self, block: int) -> Any:
+        """The segment table of all of it."""
+        return wire.segments([self.numel], [self.ordinal], [self.first], block=block)
 
 
 class Oracle:
@@ -51,16 +57,18 @@ class Oracle:
         mean: Means, not sums.
         momentum: Workers' momentum.
         limit: The longest that a parameter's gradient may be on a rank.
+        behind: Ranks whose sum each gradient is.
     """
 
     def __init__(
         self, kinds: dict[str, Kind], ranks: int, *, seed: int, dtype: str,
         storage: Any = "float32", owner: bool = True, mean: bool = True,
-        momentum: float = 0.0, limit: float = math.inf,
+        momentum: float = 0.0, limit: float = math.inf, behind: int = 1,
     ) -> None:  # fmt: skip
         self.kinds, self.ranks, self.seed, self.mean = kinds, ranks, seed, mean
         self.dtype, self.storage, self.with_owner = dtype, storage, owner
         self.factor, self.limit = np.float32(momentum), limit
+        self.divisor = np.float32(ranks * behind if mean else 1)
 
         def zeros() -> dict[str, Any]:
             return {name: np.zeros(kind.numel, np.float32) for name, kind in kinds.items()}
@@ -100,10 +108,7 @@ class Oracle:
         """Clipped, with momentum, and with what is left where no residual is kept any more."""
         if not gradient.any():
             return gradient
-        length = math.sqrt(_halved([float(x) * float(x) for x in gradient]))
-        if length > self.limit:
-            gradient = gradient * np.float32(self.limit / length)
-            gradient = ref.round_to(gradient, self.dtype)
+        gradient = clipped(gradient, self.limit, self.dtype)
         if self.factor:
             new = self.factor * self.momenta[rank][name] + gradient
             self.momenta[rank][name] = ref.round_to(new, self.storage)
@@ -130,7 +135,7 @@ class Oracle:
         if not hasattr(kind.codec, "block_format") or kind.codec.block_format is None:
             return self._unscaled(kind, gradients, step)
         form = kind.codec.block_format
-        table = wire.segments([kind.numel], [kind.ordinal], block=form.block)
+        table = kind.table(form.block)
         payloads = []
         for rank, gradient in enumerate(gradients):
             how: dict[str, Any] = {
@@ -138,9 +143,8 @@ class Oracle:
                 "segments": table,
             }  # fmt: skip
             payloads.append(self._worker(name, kind, gradient, rank, how))
-        total = rb.sum_quantized(
-            np.stack(payloads), form, kind.numel, mean=self.mean, segments=table
-        )
+        total = rb.sum_quantized(np.stack(payloads), form, kind.numel, segments=table)
+        total = total / self.divisor
         how = {
             "zero_bit": step % 2, "draws": rb.Draws(self.seed, 0, 1, step), "segments": table
         }  # fmt: skip
@@ -166,7 +170,7 @@ class Oracle:
 
     def _largest(self, name: str, kind: Kind, gradients: list[Any], step: int) -> Any:
         form, n = kind.codec.topk_format, kind.numel
-        table = wire.segments([n], [kind.ordinal], block=form.block)
+        table = kind.table(form.block)
         how: dict[str, Any] = {"seed": self.seed, "step": step, "segments": table}
 
         def kept(p: Any, old: Any) -> tuple[Any, Any]:
@@ -184,7 +188,7 @@ class Oracle:
             else:
                 payload, _ = rt.select(gradient, form, **how)
             payloads.append(payload)
-        total = rt.scatter(np.stack(payloads), form, n, mean=self.mean, segments=table)
+        total = rt.scatter(np.stack(payloads), form, n, segments=table) / self.divisor
         if kind.feedback and self.with_owner and any(g.any() for g in gradients):
             payload, self.owner[name] = kept(total, self.owner[name])
         else:
@@ -193,7 +197,7 @@ class Oracle:
 
     def _trits(self, kind: Kind, gradients: list[Any], step: int) -> Any:
         assert not kind.feedback
-        n, table = kind.numel, wire.segments([kind.numel], [kind.ordinal], block=UNIT)
+        n, table = kind.numel, kind.table(UNIT)
         payloads, shared = ternary_oracle.payloads(
             [torch.from_numpy(g) for g in gradients], kind.codec.clip, self.seed, step, table
         )
@@ -208,10 +212,10 @@ class Oracle:
                 2.0 * ref.sign_bits(g, (rank + step) % 2) - 1.0 for rank, g in enumerate(gradients)
             ]
             total = np.sum(votes, axis=0).astype(np.float32)
-            return total / np.float32(self.ranks) if self.mean else total
+            return total / np.float32(self.ranks) if self.mean else total  # a node has one voice
         storage = getattr(kind.codec, "dtype", None) or self.dtype
         values = np.stack([ref.round_to(g, storage) for g in gradients])
-        return rr.sum_values(values, storage, mean=self.mean)[0]
+        return ref.round_to(rr.sum_values(values, "float32")[0] / self.divisor, storage)
 
 
 def _unit(kind: Kind) -> int:
@@ -228,6 +232,14 @@ def _owned(kind: Kind, rank: int, ranks: int) -> Any:
     owned = np.zeros(kind.numel, dtype=bool)
     owned[first:last] = True
     return owned
+
+
+def clipped(gradient: Any, limit: float, dtype: str) -> Any:
+    """A gradient that is at most so long, in its type."""
+    length = math.sqrt(_halved([float(x) * float(x) for x in gradient]))
+    if length <= limit:
+        return gradient
+    return ref.round_to(gradient * np.float32(limit / length), dtype)
 
 
 def _halved(values: list[float]) -> float:
