@@ -11,11 +11,13 @@ import torch.distributed as dist
 from ranks_collectives import bits
 from ranks_ddp import CODECS, chunks_of
 from ranks_gpu_hooks import RESUMED, Given, Trained, compared, gradients
+from ranks_hierarchy import levels
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_map
 
 import pydist
+from pydist.collectives.grid import grid
 from pydist.transport.communicator import communicator
 
 
@@ -90,6 +92,24 @@ def equals_cpu(
             found, there = compared(here, there, rank, ranks, f"{name} {dtype} {options}")
             results += found
             assert there.state.stats()["non_finite_steps"] == 1 - (RESUMED > 2)
+    return results
+
+
+def levels_equal_cpu(
+    rank: int, ranks: int, local: int, device_side: bool, cases: list[tuple[Any, ...]]
+) -> list[list[bytes]]:
+    """The same on two levels."""
+    results: list[list[bytes]] = []
+    for name, dtype, options, chunk in cases:
+        plain, other = levels(ranks, local), levels(ranks, local)
+        for comm in grid(other, "cuda")._stages:
+            comm.device_side = device_side
+        made = None, CODECS[name], getattr(torch, dtype)
+        with warnings.catch_warnings(), chunks_of(chunk), stand_in.device():
+            warnings.simplefilter("ignore")
+            here = Trained("cpu", *made, options | {"mesh": plain})
+            there = OnStandIn("cuda:0", *made, options | {"mesh": other})
+            results += compared(here, there, rank, ranks, f"{name} {dtype} {options}")[0]
     return results
 
 

@@ -61,6 +61,13 @@ def test_equals_cpu(worlds: Worlds, device_side: bool) -> None:
     assert all(result == results[0] for result in results), "ranks differ"
 
 
+@pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
+def test_levels_equal_cpu(worlds: Worlds, device_side: bool) -> None:
+    listed = [case for case in every_codec(int(device_side)) if case[0] in ("qsgd4", "mixed")]
+    results = worlds(4).run(cases.levels_equal_cpu, 2, device_side, listed, timeout=200)
+    assert all(result == results[0] for result in results), "ranks differ"
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
