@@ -236,6 +236,11 @@ def grid(group: Levels, device: torch.device | str = "cpu") -> Grid:
 # --------------------------------------------------------------------------- a call
 
 
+def new_call_groups() -> list[CallGroup]:
+    """Groups of calls that fail together, one for each stage."""
+    return [CallGroup() for _ in STAGES]
+
+
 class Stages(Protocol):
     """What a call does in each stage.
 
@@ -294,7 +299,7 @@ class HierarchicalCall:
         self._grid, self._name, self._fields, self._step = grid, name, fields, step
         self._stages, self._problem, self._known = stages, problem, known
         self._fields_across = across or {}
-        self._call_groups = call_groups or [CallGroup() for _ in STAGES]
+        self._call_groups = call_groups or new_call_groups()
         self._exchanges: list[Exchange] = []
 
     @property

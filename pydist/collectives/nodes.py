@@ -40,6 +40,23 @@ def check_levels(mesh: Levels | None, levels: str | None) -> str | None:
     return "mesh"
 
 
+def check_mesh(group: dist.ProcessGroup | None, mesh: Levels) -> Groups:
+    """The two groups of a mesh; not collective.
+
+    Raises:
+        TypeError: ``mesh`` holds no groups.
+        ValueError: It does not hold the ranks of ``group``, or has another number of dimensions.
+    """
+    across, inside = pair(mesh)
+    mine, all_ranks = {*_ranks(across), *_ranks(inside)}, set(_ranks(checked(group)))
+    if not mine <= all_ranks or across.size() * inside.size() != len(all_ranks):
+        raise ValueError(
+            f"mesh: {across.size()} nodes of {inside.size()} ranks, with ranks {sorted(mine)}; the "
+            f"group has the ranks {sorted(all_ranks)}"
+        )
+    return across, inside
+
+
 def groups_of(
     group: dist.ProcessGroup | None, mesh: Levels | None, levels: str | None
 ) -> Groups | None:
@@ -48,27 +65,20 @@ def groups_of(
     Args:
         group: All ranks; ``None``: the default one.
         mesh: The levels, where the user gave them.
-        levels: What :func:`check_levels` returned.
+        levels: How they were asked for (:func:`check_levels`); ``None``: not at all.
 
     Raises:
-        TypeError: ``mesh`` holds no groups.
-        ValueError: It does not hold the ranks of ``group``, or has another number of dimensions.
+        TypeError, ValueError: As of :func:`check_mesh`.
     """
     if levels is None:
         return None
+    if mesh is not None:
+        found = check_mesh(group, mesh)
+        return None if found[1].size() == 1 else found
     parent = checked(group)
-    if levels == "auto" or mesh is None:
-        if parent not in _found:
-            _found[parent] = _find(parent)
-        return _found[parent]
-    across, inside = pair(mesh)
-    mine, all_ranks = {*_ranks(across), *_ranks(inside)}, set(_ranks(parent))
-    if not mine <= all_ranks or across.size() * inside.size() != len(all_ranks):
-        raise ValueError(
-            f"mesh: {across.size()} nodes of {inside.size()} ranks, with ranks {sorted(mine)}; the "
-            f"group has the ranks {sorted(all_ranks)}"
-        )
-    return across, inside
+    if parent not in _found:
+        _found[parent] = _find(parent)
+    return _found[parent]
 
 
 def _ranks(group: dist.ProcessGroup) -> list[int]:

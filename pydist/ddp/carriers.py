@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydist.codecs import Codec, Raw
-from pydist.collectives.grid import ACROSS, INSIDE, STAGES, Grid, HierarchicalCall
+from pydist.collectives.grid import ACROSS, INSIDE, Grid, HierarchicalCall, new_call_groups
 from pydist.collectives.hierarchical import across_worker, inside_worker
 from pydist.ddp.layout import Layout
 from pydist.encoding.bucket import BucketCoder
@@ -54,11 +54,6 @@ class Sending:
 
     call: Exchange | HierarchicalCall
     flagged: Flagged
-
-    @property
-    def inside_bytes(self) -> int:
-        """What this rank has sent to ranks of its node for the levels' sake."""
-        return self.call.inside_bytes if isinstance(self.call, HierarchicalCall) else 0
 
 
 class OneLevel:
@@ -135,7 +130,7 @@ class TwoLevels:
 
     def call_groups(self) -> list[CallGroup]:
         """Those of a new step, one for each stage."""
-        return [CallGroup() for _ in STAGES]
+        return new_call_groups()
 
     def start(
         self, call: Call, layout: Layout, flat: Tensor, encode: Encode, groups: list[CallGroup]

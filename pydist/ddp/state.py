@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pydist.codecs import Codec
 from pydist.collectives.grid import Levels, grid
-from pydist.collectives.nodes import Groups, check_levels, groups_of
+from pydist.collectives.nodes import Groups, check_levels, check_mesh, groups_of
 from pydist.ddp import local
 from pydist.ddp.carriers import Carrier, OneLevel, TwoLevels
 from pydist.ddp.optimizers import OptimizerWatch, suffer, warn_of_momentum, warn_of_variance
@@ -202,20 +202,25 @@ class CompressionState:
         comm = communicator(self.group)
         rank, ranks = comm.rank, comm.world_size
         fields = {"world_size": ranks, **self.options.described(), **self.parameters.described()}
-        problem = self._problem(rank, ranks)
-        try:
-            self._levels = groups_of(self.group, self.mesh, self.options.levels)
-        except (TypeError, ValueError) as error:
-            problem = problem or str(error)
-        place = None if self._levels is None else self._carrier(torch.device("cpu")).levels
-        compare("CompressionState", self.group, fields, problem or self._moved(place))
+        compare("CompressionState", self.group, fields, self._problem(rank, ranks))
+        self._levels = groups_of(self.group, self.mesh, self.options.levels)
+        place = None
+        if self.options.levels is not None:
+            if self._levels is not None:
+                place = self._carrier(torch.device("cpu")).levels
+            compare("CompressionState", self.group, {}, self._moved(place))
         self.kept.join(rank, ranks, place)
         suffering = suffer(self.options.codecs())
         if self.options.momentum or (suffering and self.options.error_feedback == "auto"):
             self._watch = OptimizerWatch(self._owns, self._look_at)
 
     def _problem(self, rank: int, ranks: int) -> str | None:
-        """Why what is kept cannot go on in a group."""
+        """Why what is kept, or a mesh, cannot go on in a group."""
+        try:
+            if self.mesh is not None:
+                check_mesh(self.group, self.mesh)
+        except (TypeError, ValueError) as error:
+            return str(error)
         if self._lacks:
             return f"a copied state needs its {self._lacks} again: set it, or give it to compress"
         kept = self.kept
@@ -224,7 +229,7 @@ class CompressionState:
                 f"the state is that of rank {kept.rank} of {kept.ranks}, here of rank {rank} of "
                 f"{ranks}: load the states of all {kept.ranks} ranks"
             )
-        return None
+        return self._moved(None) if self.options.levels is None else None
 
     def _moved(self, place: InNodes | None) -> str | None:
         """Why what is kept cannot go on at a place among nodes."""

@@ -63,7 +63,7 @@ class Stats:
         self.layouts, seconds = self._sent, self.seconds.copy()
         for sending, coder in sent:
             self.wire_bytes += sending.call.bytes_sent
-            self.inside_bytes += sending.inside_bytes
+            self.inside_bytes += sending.call.inside_bytes
             seconds.update(coder.seconds)
         self.seconds = seconds
         if not sent:

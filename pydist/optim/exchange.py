@@ -234,7 +234,7 @@ class MeanExchange:
             raise
         comm.submit(exchange)
         exchange.wait()
-        counters.sent(exchange, self.raw_bytes)
+        counters.sent(exchange, self.raw_bytes, exchange.comm.world_size)
         if bool(coder.not_finite.any()):
             return None
         plan = coder.plan

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from pydist.collectives.grid import Levels
 from pydist.optim.base import Algorithm
 from pydist.optim.layout import check_number, check_rates
-from pydist.optim.voting import Aggregate, Ties, VotingOptimizer
+from pydist.optim.voting import Aggregate, Ties, VoteLevels, VotingOptimizer
 
 
 class Signum(VotingOptimizer):
@@ -42,6 +43,11 @@ class Signum(VotingOptimizer):
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
         replica_check_every: Steps from one comparison of parameters over the ranks to the next
             (:func:`pydist.check_replicas`); 0: none.
+        mesh: Two levels: a 2-D ``DeviceMesh`` of the dimensions (across nodes, inside a node), or
+            this rank's groups in that order, of the ranks of ``group``.
+        levels: ``"votes"``: votes are counted inside a node, and the counts added across, which
+            gives the bits of one level; without ``mesh`` of the nodes that ranks are on
+            (:func:`pydist.ddp.compress`). ``None``: one level, unless there is a ``mesh``.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -66,12 +72,14 @@ class Signum(VotingOptimizer):
         exact_skip: bool = False,
         algorithm: Algorithm = "auto",
         replica_check_every: int = 0,
+        mesh: Levels | None = None,
+        levels: VoteLevels | None = None,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
             aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=momentum_dtype,
             binarization_range=None, exact_skip=exact_skip, algorithm=algorithm,
-            replica_check_every=replica_check_every,
+            replica_check_every=replica_check_every, mesh=mesh, levels=levels,
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -102,6 +110,11 @@ class SignSGD(VotingOptimizer):
         algorithm: ``"auto"``, ``"two_phase"`` or ``"all_gather"`` (:func:`pydist.all_reduce`).
         replica_check_every: Steps from one comparison of parameters over the ranks to the next
             (:func:`pydist.check_replicas`); 0: none.
+        mesh: Two levels: a 2-D ``DeviceMesh`` of the dimensions (across nodes, inside a node), or
+            this rank's groups in that order, of the ranks of ``group``.
+        levels: ``"votes"``: votes are counted inside a node, and the counts added across, which
+            gives the bits of one level; without ``mesh`` of the nodes that ranks are on
+            (:func:`pydist.ddp.compress`). ``None``: one level, unless there is a ``mesh``.
 
     Raises:
         TypeError: A parameter has an unsupported dtype or layout.
@@ -123,12 +136,14 @@ class SignSGD(VotingOptimizer):
         seed: int = 0,
         algorithm: Algorithm = "auto",
         replica_check_every: int = 0,
+        mesh: Levels | None = None,
+        levels: VoteLevels | None = None,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay},
             aggregate=aggregate, ties=ties, group=group, seed=seed, momentum_dtype=torch.float32,
             binarization_range=None, exact_skip=False, algorithm=algorithm,
-            replica_check_every=replica_check_every,
+            replica_check_every=replica_check_every, mesh=mesh, levels=levels,
         )  # fmt: skip
 
     def _check_options(self, group: dict[str, Any]) -> None:

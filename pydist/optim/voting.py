@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -16,22 +17,25 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
+from pydist.collectives.grid import Grid, HierarchicalCall, Levels, grid, new_call_groups
+from pydist.collectives.nodes import check_levels, check_mesh, groups_of
 from pydist.encoding.signs import VoteRule
 from pydist.errors import PydistError
 from pydist.kernels import checks
 from pydist.optim.attached import Attachment, attach
 from pydist.optim.base import Algorithm, DistributedOptimizer
 from pydist.optim.checkpoint import Loaded
-from pydist.optim.layout import check_gradient, check_number, in_order, sample_of
+from pydist.optim.layout import Layout, check_gradient, check_number, in_order, sample_of
 from pydist.optim.lion_coder import Entry, LionCoder, Scalars
 from pydist.optim.shards import agree_over_shards, local_gradient, shard_groups
 from pydist.optim.state import Kept
+from pydist.optim.vote_levels import VoteStages
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.dtensor import local_of
-from pydist.transport.call_group import CallGroup
 from pydist.transport.communicator import Call
 from pydist.transport.exchange import ALGORITHMS, Exchange
 
+VoteLevels = Literal["votes"]
 AGGREGATES = ("majority", "average")
 Aggregate = Literal["majority", "average"]
 Ties = Literal["hash", "zero", "positive"]
@@ -40,7 +44,7 @@ Ties = Literal["hash", "zero", "positive"]
 class _Vote(NamedTuple):
     """A vote in flight."""
 
-    exchange: Exchange
+    exchange: Exchange | HierarchicalCall
     coder: LionCoder
     in_bucket: bool
 
@@ -59,7 +63,7 @@ class VotingOptimizer(DistributedOptimizer):
 
     _copied = (
         *DistributedOptimizer._copied, "_momentum_dtype", "_binarization_range", "_algorithm",
-        "_exact_skip", "_rule",
+        "_exact_skip", "_rule", "_levels",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +80,11 @@ class VotingOptimizer(DistributedOptimizer):
         exact_skip: bool,
         algorithm: Algorithm,
         replica_check_every: int,
+        mesh: Levels | None,
+        levels: VoteLevels | None,
     ) -> None:
+        self._levels = "votes" if mesh is not None and levels is None else levels
+        self._mesh = mesh
         self._momentum_dtype = momentum_dtype
         self._binarization_range = binarization_range
         self._algorithm = algorithm
@@ -91,18 +99,24 @@ class VotingOptimizer(DistributedOptimizer):
                 checks.check_range(check_number("binarization_range", binarization_range))
             if algorithm not in ALGORITHMS:
                 raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
+            if levels not in (None, "votes"):
+                raise ValueError(f"levels must be 'votes' or None, got {levels!r}")
+            check_levels(mesh, None)
+            if mesh is not None:
+                check_mesh(group, mesh)
             self._rule = VoteRule(average=aggregate == "average", ties=ties, seed=seed)
 
         super().__init__(params, defaults, group, prepare, replica_check_every)
 
     def _begin(self) -> None:
         super()._begin()
+        self._mesh = self.__dict__.get("_mesh")
         # Where exact_skip has new momenta written, by parameter.
         self._staged: dict[Tensor, Tensor] = {}
         self._attachment: Attachment | None = None
         # What step() waits for, and the votes it then applies.
         self._in_flight: list[tuple[Callable[[], None], _Vote | None]] = []
-        self._call_group = CallGroup()  # the votes of this step
+        self._call_groups = new_call_groups()  # the votes of this step
         self._equality_checked = False
         self._sizes: list[BucketSize] = []
 
@@ -119,7 +133,19 @@ class VotingOptimizer(DistributedOptimizer):
             "momentum_dtype": str(self._momentum_dtype),
             "binarization_range": self._binarization_range,
             "algorithm": self._algorithm,
+            "levels": self._levels,
         }
+
+    def _start(self, layout: Layout, params: Sequence[Tensor]) -> None:
+        super()._start(layout, params)
+        self._grid(layout.device)  # so that all ranks make it at one moment
+
+    def _grid(self, device: torch.device) -> Grid | None:
+        """The groups of two levels; ``None`` on one. Collective at first."""
+        if self._levels is None:
+            return None
+        found = groups_of(self._group.process_group, self._mesh, "auto")
+        return None if found is None else grid(found, device)
 
     def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
         """Weights of the old momentum in the vote and in the new momentum."""
@@ -262,7 +288,7 @@ class VotingOptimizer(DistributedOptimizer):
         for vote in votes:
             params = [entry.param for entry in vote.coder.entries]
             raw = sum(p.numel() * p.element_size() for p in params)
-            self._counters.sent(vote.exchange, raw)
+            self._counters.sent(vote.exchange, raw, vote.coder.worker.ranks)
             if vote.in_bucket:
                 payload = vote.coder.message_bytes(vote.coder.units)
                 sizes.append(BucketSize(raw, payload, len(params)))
@@ -271,7 +297,7 @@ class VotingOptimizer(DistributedOptimizer):
     def _collect_votes(self) -> tuple[list[_Vote], PydistError | None]:
         """Waits for everything in flight; gives the votes and the first failure."""
         in_flight, self._in_flight = self._in_flight, []
-        self._call_group = CallGroup()
+        self._call_groups = new_call_groups()
         failure: PydistError | None = None
         for wait, _ in in_flight:
             try:
@@ -334,7 +360,7 @@ class VotingOptimizer(DistributedOptimizer):
         fields["ordinals"] = zlib.crc32(repr(ordinals).encode())
         call = self._call(fields | self._checksums(ordinals), problem)
         if call.problem is not None:
-            self._refuse(call)
+            self._refuse(call, in_bucket)
             return
         scalars = Scalars(
             *self.rank_and_world, call.step, self._binarization_range, torch.get_num_threads(),
@@ -344,22 +370,59 @@ class VotingOptimizer(DistributedOptimizer):
             coder = LionCoder(entries, self._rule, scalars)
             if in_bucket:  # whose gradients DDP may change as soon as its hook returns
                 coder.pack()
-            comm = self.communicator
-            exchange = Exchange(comm, coder, call, self._algorithm, coder.device, self._call_group)
+            sending = self._sending(coder, call)
         except Exception as error:  # out of memory, say
-            self._refuse(replace(call, problem=str(error)))
+            self._refuse(replace(call, problem=str(error)), in_bucket)
             return
-        comm.submit(exchange)
-        self._in_flight.append((exchange.wait, _Vote(exchange, coder, in_bucket)))
+        if isinstance(sending, Exchange):
+            self.communicator.submit(sending)
+        elif (start := self._grid(coder.device)) is not None:
+            if not in_bucket and (failed := self._disagreement(call)) is not None:
+                self._in_flight.append((failed.result, None))
+                return
+            start.start(sending)
+        self._in_flight.append((sending.wait, _Vote(sending, coder, in_bucket)))
 
-    def _refuse(self, call: Call) -> None:
+    def _sending(self, coder: LionCoder, call: Call) -> Exchange | HierarchicalCall:
+        """A vote, ready to be started."""
+        where, device = self._grid(coder.device), coder.device
+        if where is None:
+            groups = self._call_groups[0]
+            return Exchange(self.communicator, coder, call, self._algorithm, device, groups)
+        stages = VoteStages(where, coder, self._algorithm)
+        return HierarchicalCall(
+            where, call.name, dict(call.fields), call.step, stages, call_groups=self._call_groups
+        )
+
+    def _disagreement(self, call: Call) -> Future[None] | None:
+        """Compares a call over all ranks before any momentum moves; fails where they differ.
+
+        On two levels a stage agrees with a part of the ranks only.
+        """
+        comm, failed = self.communicator, Future[None]()
+        try:
+            comm.run(lambda: comm.agree(call))
+        except PydistError as error:
+            failed.set_exception(error)
+            return failed
+        return None
+
+    def _refuse(self, call: Call, in_bucket: bool) -> None:
         """Tells the other ranks of a problem; ``step()`` raises, on every rank.
 
         Raising here, inside backward, would leave the other ranks waiting for this one's next
         buckets.
         """
-        refused = self.communicator.refuse(call, call_group=self._call_group)
-        self._in_flight.append((refused.result, None))
+        where = self._grid(self.layout.device) if in_bucket else None
+        if where is None:
+            refused = self.communicator.refuse(call, call_group=self._call_groups[0])
+            self._in_flight.append((refused.result, None))
+            return
+        refusing = HierarchicalCall(
+            where, call.name, {}, call.step, None, call.problem, call_groups=self._call_groups
+        )
+        where.start(refusing)
+        self._in_flight.append((refusing.wait, None))
 
     def _apply(self, coders: list[LionCoder], flags: Tensor) -> None:
         if not coders:

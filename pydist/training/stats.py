@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from pydist.collectives.grid import HierarchicalCall
 from pydist.transport.exchange import Exchange
 
 
@@ -36,6 +37,7 @@ class Counters:
         steps: Steps since it was made.
         calls: Messages to all ranks, or buckets of them.
         wire_bytes: What this rank sent, headers and agreement included.
+        inside_bytes: What of it went to ranks of its node, on two levels.
         raw_bytes: What a ring of the gradients would have sent.
         last_bytes: What this rank sent in the last call.
         dropped: Elements of kept state that were damaged and set to zero.
@@ -44,13 +46,14 @@ class Counters:
     def __init__(self) -> None:
         self.steps = self.calls = self.wire_bytes = self.last_bytes = self.dropped = 0
         self.raw_bytes = 0.0
+        self.inside_bytes = 0
 
-    def sent(self, exchange: Exchange, gradient_bytes: int) -> None:
-        """Counts a call that is over."""
-        ranks = exchange.comm.world_size
+    def sent(self, call: Exchange | HierarchicalCall, gradient_bytes: int, ranks: int) -> None:
+        """Counts a call of so many ranks that is over."""
         self.calls += 1
-        self.last_bytes = exchange.bytes_sent
+        self.last_bytes = call.bytes_sent
         self.wire_bytes += self.last_bytes
+        self.inside_bytes += call.inside_bytes
         self.raw_bytes += ring_bytes(gradient_bytes, ranks)
 
     def sent_nothing(self, gradient_bytes: int, ranks: int) -> None:
@@ -68,6 +71,7 @@ class Counters:
             "steps": self.steps,
             "calls": self.calls,
             "wire_bytes": self.wire_bytes,
+            "wire_bytes_inside": self.inside_bytes,
             "raw_bytes": int(self.raw_bytes),
             "ratio": self.ratio,
             "dropped_elements": self.dropped,
