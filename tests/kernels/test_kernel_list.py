@@ -28,7 +28,7 @@ CHECKED_WITH = {
     "ternary_unpack_sums": "ternary_unpack", "topk_clear_": "topk_select",
     "unpack_signs": "unpack_votes",
 }  # fmt: skip
-NATIVE = {"sum_quantized": "dequantize", "unpack_signs": "unpack_votes"}  # where the compiled module has another name
+NATIVE = {"sum_quantized": "dequantize", "unpack_signs": "unpack_votes"}  # in the compiled module
 INSIDE = {"topk_clear_"}  # an option of another kernel of the compiled module
 
 
