@@ -68,7 +68,8 @@ auto on_cuda(void (*kernel)(const cuda::Rows&, Args...)) {
 // The numbers of one row, from a tuple.
 inline Row row_of(const pybind11::tuple& numbers) {
   int64_t x[9];
-  for (int i = 0; i < 9; ++i) x[i] = numbers[i].cast<int64_t>();
+  for (int i = 0; i < 9; ++i) x[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i));
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
   return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
 }
 

@@ -60,7 +60,7 @@ def words_for(n: int) -> int:
 
 def payload_bytes(n: int) -> int:
     """Bytes of a 1-bit payload of ``n`` elements: padded with zero bits to a multiple of 4."""
-    return words_for(n) * WORD_BYTES
+    return -(-n // WORD_BITS) * WORD_BYTES
 
 
 def planes_for(ranks: int) -> int:

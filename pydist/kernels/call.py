@@ -43,8 +43,10 @@ class Call:
 
     def input(self, name: str, x: Array) -> ArrayInfo:
         """An array that the kernel reads; a contiguous copy where it is not contiguous."""
-        self._check_kind(name, x)
-        return self.library.info(name, self.library.contiguous(x))
+        library = self.library
+        if not library.holds(x):
+            raise self._other_kind(name, x)
+        return library.info(name, library.contiguous(x))
 
     def option(self, name: str, x: Array | None) -> ArrayInfo | None:
         """An input that need not be given."""
@@ -52,7 +54,8 @@ class Call:
 
     def update(self, name: str, x: Array) -> ArrayInfo:
         """An array that the kernel changes in place, of any strides without elements twice."""
-        self._check_kind(name, x)
+        if not self.library.holds(x):
+            raise self._other_kind(name, x)
         dense = self.library.writable(name, x)
         self._changed.append((x, dense))
         return self.library.info(name, dense)
@@ -61,7 +64,8 @@ class Call:
         """The word in which a kernel raises bits, int32[1] apart from the others; its address."""
         if flags is None:
             return None, 0
-        self._check_kind("flags", flags)
+        if not self.library.holds(flags):
+            raise self._other_kind("flags", flags)
         info = self.library.info("flags", flags, written=True)
         check_flags(info, *others)
         check_device(others[0], info)
@@ -118,33 +122,38 @@ class Call:
         return info
 
     def _given(self, out: Array) -> ArrayInfo:
-        self._check_kind("out", out)
-        if not self.library.is_contiguous(out):
+        library = self.library
+        if not library.holds(out):
+            raise self._other_kind("out", out)
+        if not library.is_contiguous(out):
             strides = out.stride() if hasattr(out, "stride") else out.strides
             raise ValueError(f"out must be contiguous, got strides {list(strides)}")
-        return self.library.info("out", out, written=True)
+        return library.info("out", out, written=True)
 
     def check_apart(self, name_a: str, a: Array, name_b: str, b: Array) -> None:
         """Raises ValueError where arrays of which one is strided share memory."""
-        self._check_kind(name_a, a)
-        self._check_kind(name_b, b)
         library = self.library
+        for name, x in ((name_a, a), (name_b, b)):
+            if not library.holds(x):
+                raise self._other_kind(name, x)
         if library.is_contiguous(a) and library.is_contiguous(b):
             return  # checks.check_disjoint sees it
         if library.may_overlap(a, b):
             raise ValueError(f"{name_a} and {name_b} overlap in memory")
 
-    def _check_kind(self, name: str, x: Array) -> None:
-        if not self.library.holds(x):
-            kind = library_of(name, x).kind
-            raise TypeError(f"{name} is a {kind} array, {self._name} a {self.library.kind} array")
+    def _other_kind(self, name: str, x: Array) -> TypeError:
+        kind = library_of(name, x).kind
+        return TypeError(f"{name} is a {kind} array, {self._name} a {self.library.kind} array")
 
     # ----------------------------------------------------------------- launch
 
     def launch(self, kernel: str, rows: Rows, *args: object, unit: int = wire.WORD_BITS) -> None:
         """Runs the kernel (:func:`pydist.kernels.launch.launch`), and ends writes in place."""
-        with self.on_device():
-            launch(self.target, kernel, rows, *args, unit=unit)
+        if self.target.stream is None:
+            launch(self.target, kernel, rows, *args)
+        else:
+            with self.on_device():
+                launch(self.target, kernel, rows, *args, unit=unit)
         self.end_writes()
 
     def on_device(self) -> AbstractContextManager[Any]:

@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _get_tracing_state,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from pydist import _C
 from pydist.kernels import (
@@ -37,28 +45,24 @@ _C.current_isa()  # a wrong PYDIST_ISA is an error here, not in the first kernel
 
 _LIBRARY = torch.library.Library("pydist", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DEVICES = ("cpu", "cuda")
 
 
-def watched(first: object) -> bool:
+def watched(first: Any) -> bool:
     """Whether a call on this array must go through the dispatcher.
 
     An operator in Python costs as much as all checks together, so calls that nothing looks at go
     straight to the kernel.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling() or type(first) not in _PLAIN:  # fake, functional, distributed
         return isinstance(first, Tensor)
-    if not isinstance(first, Tensor):
-        return False
     return (
-        type(first) not in _PLAIN  # fake, functional, distributed
-        or first.device.type not in _DEVICES
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or (first.requires_grad and torch.is_grad_enabled())
+        not (first.is_cpu or first.is_cuda)
+        or _len_torch_dispatch_stack() > 0
+        or _is_torch_function_mode_enabled()
+        or _profiler_enabled()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or (first.requires_grad and is_grad_enabled())
     )
 
 
@@ -234,3 +238,4 @@ for _kernel in KERNELS.values():
         )
 assert torch_tensors.TORCH.kind == "torch"  # its import makes tensors known
 register._operators = sys.modules[__name__]  # torch.compile cannot trace the import
+register._watched = watched

@@ -83,6 +83,17 @@ class Kernel:
 
 KERNELS: dict[str, Kernel] = {}
 """All kernels, by name."""
+
+
+def _look_for_torch(first: object) -> bool:
+    """What :func:`pydist.kernels.operators.watched` says, which takes this one's place."""
+    if "torch" not in sys.modules:
+        return False
+    return bool(importlib.import_module("pydist.kernels.operators").watched(first))
+
+
+_watched: Callable[[object], bool] = _look_for_torch
+"""Whether something of torch's looks at operators: compilation, a mode, a profiler."""
 _operators: Any = None  # pydist.kernels.operators, once torch is there
 
 
@@ -123,13 +134,3 @@ def kernel(
 
 def _without(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != name}
-
-
-def _watched(first: object) -> bool:
-    """Whether something of torch's looks at operators: compilation, a mode, a profiler."""
-    global _operators
-    if _operators is None:
-        if "torch" not in sys.modules:
-            return False
-        _operators = importlib.import_module("pydist.kernels.operators")
-    return bool(_operators.watched(first))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydist import _C
 from pydist.formats import wire
-from pydist.kernels.arguments import explained
 from pydist.kernels.call import Call
 from pydist.kernels.checks import (
     FLOAT_NAMES,
@@ -162,7 +161,7 @@ def unpack_votes(
     return values.array
 
 
-@explained
+@kernel(result=_of_n)
 def unpack_signs(
     payload: A,
     n: int,
@@ -187,9 +186,15 @@ def unpack_signs(
         TypeError: A dtype is not supported, or ``out`` has another.
         ValueError: The payload has another length, or ``out`` does not fit ``n``.
     """
-    check_one_payload(tuple(payload.shape))
-    check_payload_of(payload.shape[0], n)
-    return unpack_votes(payload[None], n, dtype=dtype, out=out, threads=threads)
+    call = Call("payload", payload, threads)
+    info = call.input("payload", payload)
+    check_dtype(info, ("uint8",))
+    check_one_payload(info.shape)
+    check_payload_of(info.size, n)
+    values = call.values(out, dtype, n, info)
+    args = unpack_args(info.address, info.size, 1, None, 1)
+    call.launch("unpack_votes", one_row(values.address, n), FLOATS[values.dtype], args)
+    return values.array
 
 
 @kernel(result=_counts)

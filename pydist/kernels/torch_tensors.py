@@ -24,10 +24,27 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
+def written(target: Tensor, dense: Tensor) -> None:
+    """Ends a write behind autograd's back: copies ``dense`` back, or bumps the version.
+
+    A tensor that backward has saved is then known to have changed, as after any in-place operation.
+    """
+    if target is not dense and (
+        target.is_neg()
+        or dense.data_ptr() != target.data_ptr()
+        or dense.stride() != target.stride()
+    ):
+        with torch.inference_mode(target.is_inference()):
+            target.copy_(dense.view_as(target))
+    elif not target.is_inference():
+        torch.autograd.graph.increment_version(target)
+
+
 class Torch:
     """Dense tensors on the CPU or a CUDA device."""
 
     kind = "torch"
+    written = staticmethod(written)
 
     def holds(self, x: Any) -> bool:
         """Whether it is a tensor."""
@@ -60,10 +77,6 @@ class Torch:
     def writable(self, name: str, x: Tensor) -> Tensor:
         """A contiguous tensor with its values."""
         return dense_of(name, x)
-
-    def written(self, x: Tensor, dense: Tensor) -> None:
-        """Ends a write behind autograd's back."""
-        written(x, dense)
 
     def may_overlap(self, a: Tensor, b: Tensor) -> bool:
         """Whether strided tensors reach into each other's memory."""
@@ -253,22 +266,6 @@ def normal(x: Tensor) -> Tensor:
     with torch.inference_mode(False):
         same = torch.empty(0, dtype=x.dtype, device=x.device)
         return same.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
-def written(target: Tensor, dense: Tensor) -> None:
-    """Ends a write behind autograd's back: copies ``dense`` back, or bumps the version.
-
-    A tensor that backward has saved is then known to have changed, as after any in-place operation.
-    """
-    if target is not dense and (
-        target.is_neg()
-        or dense.data_ptr() != target.data_ptr()
-        or dense.stride() != target.stride()
-    ):
-        with torch.inference_mode(target.is_inference()):
-            target.copy_(dense.view_as(target))
-    elif not target.is_inference():
-        torch.autograd.graph.increment_version(target)
 
 
 TORCH = Torch()

@@ -15,6 +15,14 @@ constexpr int kBatchPlanes = 4;        // planes that count kBatch ranks
 
 using Tile = uint32_t[kTile];
 
+// The votes of a rank that is not there.
+struct Constant {
+  Tile words;
+  explicit Constant(uint32_t word) {
+    for (uint32_t& w : words) w = word;
+  }
+};
+
 // ------------------------------------------------------------ counting
 
 // The counts of one vector of words: bit k of each is in plane k. Those of a single batch stay in
@@ -26,19 +34,22 @@ struct Counts {
   int size(int count) const { return kPlanes == kBatchPlanes ? kPlanes : count; }
 };
 
-// One tile of up to kBatch ranks; ranks that are not there voted -1.
+// One tile of up to kBatch ranks; of ranks that are not there some voted +1, the others -1.
 struct Batch {
   const unsigned char* votes[kBatch];
   Tile copies[kBatch];  // where a tile is cut off by the end of the row
 };
 
 static void load_batch(const VoteArgs& a, int64_t rank, int64_t word, int64_t elements,
-                       Batch* batch) {
-  static const Tile none = {};
+                       int64_t ones, Batch* batch) {
+  static const Constant none(0), all(~0u);
   const auto words = static_cast<size_t>(words_for(elements));
   for (int r = 0; r < kBatch; ++r) {
-    batch->votes[r] = reinterpret_cast<const unsigned char*>(none);
-    if (rank + r >= a.ranks) continue;
+    if (rank + r >= a.ranks) {
+      const Constant& constant = rank + r < a.ranks + ones ? all : none;
+      batch->votes[r] = reinterpret_cast<const unsigned char*>(constant.words);
+      continue;
+    }
     const unsigned char* votes = a.payloads + (rank + r) * a.stride + 4 * word;
     walks(votes, sizeof(Tile));
     if (words == kTile) {
@@ -53,8 +64,8 @@ static void load_batch(const VoteArgs& a, int64_t rank, int64_t word, int64_t el
 
 // sum + 2 * return = sum + b + c, bit by bit.
 PYDIST_INLINE Wide full_add(Wide* sum, Wide b, Wide c) {
-  const Wide carry = wide_majority(*sum, b, c);
-  *sum = wide_xor3(*sum, b, c);
+  const Wide carry = wide_majority(b, c, *sum);
+  *sum = wide_xor3(b, c, *sum);
   return carry;
 }
 
@@ -99,12 +110,14 @@ PYDIST_INLINE void for_counts(const Batch& batch, const Tile* planes, int count,
 // Planes that hold the counts of `seen` ranks while batches are added: at least a batch's own.
 static int planes_while(int64_t seen) { return planes_for(seen < kBatch ? kBatch : seen); }
 
-// Counts one tile of all ranks, and hands it to `visit` as for_counts does.
+// Counts one tile of all ranks, and hands it to `visit` as for_counts does. The counts of a single
+// batch are those with `ones` more votes for +1.
 template <typename Visit>
-static void visit_counts(const VoteArgs& a, int64_t word, int64_t elements, const Visit& visit) {
+static void visit_counts(const VoteArgs& a, int64_t word, int64_t elements, int64_t ones,
+                         const Visit& visit) {
   Batch batch;
   if (a.ranks <= kBatch) {
-    load_batch(a, 0, word, elements, &batch);
+    load_batch(a, 0, word, elements, ones, &batch);
     return for_counts<kBatchPlanes>(batch, nullptr, kBatchPlanes, visit);
   }
   Tile planes[kMaxPlanes];
@@ -112,7 +125,7 @@ static void visit_counts(const VoteArgs& a, int64_t word, int64_t elements, cons
   for (int k = 0; k < count; ++k) std::memset(planes[k], 0, sizeof(Tile));
   int64_t rank = 0;
   for (; rank + kBatch < a.ranks; rank += kBatch) {
-    load_batch(a, rank, word, elements, &batch);
+    load_batch(a, rank, word, elements, 0, &batch);
     const int grown = planes_while(rank + kBatch);  // counts so far fit these planes
     for_counts<kMaxPlanes>(batch, planes, grown, [&](int w, const auto& low, const auto& high) {
       for (int k = 0; k < grown; ++k) {
@@ -121,7 +134,7 @@ static void visit_counts(const VoteArgs& a, int64_t word, int64_t elements, cons
       }
     });
   }
-  load_batch(a, rank, word, elements, &batch);
+  load_batch(a, rank, word, elements, 0, &batch);
   for_counts<kMaxPlanes>(batch, planes, count, visit);
 }
 
@@ -208,8 +221,18 @@ struct Verdict {
   Wide above, tied;
 };
 
-template <int kPlanes>
-PYDIST_INLINE Verdict compare_with_half(const Counts<kPlanes>& counts, int count, int64_t ranks) {
+// A single batch: with this many votes for +1 more, half is always kBatch / 2.
+static int64_t missing_half(int64_t ranks) { return kBatch / 2 - ranks / 2; }
+
+PYDIST_INLINE Verdict compare_with_half(const Counts<kBatchPlanes>& counts, int, int64_t ranks) {
+  const Wide* plane = counts.plane;
+  const Wide low = wide_or(plane[0], plane[1]);
+  const Wide tied = ranks % 2 ? wide_set1(0) : wide_and_not(plane[2], low);
+  return {wide_or(plane[3], wide_and(plane[2], low)), tied};
+}
+
+PYDIST_INLINE Verdict compare_with_half(const Counts<kMaxPlanes>& counts, int count,
+                                        int64_t ranks) {
   const int64_t half = ranks / 2;
   Verdict v = {wide_set1(0), wide_set1(~uint64_t{0})};
   for (int k = counts.size(count) - 1; k >= 0; --k) {
@@ -232,7 +255,7 @@ void count_votes(const VoteArgs& a, const Row& row) {
     const int64_t word = row.word + i / kWordBits;
     Output out[kMaxPlanes];
     for (int k = 0; k < count; ++k) out[k].open(a, k, word, elements);
-    visit_counts(a, word, elements, [&](int w, const auto& low, const auto& high) {
+    visit_counts(a, word, elements, 0, [&](int w, const auto& low, const auto& high) {
       for (int k = 0; k < count; ++k) {
         out[k].put(w, low.plane[k]);
         out[k].put(w + kStep, high.plane[k]);
@@ -253,6 +276,7 @@ PYDIST_INLINE void fetch_votes(const VoteArgs& a, int64_t word) {
 
 void majority_vote(const VoteArgs& a, const Row& row) {
   const int count = planes_for(a.ranks);
+  const int64_t ones = missing_half(a.ranks);
   const bool draws_ties = a.ties == Ties::kHash && a.ranks % 2 == 0;
   const TieDraws draws(a, row);
   for (int64_t i = 0; i < row.n; i += kTile * kWordBits) {
@@ -263,7 +287,7 @@ void majority_vote(const VoteArgs& a, const Row& row) {
     if (a.ties == Ties::kZero) non_zero.open(a, 1, word, elements);
     alignas(64) Tile ties;
     if (draws_ties) draws.draw(row.first + i, ties);
-    visit_counts(a, word, elements, [&](int w, const auto& low, const auto& high) {
+    visit_counts(a, word, elements, ones, [&](int w, const auto& low, const auto& high) {
       if (draws_ties) fetch_votes(a, word + w);
       const auto decide = [&](int at, const auto& counts, const uint32_t* tie) {
         const Verdict v = compare_with_half(counts, count, a.ranks);

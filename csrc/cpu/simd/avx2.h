@@ -127,7 +127,7 @@ PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return _mm256_or_si256(a, b); }
 PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return _mm256_andnot_si256(b, a); }
 PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return wide_xor(wide_xor(a, b), c); }
 PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) {
-  return wide_or(wide_and(a, b), wide_and(c, wide_or(a, b)));
+  return wide_or(wide_and(a, b), wide_and(c, wide_xor(a, b)));
 }
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) {
   return _mm256_sll_epi64(x, _mm_cvtsi32_si128(n));

@@ -83,7 +83,7 @@ PYDIST_INLINE Wide wide_and(Wide a, Wide b) { return a & b; }
 PYDIST_INLINE Wide wide_or(Wide a, Wide b) { return a | b; }
 PYDIST_INLINE Wide wide_and_not(Wide a, Wide b) { return a & ~b; }
 PYDIST_INLINE Wide wide_xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
-PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a | b)); }
+PYDIST_INLINE Wide wide_majority(Wide a, Wide b, Wide c) { return (a & b) | (c & (a ^ b)); }
 PYDIST_INLINE Wide wide_shift_left(Wide x, int n) { return x << n; }
 PYDIST_INLINE Wide wide_shift_right(Wide x, int n) { return x >> n; }
 template <typename U>
