@@ -25,7 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from netns import Cluster, ClusterError, Shape, check_tools
+from links import ClusterError, Network, network_options
+from netns import Cluster
 from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
 from training import HANGS, METHODS, parameters, trainers
 
@@ -204,10 +205,11 @@ def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
 
 def run_all_reduce(options: argparse.Namespace) -> Report:
     """Launch, sum up and show the all-reduce benchmark."""
-    with Cluster(options.hosts, options.rate) as cluster:
+    network = Network.of(options)
+    with Cluster(network) as cluster:
         rows = summarise(launch(cluster, options))
         drops = sum(count["drops"] for count in cluster.counters())
-    show(rows, f"all-reduce of {options.numel:,} on {options.hosts} hosts at {options.rate}")
+    show(rows, f"all-reduce of {options.numel:,}, {network}")
     return {"methods": rows, "packets_dropped": drops}
 
 
@@ -219,12 +221,12 @@ def run_step(options: argparse.Namespace) -> Report:
     """
     together = [name for name in options.methods if name not in HANGS]
     alone = [[name] for name in options.methods if name in HANGS]
-    rows, failed, drops = {}, {}, 0
+    rows, failed, drops, network = {}, {}, 0, Network.of(options)
     for names in [together, *alone] if together else alone:
         settings = argparse.Namespace(**{**vars(options), "methods": names})
         if names is not together:
             settings.timeout = options.patience
-        with Cluster(options.hosts, options.rate) as cluster:
+        with Cluster(network) as cluster:
             try:
                 rows |= summarise(launch(cluster, settings))
             except ClusterError as error:
@@ -232,8 +234,7 @@ def run_step(options: argparse.Namespace) -> Report:
                     raise
                 failed[names[0]] = str(error).partition("\n")[0]
             drops += sum(count["drops"] for count in cluster.counters())
-    title = f"DDP step, {parameters():,} parameters, {options.hosts} hosts at {options.rate}"
-    show(rows, title)
+    show(rows, f"DDP step, {parameters():,} parameters, {network}")
     for name, reason in failed.items():
         print(f"{name}: {reason}")
     return {"methods": rows, "failed": failed, "packets_dropped": drops}
@@ -241,7 +242,7 @@ def run_step(options: argparse.Namespace) -> Report:
 
 def run_goodput(options: argparse.Namespace) -> Report:
     """Each host sends to the next one at the same time; show what arrives."""
-    with Cluster(options.hosts, options.rate) as cluster:
+    with Cluster(Network.of(options)) as cluster:
         found = [report["bits_per_second"] for report in launch(cluster, options)]
     shares = [bits / cluster.shape.rate for bits in found]
     for host, (bits, share) in enumerate(zip(found, shares, strict=True)):
@@ -272,9 +273,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmarks on hosts made of network namespaces.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,step,goodput}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--hosts", type=_at_least(2), default=4)
-    common.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
+    common = argparse.ArgumentParser(add_help=False, parents=[network_options()])
     common.add_argument("--json", metavar="FILE", help="write all figures here")
     common.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
     common.add_argument(
@@ -313,11 +312,10 @@ def main(arguments: Sequence[str]) -> int:
         "machine": machine(),
     }
     try:
-        check_tools()
-        record["link"] = vars(Shape.of(options.rate))
+        record |= Network.of(options).record()
         record |= TASKS[options.task](options)
     except ClusterError as error:
-        print(f"cluster.py: {error}", file=sys.stderr)
+        print(f"ddp.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

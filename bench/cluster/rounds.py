@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from netns import INTERFACE, ClusterError
+from links import ClusterError
+from netns import INTERFACE
 
 WARMUP = 3
 BYTE_CALLS = 5
