@@ -15,10 +15,7 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -27,11 +24,9 @@ from typing import Any
 
 from links import ClusterError, Network, network_options
 from netns import Cluster
-from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
+from probe import probe
+from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
 from training import HANGS, METHODS, parameters, trainers
-
-_GOODPUT_PORT = 29600
-_GOODPUT_SECONDS = 2.0
 
 # ---------------------------------------------------------------- what runs on each host
 
@@ -132,54 +127,12 @@ def method_worker(options: argparse.Namespace) -> Report:
     return report
 
 
-def goodput_worker(options: argparse.Namespace) -> Report:
-    """Send to the next host for a while, receive from the previous one; bits/s received."""
-    rank, hosts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    network = os.environ["MASTER_ADDR"].rsplit(".", 1)[0]
-    server = socket.create_server(("", _GOODPUT_PORT))
-    sender = threading.Thread(target=_pour, args=(f"{network}.{(rank + 1) % hosts + 1}",))
-    sender.start()
-    connection, _ = server.accept()
-    buffer = bytearray(1 << 20)
-    connection.recv_into(buffer)
-    start = last = time.perf_counter()
-    received = 0
-    while count := connection.recv_into(buffer):
-        received += count
-        last = time.perf_counter()
-    sender.join()
-    return {"bits_per_second": 8 * received / (last - start)}
-
-
-def _pour(address: str) -> None:
-    """Send zeros to a host for a while, once it listens."""
-    for _ in range(200):
-        try:
-            connection = socket.create_connection((address, _GOODPUT_PORT))
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    else:
-        raise ClusterError(f"{address} does not listen")
-    data, end = bytes(1 << 16), time.perf_counter() + _GOODPUT_SECONDS
-    with connection:
-        while time.perf_counter() < end:
-            connection.sendall(data)
-
-
-WORKERS: dict[str, Callable[[argparse.Namespace], Report]] = {
-    "all-reduce": method_worker,
-    "step": method_worker,
-    "goodput": goodput_worker,
-}
-
-
 def work(settings: str) -> int:
     """Entry of the process on each host: measure, print the findings as JSON."""
     options = argparse.Namespace(**json.loads(settings))
     if options.realtime:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
-    print(json.dumps(WORKERS[options.task](options)))
+        go_first()
+    print(json.dumps(method_worker(options)))
     return 0
 
 
@@ -241,13 +194,8 @@ def run_step(options: argparse.Namespace) -> Report:
 
 
 def run_goodput(options: argparse.Namespace) -> Report:
-    """Each host sends to the next one at the same time; show what arrives."""
-    with Cluster(Network.of(options)) as cluster:
-        found = [report["bits_per_second"] for report in launch(cluster, options)]
-    shares = [bits / cluster.shape.rate for bits in found]
-    for host, (bits, share) in enumerate(zip(found, shares, strict=True)):
-        print(f"host {host} received {bits / 1e6:8.1f} Mbit/s, {100 * share:.1f} % of the rate")
-    return {"bits_per_second": found, "share_of_rate": shares}
+    """Round trips, and the rate at which each host sends to the next one, all at once."""
+    return probe(Network.of(options), realtime=options.realtime)
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {

@@ -49,10 +49,12 @@ class Shape:
         # A bucket that is idle between two collectives fills up, and its content then travels
         # for free. 150 microseconds' worth keeps that gift small beside a step of milliseconds
         # and is still more than the timer's slack, without which the rate would not be reached.
-        burst = max(4 * MTU, round(bits / 8 * 150e-6))
+        # With a delay the relay charges for them, and two milliseconds' worth saves packets: TCP
+        # itself makes them as long as a millisecond.
+        burst = max(4 * MTU, round(bits / 8 * (2e-3 if rtt_ms else 150e-6)))
         # A packet larger than the bucket would be cut up in software, which costs processor
         # time that the benchmark needs; so ask TCP for packets that fit (headers added).
-        gso = min(65536, max(2 * MTU, burst * 3 // 4))
+        gso = min(65536, max(2 * MTU, burst // 2 if rtt_ms else burst * 3 // 4))
         # A megabyte a port is what small switches have; routers of long lines have what is
         # under way in a round trip.
         buffer = max(1 << 20, 8 * burst, round(bits / 8 * rtt_ms / 1e3))

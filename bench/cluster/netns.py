@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -29,15 +28,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, final
 
-import relay
 from links import ClusterError, Network, Shape
+from relay import TUN, RelayProcess
 
 PREFIX = "pydist"
 INTERFACE = "eth0"
 _SUBNET = "10.213.77"
 _PORT = 29500
 _NEEDED = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
-_READY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,9 @@ def check_tools(*, delay: bool = False) -> None:
         raise ClusterError(
             f"{' and '.join(missing)} not found: install iproute2 (Debian: apt install iproute2)"
         )
-    if delay and not os.path.exists(relay.TUN):
+    if delay and not os.path.exists(TUN):
         raise ClusterError(
-            f"{relay.TUN} not found, which a delay needs: modprobe tun "
-            f"(a container: --device {relay.TUN})"
+            f"{TUN} not found, which a delay needs: modprobe tun (a container: --device {TUN})"
         )
 
 
@@ -139,7 +136,7 @@ class Cluster:
         self._base = f"{PREFIX}-{os.getpid()}"
         self._switch = f"{self._base}-switch"
         self._running: list[subprocess.Popen[bytes]] = []
-        self._relay: subprocess.Popen[str] | None = None
+        self._relay: RelayProcess | None = None
         self._handlers: dict[int, Any] = {}
 
     def name(self, host: int) -> str:
@@ -177,7 +174,9 @@ class Cluster:
     def close(self) -> None:
         """Kill what runs on the hosts and remove them; safe to call twice."""
         self._kill()
-        self._stop_relay()
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         own = (self._switch, *(self.name(host) for host in range(self.hosts)))
         _remove([name for name in _namespaces() if name in own])
         atexit.unregister(self.close)
@@ -201,7 +200,10 @@ class Cluster:
         _call("ip", "netns", "add", self._switch)
         self._quieten(self._switch)
         if self.shape.rtt_ms > 0:
-            self._start_relay()
+            addresses = [self.address(host) for host in range(self.hosts)]
+            # In the switch's namespace, so that what a crash leaves is found there.
+            within = ("ip", "netns", "exec", self._switch)
+            self._relay = RelayProcess(within, addresses, self.shape)
         else:
             _call("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
             _call("ip", "-n", self._switch, "link", "set", "br0", "up")
@@ -232,44 +234,6 @@ class Cluster:
         _shape(name, INTERFACE, self.shape)
         if self.network.inner is not None:
             _shape(name, "lo", self.network.inner)
-
-    def _start_relay(self) -> None:
-        """Start the process between the hosts, and wait until it has made their devices."""
-        settings = {
-            "addresses": [self.address(host) for host in range(self.hosts)],
-            **{key: getattr(self.shape, key) for key in ("rate", "buffer", "rtt_ms")},
-        }
-        # In the switch's namespace, so that what a crash leaves is found there. Its standard input
-        # ends with this process, even if that is killed.
-        self._relay = subprocess.Popen(
-            [
-                *("ip", "netns", "exec", self._switch),
-                *(sys.executable, relay.__file__, json.dumps(settings)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._answer()
-
-    def _answer(self) -> str:
-        """The next line that the relay writes."""
-        assert self._relay is not None and self._relay.stdout is not None
-        ready, _, _ = select.select([self._relay.stdout], [], [], _READY_SECONDS)
-        line = self._relay.stdout.readline() if ready else ""
-        if not line:
-            self._relay.kill()
-            raise ClusterError(f"the relay ended: {self._relay.communicate()[1][-4000:]}".rstrip())
-        return line
-
-    def _stop_relay(self) -> None:
-        """End the process between the hosts."""
-        if self._relay is not None:
-            self._relay.kill()
-            self._relay.communicate()
-            self._relay = None
 
     @staticmethod
     def _quieten(name: str) -> None:
@@ -375,8 +339,8 @@ class Cluster:
                 if code:
                     self._kill(forget=False)
                     return rank, f"failed with exit status {code}"
-            if self._relay is not None and self._relay.poll() is not None:
-                self._answer()
+            if self._relay is not None:
+                self._relay.check()
             if None not in codes:
                 return None
             if time.monotonic() > deadline:
@@ -412,13 +376,9 @@ class Cluster:
             for host, counts in enumerate(found):
                 counts["drops"] += _dropped(self._switch, f"port{host}")
             return found
-        assert self._relay.stdin is not None
-        self._relay.stdin.write("\n")
-        self._relay.stdin.flush()
-        relayed = json.loads(self._answer())
-        for host, counts in enumerate(found):
-            counts["drops"] += relayed["dropped"][host]
-            counts["longest_queue"] = relayed["longest_queue"][host]
+        for counts, relayed in zip(found, self._relay.counters(), strict=True):
+            counts["drops"] += relayed["dropped"]
+            counts["longest_queue"] = relayed["longest_queue"]
         return found
 
     def _count(self, host: int) -> dict[str, int]:

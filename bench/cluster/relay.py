@@ -1,13 +1,14 @@
 """Links with a delay: one process that carries packets between the hosts' tun devices.
 
-A host's kernel paces what the host sends (``tc tbf``, see ``netns.py``). This process reads each
-packet at once, puts it on the line of the host that it is for, which has a rate and a queue of
-finite length, and hands it over when it has left that line and the delay has passed. The devices
-take packets of several TCP segments (``IFF_VNET_HDR``), so that few packets carry many bytes and
-TCP counts segments of an Ethernet's size all the same.
+This process reads each packet at once, puts it on the line from its sender, then on the line to
+its receiver, each with a rate and a queue of finite length, and hands it over when it has left both
+and the delay has passed. A token bucket before the sender's device (``netns.py``) keeps what TCP
+sends ahead in its own queues. The devices take packets of several TCP segments (``IFF_VNET_HDR``),
+so that few packets carry many bytes and TCP counts segments of an Ethernet's size all the same.
 
-``netns.Cluster`` starts it. A line on standard input asks for the counters, its end ends the
-process: no relay outlives the program that wanted it.
+``netns.Cluster`` starts it as a :class:`RelayProcess`. A line on standard input asks for the
+counters. The end of standard input ends the process: no relay outlives the program that wanted it,
+even if that is killed.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ import json
 import os
 import select
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address
+
+from links import ClusterError, Shape
 
 TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -34,6 +40,7 @@ _HEADER = struct.Struct("=BBHHHH")  # struct virtio_net_hdr
 _DESTINATION = slice(_HEADER.size + 16, _HEADER.size + 20)
 _LONGEST = _HEADER.size + (1 << 16)
 _PRIORITY = 10
+_ANSWER_SECONDS = 30.0
 
 
 @dataclass
@@ -54,25 +61,26 @@ class Line:
     dropped: int = 0
     longest: int = 0
 
-    def take(self, now: int, size: int) -> int | None:
+    def lasts(self, size: int) -> int:
+        """Nanoseconds that the line needs for some bytes."""
+        return size * 8 * 10**9 // self.rate
+
+    def take(self, first: int, size: int) -> int | None:
         """Puts a packet on the line.
 
-        A packet that finds the line idle leaves at once: its sender's line has taken the time for
-        its bytes, and a switch passes a packet on while it arrives.
-
         Args:
-            now: When the packet arrives; not before the last one.
+            first: When its first bit arrives.
             size: Its bytes.
 
         Returns:
-            When its last byte has left, or ``None`` if the queue was full.
+            When its last bit has left, or ``None`` if the queue was full.
         """
-        waiting = max(0, self.free - now) * self.rate // (8 * 10**9)
-        if waiting + size > self.limit:
+        waiting = (self.free - first) * self.rate // (8 * 10**9)
+        if waiting > self.limit:
             self.dropped += 1
             return None
         self.longest = max(self.longest, waiting)
-        self.free = max(now, self.free + size * 8 * 10**9 // self.rate)
+        self.free = max(self.free, first) + self.lasts(size)
         return self.free
 
 
@@ -91,66 +99,88 @@ def wire_bytes(packet: bytes) -> int:
 
 
 @dataclass
-class Relay:
-    """Packets under way between devices.
+class Port:
+    """Where a host is plugged in.
 
     Attributes:
-        devices: For each host the descriptor of its device.
-        lines: For each host the line towards it.
-        delay: Nanoseconds of one direction.
-        lost: For each host packets that its device refused, as it was down.
+        device: Descriptor of the host's tun device.
+        sends: The line from the host.
+        receives: The line to the host.
     """
 
-    devices: list[int]
-    lines: dict[bytes, tuple[int, Line]]
+    device: int
+    sends: Line
+    receives: Line
+
+
+@dataclass
+class Relay:
+    """Packets under way between ports.
+
+    Attributes:
+        ports: The port of each IPv4 address.
+        delay: Nanoseconds of one direction.
+    """
+
+    ports: dict[bytes, Port]
     delay: int
-    lost: int = 0
-    _under_way: list[tuple[int, int, int, bytes]] = field(default_factory=list)
+    _under_way: list[tuple[int, int, Port, bytes, int]] = field(default_factory=list)
     _count: int = 0
 
-    def accept(self, now: int, packet: bytes) -> None:
-        """Puts a packet on its line; one for nobody is dropped."""
-        device, line = self.lines.get(packet[_DESTINATION], (None, None))
-        if device is None or line is None:
-            return
-        left = line.take(now, wire_bytes(packet))
-        if left is not None:
-            self._count += 1  # keeps the order of packets that arrive in one moment
-            heapq.heappush(self._under_way, (left + self.delay, self._count, device, packet))
+    def accept(self, now: int, sender: Port, packet: bytes) -> None:
+        """Puts a packet on the line of its sender; one for nobody is ignored."""
+        receiver = self.ports.get(packet[_DESTINATION])
+        if receiver is not None:
+            size = wire_bytes(packet)
+            self._schedule(sender.sends.take(now, size), receiver, packet, size)
 
     def deliver(self, now: int) -> float | None:
-        """Hands over what is due; returns seconds until the next packet is, ``None`` if none is."""
+        """Moves on what is due; returns seconds until something is, ``None`` if nothing waits."""
         while self._under_way and self._under_way[0][0] <= now:
-            _, _, device, packet = heapq.heappop(self._under_way)
+            due, _, receiver, packet, size = heapq.heappop(self._under_way)
+            if size:
+                # The last bit has left the sender's line; the first was there a packet ago.
+                first = due - receiver.receives.lasts(size)
+                left = receiver.receives.take(first, size)
+                self._schedule(None if left is None else left + self.delay, receiver, packet, 0)
+                continue
             try:
-                os.write(device, packet)
-            except OSError:
-                self.lost += 1
+                os.write(receiver.device, packet)
+            except OSError:  # the host is being removed, or the kernel lacks memory
+                receiver.receives.dropped += 1
         return (self._under_way[0][0] - now) / 1e9 if self._under_way else None
 
-    def counters(self) -> dict[str, object]:
-        """What the lines have dropped and queued so far, in the order of the hosts."""
-        lines = [line for _, line in self.lines.values()]
-        return {
-            "dropped": [line.dropped for line in lines],
-            "longest_queue": [line.longest for line in lines],
-            "lost": self.lost,
-        }
+    def _schedule(self, due: int | None, receiver: Port, packet: bytes, size: int) -> None:
+        """Does what is next with a packet at a time; with one that was dropped, nothing."""
+        if due is not None:
+            self._count += 1  # keeps the order of packets that arrive in one moment
+            heapq.heappush(self._under_way, (due, self._count, receiver, packet, size))
+
+    def counters(self) -> list[dict[str, int]]:
+        """What the lines of each host have dropped so far, and the longest queue towards it."""
+        return [
+            {
+                "dropped": port.sends.dropped + port.receives.dropped,
+                "longest_queue": port.receives.longest,
+            }
+            for port in self.ports.values()
+        ]
 
     def run(self) -> None:
         """Carries packets until standard input ends."""
-        watched, wait = [*self.devices, sys.stdin.fileno()], None
+        senders, orders = {port.device: port for port in self.ports.values()}, sys.stdin.fileno()
+        watched, wait = [*senders, orders], None
         while True:
             ready, _, _ = select.select(watched, (), (), wait)
             now = time.monotonic_ns()
             for device in ready:
-                if device != watched[-1]:
+                if device != orders:
                     with contextlib.suppress(BlockingIOError):
-                        self.accept(now, os.read(device, _LONGEST))
-                elif not os.read(device, 1024):
-                    return
-                else:
+                        self.accept(now, senders[device], os.read(device, _LONGEST))
+                elif os.read(orders, 1024):
                     print(json.dumps(self.counters()), flush=True)
+                else:
+                    return
             wait = self.deliver(time.monotonic_ns())
 
 
@@ -172,17 +202,76 @@ def main(settings: str) -> None:
     """
     chosen = json.loads(settings)
     addresses = [IPv4Address(address).packed for address in chosen["addresses"]]
-    devices = [open_device(f"port{host}") for host in range(len(addresses))]
-    lines = {
-        address: (device, Line(chosen["rate"], chosen["buffer"]))
-        for address, device in zip(addresses, devices, strict=True)
+    line = partial(Line, chosen["rate"], chosen["buffer"])
+    ports = {
+        address: Port(open_device(f"port{host}"), line(), line())
+        for host, address in enumerate(addresses)
     }
     # The wire does not wait for the programs that use it.
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(_PRIORITY))
     gc.disable()  # there are no cycles, and a collection is jitter
     print("ready", flush=True)
-    Relay(devices, lines, round(chosen["rtt_ms"] * 1e6 / 2)).run()
+    Relay(ports, round(chosen["rtt_ms"] * 1e6 / 2)).run()
+
+
+# ---------------------------------------------------------------- what starts it
+
+
+class RelayProcess:
+    """A relay at work, which has made a tun device ``port0``, ``port1``, … for each host.
+
+    Args:
+        within: Command that runs another one in the namespace where the devices are made.
+        addresses: IPv4 addresses of the hosts.
+        shape: Rate, queue and round trip of their links.
+    """
+
+    def __init__(self, within: Sequence[str], addresses: Sequence[str], shape: Shape) -> None:
+        settings = {"addresses": addresses, **vars(shape)}
+        self._process = subprocess.Popen(
+            [*within, sys.executable, __file__, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._answer()
+
+    def counters(self) -> list[dict[str, int]]:
+        """See :meth:`Relay.counters`.
+
+        Raises:
+            ClusterError: If the relay has ended; with what it wrote.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        found: list[dict[str, int]] = json.loads(self._answer())
+        return found
+
+    def check(self) -> None:
+        """Raises :class:`ClusterError` if the relay has ended."""
+        if self._process.poll() is not None:
+            self._answer()
+
+    def close(self) -> None:
+        """Ends the relay; safe to call twice."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> str:
+        """The next line that the relay writes."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], _ANSWER_SECONDS)
+        line = self._process.stdout.readline() if ready else ""
+        if not line:
+            self._process.kill()
+            why = self._process.communicate()[1].strip() or f"no answer ({_ANSWER_SECONDS:.0f} s)"
+            raise ClusterError(f"the relay of the links ended: {why[-4000:]}")
+        return line
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -61,6 +62,11 @@ def interleave(methods: Mapping[str, Method], repeats: int) -> dict[str, list[fl
             if repeat >= 0:
                 times[name].append(took)
     return times
+
+
+def go_first() -> None:
+    """Lets this process run before other programs; the relay of the links runs before it."""
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
 
 
 def sent_bytes() -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 from links import ClusterError, Network, network_options
 from netns import Cluster
-from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
+from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -140,7 +139,7 @@ def measure(options: argparse.Namespace) -> None:
     """Runs on each rank, and writes what it found."""
     torch.set_num_threads(1)
     if options.realtime:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
+        go_first()
     dist.init_process_group("gloo")
     shape = (1, options.hosts) if options.local == 1 else (options.hosts, options.local)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("across", "inside"))
