@@ -70,9 +70,10 @@ class Shape:
 
 def _bits_per_second(rate: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(bit|kbit|mbit|gbit)", rate.strip().lower())
-    if match is None or float(match[1]) <= 0:
+    bits = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if bits < 1:
         raise ClusterError(f"cannot read the rate {rate!r}: write it like 1gbit or 100mbit")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return bits
 
 
 @dataclass(frozen=True)
