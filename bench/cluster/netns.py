@@ -371,12 +371,13 @@ class Cluster:
             queues at both ends of its cable); with a delay also ``longest_queue``, the most bytes
             that waited for the line towards the host.
         """
+        towards = self._relay.counters() if self._relay is not None else None
         found = [self._count(host) for host in range(self.hosts)]
-        if self._relay is None:
+        if towards is None:
             for host, counts in enumerate(found):
                 counts["drops"] += _dropped(self._switch, f"port{host}")
             return found
-        for counts, relayed in zip(found, self._relay.counters(), strict=True):
+        for counts, relayed in zip(found, towards, strict=True):
             counts["drops"] += relayed["dropped"]
             counts["longest_queue"] = relayed["longest_queue"]
         return found

@@ -22,7 +22,7 @@ from netns import Cluster
 from rounds import go_first
 
 _PORT = 29600
-_PINGS = 40
+PINGS = 40
 _LOST_SECONDS = 10.0
 
 Report = dict[str, Any]
@@ -30,7 +30,7 @@ Report = dict[str, Any]
 # ---------------------------------------------------------------- what runs on each host
 
 
-def ping(address: str, count: int = _PINGS) -> list[float]:
+def ping(address: str, count: int = PINGS) -> list[float]:
     """Milliseconds of round trips to a host whose kernel answers: ICMP echoes, one by one.
 
     Raises:

@@ -153,7 +153,7 @@ class Relay:
     def _schedule(self, due: int | None, receiver: Port, packet: bytes, size: int) -> None:
         """Does what is next with a packet at a time; with one that was dropped, nothing."""
         if due is not None:
-            self._count += 1  # keeps the order of packets that arrive in one moment
+            self._count += 1  # of two in one moment, the first comes first; ports do not compare
             heapq.heappush(self._under_way, (due, self._count, receiver, packet, size))
 
     def counters(self) -> list[dict[str, int]]:

@@ -90,10 +90,13 @@ def count_bytes(method: Method) -> float:
 
     method.reset()
     settle()
-    dist.barrier()  # its few hundred bytes are the error of this count
     before = sent_bytes()
+    # The few hundred bytes of two barriers are the error of this count. No rank of this host sends
+    # before the others have looked, and none looks before all that was sent has arrived.
+    dist.barrier()
     for _ in range(BYTE_CALLS):
         method.call()
+    dist.barrier()
     settle()
     return (sent_bytes() - before) / BYTE_CALLS
 
