@@ -23,6 +23,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ def wire_bytes(packet: bytes) -> int:
     Args:
         packet: A ``virtio_net_hdr``, then an IPv4 packet of one or more TCP segments.
     """
+    segment: int
+    tcp: int
     _, _, _, segment, tcp, _ = _HEADER.unpack_from(packet)
     length = len(packet) - _HEADER.size
     if not segment:
@@ -229,11 +232,12 @@ class RelayProcess:
 
     def __init__(self, within: Sequence[str], addresses: Sequence[str], shape: Shape) -> None:
         settings = {"addresses": addresses, **vars(shape)}
+        self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [*within, sys.executable, __file__, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             start_new_session=True,
         )
@@ -260,7 +264,11 @@ class RelayProcess:
     def close(self) -> None:
         """Ends the relay; safe to call twice."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def _answer(self) -> str:
         """The next line that the relay writes."""
@@ -269,8 +277,10 @@ class RelayProcess:
         line = self._process.stdout.readline() if ready else ""
         if not line:
             self._process.kill()
-            why = self._process.communicate()[1].strip() or f"no answer ({_ANSWER_SECONDS:.0f} s)"
-            raise ClusterError(f"the relay of the links ended: {why[-4000:]}")
+            code = self._process.wait()
+            self._errors.seek(0)
+            why = self._errors.read().decode(errors="replace").strip()[-4000:]
+            raise ClusterError(f"the relay of the links ended ({code}) {why}".rstrip())
         return line
 
 
