@@ -52,7 +52,12 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
     import torch
     import torch.distributed as dist
 
-    numel, rank, hosts = options.numel, dist.get_rank(), dist.get_world_size()
+    numel, rank, ranks = options.numel, dist.get_rank(), dist.get_world_size()
+
+    def two_phases(payload: float) -> float | None:
+        """What a host sends; of several ranks that depends on the way of the second phase."""
+        return ring_bytes(ranks, payload) if options.local == 1 else None
+
     source = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
 
     def method(
@@ -68,8 +73,8 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
         )
 
     methods = {
-        "gloo fp32": method(torch.float32, dist.all_reduce, ring_bytes(hosts, 4 * numel)),
-        "gloo fp16": method(torch.float16, dist.all_reduce, ring_bytes(hosts, 2 * numel)),
+        "gloo fp32": method(torch.float32, dist.all_reduce, ring_bytes(ranks, 4 * numel)),
+        "gloo fp16": method(torch.float16, dist.all_reduce, ring_bytes(ranks, 2 * numel)),
     }
     try:
         import pydist
@@ -81,7 +86,7 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
     methods["pydist vote"] = method(
         torch.float32,
         lambda tensor: all_reduce(tensor, votes, op="vote"),
-        ring_bytes(hosts, numel / 8),
+        two_phases(numel / 8),
     )
     methods["pydist mean"] = method(
         torch.float32, lambda tensor: all_reduce(tensor, votes, op="mean"), None
@@ -90,7 +95,7 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
         codec = codec_of(name)
         payload = codec.block_format.payload_bytes(numel)
         methods[f"pydist {name}"] = method(
-            torch.float32, partial(all_reduce, codec=codec, op="mean"), ring_bytes(hosts, payload)
+            torch.float32, partial(all_reduce, codec=codec, op="mean"), two_phases(payload)
         )
     return methods
 
@@ -160,7 +165,7 @@ def run_all_reduce(options: argparse.Namespace) -> Report:
     """Launch, sum up and show the all-reduce benchmark."""
     network = Network.of(options)
     with Cluster(network) as cluster:
-        rows = summarise(launch(cluster, options))
+        rows = summarise(launch(cluster, options), options.local)
         drops = sum(count["drops"] for count in cluster.counters())
     show(rows, f"all-reduce of {options.numel:,}, {network}")
     return {"methods": rows, "packets_dropped": drops}
@@ -181,7 +186,7 @@ def run_step(options: argparse.Namespace) -> Report:
             settings.timeout = options.patience
         with Cluster(network) as cluster:
             try:
-                rows |= summarise(launch(cluster, settings))
+                rows |= summarise(launch(cluster, settings), options.local)
             except ClusterError as error:
                 if names is together:
                     raise

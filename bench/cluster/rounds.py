@@ -101,8 +101,12 @@ def count_bytes(method: Method) -> float:
     return (sent_bytes() - before) / BYTE_CALLS
 
 
-def summarise(reports: Sequence[Report]) -> dict[str, Report]:
-    """Join the hosts' findings: each repeat takes as long as its slowest host.
+def summarise(reports: Sequence[Report], local: int = 1) -> dict[str, Report]:
+    """Join the ranks' findings: each repeat takes as long as its slowest rank.
+
+    Args:
+        reports: Of each rank, those of a host after one another.
+        local: Ranks per host.
 
     Raises:
         ClusterError: If the hosts did not end with the same numbers.
@@ -114,7 +118,7 @@ def summarise(reports: Sequence[Report]) -> dict[str, Report]:
             raise ClusterError(f"{name}: the hosts' results differ")
         slowest = [max(times) for times in zip(*(host["times"] for host in found), strict=True)]
         low, median, high = statistics.quantiles(slowest, n=4, method="inclusive")
-        sent, predicted = [host["sent"] for host in found], first["predicted"]
+        sent, predicted = [rank["sent"] for rank in found[::local]], first["predicted"]
         rows[name] = {
             "seconds": {"median": median, "lower_quartile": low, "upper_quartile": high},
             "seconds_of_slowest_host": slowest,

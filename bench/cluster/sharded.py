@@ -169,8 +169,10 @@ def launch(options: argparse.Namespace, folder: str) -> Report:
     with Cluster(network) as cluster:
         cluster.run(command, environment, timeout=options.timeout)
         drops = sum(count["drops"] for count in cluster.counters())
-    ranks = range(network.ranks)
-    rows = summarise([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in ranks])
+    reports = [
+        json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(network.ranks)
+    ]
+    rows = summarise(reports, options.local)
     show(rows, f"step of {'FSDP2' if options.local == 1 else 'HSDP'}, {network}")
     return {"methods": rows, "packets_dropped": drops}
 
