@@ -72,7 +72,7 @@ def test_ranks_of_a_host_talk_inside(rtt_ms: float) -> None:
     for name in ("tx_bytes", "rx_bytes"):
         assert all(b[name] - a[name] > 1.5 * payload for a, b in zip(before, after, strict=True))
     if rtt_ms:
-        assert all(0 < host["longest_queue"] <= cluster.shape.buffer for host in after)
+        assert all(host["longest_queue"] <= cluster.shape.buffer for host in after)
 
 
 def test_ranks_have_the_variables_of_torchrun() -> None:
