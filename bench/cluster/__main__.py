@@ -1,10 +1,10 @@
 """Your own training script on several emulated hosts behind links of a given speed.
 
-    sudo python -m bench.cluster run --hosts 4 --rate 100mbit -- python train.py
+    sudo python -m bench.cluster run --topology 4x2 --rate 100mbit --rtt-ms 50 -- python train.py
 
-The command runs once per host, with the variables that torchrun sets (one rank per host), so a
-script that calls ``init_process_group("gloo")`` runs as it is. What the first host prints is shown
-as it goes; at the end, seconds and the bytes that every host sent.
+The command runs once per rank, with the variables that torchrun sets, so a script that calls
+``init_process_group("gloo")`` runs as it is. What rank 0 prints is shown as it goes; at the end,
+seconds and the bytes that every host sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from netns import Cluster, ClusterError
+from links import ClusterError, Network, network_options
+from netns import Cluster
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,12 +29,13 @@ def run(options: argparse.Namespace) -> None:
     if found is None:
         raise ClusterError(f"{program} was not found")
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with Cluster(options.hosts, options.rate) as cluster:
+    network = Network.of(options)
+    with Cluster(network) as cluster:
         before, began = cluster.counters(), time.monotonic()
         cluster.run([found, *arguments], environment, timeout=options.timeout, echo=True)
         seconds, after = time.monotonic() - began, cluster.counters()
     sent = [b["tx_bytes"] - a["tx_bytes"] for a, b in zip(before, after, strict=True)]
-    print(f"{options.hosts} hosts at {options.rate}: {seconds:.1f} s; sent, in MB, by each host:")
+    print(f"{network}: {seconds:.1f} s; sent, in MB, by each host:")
     print("  " + "  ".join(f"{size / 1e6:.2f}" for size in sent))
 
 
@@ -41,9 +43,9 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.cluster")
     commands = parser.add_subparsers(required=True, metavar="command")
-    described = commands.add_parser("run", help=(__doc__ or "").splitlines()[0])
-    described.add_argument("--hosts", type=int, default=4, help="2 to 200; default 4")
-    described.add_argument("--rate", default="1gbit", help="of each link, each way; default 1gbit")
+    described = commands.add_parser(
+        "run", help=(__doc__ or "").splitlines()[0], parents=[network_options()]
+    )
     described.add_argument(
         "--timeout", type=float, default=3600.0, metavar="SECONDS", help="default 3600"
     )

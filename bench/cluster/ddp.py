@@ -15,22 +15,18 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from netns import Cluster, ClusterError, Shape, check_tools
-from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
+from links import ClusterError, Network, network_options
+from netns import Cluster
+from probe import probe
+from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
 from training import HANGS, METHODS, parameters, trainers
-
-_GOODPUT_PORT = 29600
-_GOODPUT_SECONDS = 2.0
 
 # ---------------------------------------------------------------- what runs on each host
 
@@ -56,7 +52,12 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
     import torch
     import torch.distributed as dist
 
-    numel, rank, hosts = options.numel, dist.get_rank(), dist.get_world_size()
+    numel, rank, ranks = options.numel, dist.get_rank(), dist.get_world_size()
+
+    def two_phases(payload: float) -> float | None:
+        """What a host sends; of several ranks that depends on the way of the second phase."""
+        return ring_bytes(ranks, payload) if options.local == 1 else None
+
     source = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
 
     def method(
@@ -72,8 +73,8 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
         )
 
     methods = {
-        "gloo fp32": method(torch.float32, dist.all_reduce, ring_bytes(hosts, 4 * numel)),
-        "gloo fp16": method(torch.float16, dist.all_reduce, ring_bytes(hosts, 2 * numel)),
+        "gloo fp32": method(torch.float32, dist.all_reduce, ring_bytes(ranks, 4 * numel)),
+        "gloo fp16": method(torch.float16, dist.all_reduce, ring_bytes(ranks, 2 * numel)),
     }
     try:
         import pydist
@@ -85,7 +86,7 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
     methods["pydist vote"] = method(
         torch.float32,
         lambda tensor: all_reduce(tensor, votes, op="vote"),
-        ring_bytes(hosts, numel / 8),
+        two_phases(numel / 8),
     )
     methods["pydist mean"] = method(
         torch.float32, lambda tensor: all_reduce(tensor, votes, op="mean"), None
@@ -94,7 +95,7 @@ def reduce_methods(options: argparse.Namespace) -> dict[str, Method]:
         codec = codec_of(name)
         payload = codec.block_format.payload_bytes(numel)
         methods[f"pydist {name}"] = method(
-            torch.float32, partial(all_reduce, codec=codec, op="mean"), ring_bytes(hosts, payload)
+            torch.float32, partial(all_reduce, codec=codec, op="mean"), two_phases(payload)
         )
     return methods
 
@@ -131,54 +132,12 @@ def method_worker(options: argparse.Namespace) -> Report:
     return report
 
 
-def goodput_worker(options: argparse.Namespace) -> Report:
-    """Send to the next host for a while, receive from the previous one; bits/s received."""
-    rank, hosts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    network = os.environ["MASTER_ADDR"].rsplit(".", 1)[0]
-    server = socket.create_server(("", _GOODPUT_PORT))
-    sender = threading.Thread(target=_pour, args=(f"{network}.{(rank + 1) % hosts + 1}",))
-    sender.start()
-    connection, _ = server.accept()
-    buffer = bytearray(1 << 20)
-    connection.recv_into(buffer)
-    start = last = time.perf_counter()
-    received = 0
-    while count := connection.recv_into(buffer):
-        received += count
-        last = time.perf_counter()
-    sender.join()
-    return {"bits_per_second": 8 * received / (last - start)}
-
-
-def _pour(address: str) -> None:
-    """Send zeros to a host for a while, once it listens."""
-    for _ in range(200):
-        try:
-            connection = socket.create_connection((address, _GOODPUT_PORT))
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    else:
-        raise ClusterError(f"{address} does not listen")
-    data, end = bytes(1 << 16), time.perf_counter() + _GOODPUT_SECONDS
-    with connection:
-        while time.perf_counter() < end:
-            connection.sendall(data)
-
-
-WORKERS: dict[str, Callable[[argparse.Namespace], Report]] = {
-    "all-reduce": method_worker,
-    "step": method_worker,
-    "goodput": goodput_worker,
-}
-
-
 def work(settings: str) -> int:
     """Entry of the process on each host: measure, print the findings as JSON."""
     options = argparse.Namespace(**json.loads(settings))
     if options.realtime:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
-    print(json.dumps(WORKERS[options.task](options)))
+        go_first()
+    print(json.dumps(method_worker(options)))
     return 0
 
 
@@ -204,10 +163,11 @@ def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
 
 def run_all_reduce(options: argparse.Namespace) -> Report:
     """Launch, sum up and show the all-reduce benchmark."""
-    with Cluster(options.hosts, options.rate) as cluster:
-        rows = summarise(launch(cluster, options))
+    network = Network.of(options)
+    with Cluster(network) as cluster:
+        rows = summarise(launch(cluster, options), options.local)
         drops = sum(count["drops"] for count in cluster.counters())
-    show(rows, f"all-reduce of {options.numel:,} on {options.hosts} hosts at {options.rate}")
+    show(rows, f"all-reduce of {options.numel:,}, {network}")
     return {"methods": rows, "packets_dropped": drops}
 
 
@@ -219,34 +179,28 @@ def run_step(options: argparse.Namespace) -> Report:
     """
     together = [name for name in options.methods if name not in HANGS]
     alone = [[name] for name in options.methods if name in HANGS]
-    rows, failed, drops = {}, {}, 0
+    rows, failed, drops, network = {}, {}, 0, Network.of(options)
     for names in [together, *alone] if together else alone:
         settings = argparse.Namespace(**{**vars(options), "methods": names})
         if names is not together:
             settings.timeout = options.patience
-        with Cluster(options.hosts, options.rate) as cluster:
+        with Cluster(network) as cluster:
             try:
-                rows |= summarise(launch(cluster, settings))
+                rows |= summarise(launch(cluster, settings), options.local)
             except ClusterError as error:
                 if names is together:
                     raise
                 failed[names[0]] = str(error).partition("\n")[0]
             drops += sum(count["drops"] for count in cluster.counters())
-    title = f"DDP step, {parameters():,} parameters, {options.hosts} hosts at {options.rate}"
-    show(rows, title)
+    show(rows, f"DDP step, {parameters():,} parameters, {network}")
     for name, reason in failed.items():
         print(f"{name}: {reason}")
     return {"methods": rows, "failed": failed, "packets_dropped": drops}
 
 
 def run_goodput(options: argparse.Namespace) -> Report:
-    """Each host sends to the next one at the same time; show what arrives."""
-    with Cluster(options.hosts, options.rate) as cluster:
-        found = [report["bits_per_second"] for report in launch(cluster, options)]
-    shares = [bits / cluster.shape.rate for bits in found]
-    for host, (bits, share) in enumerate(zip(found, shares, strict=True)):
-        print(f"host {host} received {bits / 1e6:8.1f} Mbit/s, {100 * share:.1f} % of the rate")
-    return {"bits_per_second": found, "share_of_rate": shares}
+    """Round trips, and the rate at which each host sends to the next one, all at once."""
+    return probe(Network.of(options), realtime=options.realtime)
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {
@@ -272,9 +226,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmarks on hosts made of network namespaces.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,step,goodput}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--hosts", type=_at_least(2), default=4)
-    common.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
+    common = argparse.ArgumentParser(add_help=False, parents=[network_options()])
     common.add_argument("--json", metavar="FILE", help="write all figures here")
     common.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
     common.add_argument(
@@ -313,11 +265,10 @@ def main(arguments: Sequence[str]) -> int:
         "machine": machine(),
     }
     try:
-        check_tools()
-        record["link"] = vars(Shape.of(options.rate))
+        record |= Network.of(options).record()
         record |= TASKS[options.task](options)
     except ClusterError as error:
-        print(f"cluster.py: {error}", file=sys.stderr)
+        print(f"ddp.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,6 @@
 """All-reduce on two levels beside a flat one: several ranks per host, slow links between the hosts.
 
-    sudo python bench/cluster/hierarchy.py --hosts 2 --local 2 --rate 1gbit
+    sudo python bench/cluster/hierarchy.py --topology 2x2 --rate 1gbit --rtt-ms 10
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
 Every method runs once a round, the slowest rank counts, and ratios are those of a round to gloo's
@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 
-import netns
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from links import ClusterError, Network, network_options
+from netns import Cluster
 from rounds import sent_bytes
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -42,11 +42,10 @@ def methods_of(numel: int, local: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(local_rank: int, host: int, options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Runs on each rank; the first prints."""
     torch.set_num_threads(1)
-    rank = host * options.local + local_rank
-    dist.init_process_group("gloo", rank=rank, world_size=options.hosts * options.local)
+    dist.init_process_group("gloo")
     methods = methods_of(options.numel, options.local)
     times: dict[str, list[float]] = {name: [] for name in methods}
     sent: dict[str, int] = {}
@@ -61,7 +60,7 @@ def measure(local_rank: int, host: int, options: argparse.Namespace) -> None:
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
             if turn:
                 times[name].append(float(took))
-    if rank == 0:
+    if dist.get_rank() == 0:
         base = times["gloo fp32, flat"]
         for name, took in times.items():
             ratio = statistics.median(b / t for b, t in zip(base, took, strict=True))
@@ -72,21 +71,27 @@ def measure(local_rank: int, host: int, options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    """Makes the hosts, or on one of them starts its ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--local", type=int, default=2, help="ranks per host")
-    parser.add_argument("--rate", default="1gbit")
+def main() -> int:
+    """Makes the hosts, or is one of their ranks."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], parents=[network_options(hosts=2, local=2)]
+    )
     parser.add_argument("--numel", type=int, default=4 * 1024 * 1024)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if "RANK" in os.environ:
-        mp.spawn(measure, (int(os.environ["RANK"]), options), nprocs=options.local)
-        return
-    with netns.Cluster(options.hosts, options.rate) as cluster:
-        print(cluster.run([sys.executable, __file__, *sys.argv[1:]])[0].stdout, end="")
+        measure(options)
+        return 0
+    try:
+        network = Network.of(options)
+        print(network)
+        with Cluster(network) as cluster:
+            cluster.run([sys.executable, __file__, *sys.argv[1:]], echo=True)
+    except ClusterError as error:
+        print(f"hierarchy.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,11 @@
 """Several "hosts" on one machine: Linux network namespaces behind a switch of a given speed.
 
-Each host is a namespace with one interface; all interfaces end in a bridge that lives in a
-namespace of its own and has no way out, so no byte ever leaves the machine. Both directions of
-every cable are shaped with ``tc tbf``: the host's own egress, and the switch's egress towards the
-host. What this shows is the cost of moving bytes through links of that speed; the hosts still
-share the processor and the memory of one machine.
+Each host is a namespace with one interface. Without a delay all interfaces end in a bridge; both
+directions of every cable are shaped with ``tc tbf``: the host's own egress, and the switch's egress
+towards the host. With a delay the interfaces are tun devices, ``tbf`` shapes the host's egress, and
+a process (``relay.py``) is the switch. The switch lives in a namespace of its own and has no way
+out, so no byte ever leaves the machine. What this shows is the cost of moving bytes through links
+of that speed; the hosts still share the processor and the memory of one machine.
 """
 
 from __future__ import annotations
@@ -21,92 +22,65 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, final
 
+from links import ClusterError, Network, Shape
+from relay import TUN, RelayProcess
+
 PREFIX = "pydist"
 INTERFACE = "eth0"
-MAX_HOSTS = 200
 _SUBNET = "10.213.77"
 _PORT = 29500
-_UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
-_MTU = 1500
-
-
-class ClusterError(RuntimeError):
-    """The hosts cannot be made here, or a process on one of them failed."""
+_NEEDED = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What one host's process left behind.
+    """What one rank's process left behind.
 
     Attributes:
-        host: Index of the host.
+        rank: The rank.
         returncode: Exit status; negative for a signal, as in :mod:`subprocess`.
         stdout: Everything written to standard output.
         stderr: Everything written to standard error.
     """
 
-    host: int
+    rank: int
     returncode: int
     stdout: str
     stderr: str
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Settings of the token buckets for one rate.
-
-    Attributes:
-        rate: Bits per second on the wire (Ethernet headers included).
-        burst: Bytes the bucket holds, that is, bytes which may leave at once after a pause.
-        gso: Largest packet the TCP stack may hand down before it is cut into frames.
-        buffer: Bytes that may queue at each end of a cable.
-    """
-
-    rate: int
-    burst: int
-    gso: int
-    buffer: int
-
-    @classmethod
-    def of(cls, rate: str) -> Shape:
-        """Work out the settings for a rate such as ``"1gbit"``.
-
-        Raises:
-            ClusterError: If the rate cannot be read.
-        """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(bit|kbit|mbit|gbit)", rate.strip().lower())
-        if match is None or float(match[1]) <= 0:
-            raise ClusterError(f"cannot read the rate {rate!r}: write it like 1gbit or 100mbit")
-        bits = int(float(match[1]) * _UNITS[match[2]])
-        # A bucket that is idle between two collectives fills up, and its content then travels
-        # for free. 150 microseconds' worth keeps that gift small beside a step of milliseconds
-        # and is still more than the timer's slack, without which the rate would not be reached.
-        burst = max(4 * _MTU, round(bits / 8 * 150e-6))
-        # A packet larger than the bucket would be cut up in software, which costs processor
-        # time that the benchmark needs; so ask TCP for packets that fit (headers added).
-        gso = min(65536, max(2 * _MTU, burst * 3 // 4))
-        # A megabyte a port is what small switches have.
-        return cls(rate=bits, burst=burst, gso=gso, buffer=max(1 << 20, 8 * burst))
-
-
-def check_tools() -> None:
+def check_tools(*, delay: bool = False) -> None:
     """Refuse early, with what to do about it, where namespaces cannot be made.
 
+    Args:
+        delay: Whether the links have a delay.
+
     Raises:
-        ClusterError: Without root, or without the ``ip`` and ``tc`` programs.
+        ClusterError: Names what is missing: root, its capabilities, a program, or a device.
     """
     # Root first: without it, Debian's search path lacks the folder these programs are in.
     if os.geteuid() != 0:
         raise ClusterError(f"needs root: sudo {sys.executable} {' '.join(sys.argv)}")
+    held = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    missing = [name for name, bit in _NEEDED.items() if held and not int(held[1], 16) >> bit & 1]
+    if missing:
+        raise ClusterError(
+            f"root lacks {' and '.join(missing)}: start the container with --privileged"
+        )
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise ClusterError(
             f"{' and '.join(missing)} not found: install iproute2 (Debian: apt install iproute2)"
+        )
+    if delay and not os.path.exists(TUN):
+        raise ClusterError(
+            f"{TUN} not found, which a delay needs: modprobe tun (a container: --device {TUN})"
         )
 
 
@@ -152,18 +126,17 @@ class Cluster:
     """Hosts joined by a switch, for the length of a ``with`` block.
 
     Args:
-        hosts: Number of hosts, 2 to 200.
-        rate: Speed of each cable in each direction, such as ``"1gbit"`` or ``"100mbit"``.
+        network: Hosts, ranks per host, and the speed of the links.
     """
 
-    def __init__(self, hosts: int = 4, rate: str = "1gbit") -> None:
-        if not 2 <= hosts <= MAX_HOSTS:
-            raise ClusterError(f"hosts must be from 2 to {MAX_HOSTS}, not {hosts}")
-        self.hosts = hosts
-        self.shape = Shape.of(rate)
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.hosts = network.hosts
+        self.shape = network.outer
         self._base = f"{PREFIX}-{os.getpid()}"
         self._switch = f"{self._base}-switch"
         self._running: list[subprocess.Popen[bytes]] = []
+        self._relay: RelayProcess | None = None
         self._handlers: dict[int, Any] = {}
 
     def name(self, host: int) -> str:
@@ -176,7 +149,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         """Make the hosts, after removing what a crashed run may have left."""
-        check_tools()
+        check_tools(delay=self.shape.rtt_ms > 0)
         remove_stale()
         if any(name.startswith(f"{self._base}-") for name in _namespaces()):
             raise ClusterError("this process already has a cluster open")
@@ -201,6 +174,9 @@ class Cluster:
     def close(self) -> None:
         """Kill what runs on the hosts and remove them; safe to call twice."""
         self._kill()
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         own = (self._switch, *(self.name(host) for host in range(self.hosts)))
         _remove([name for name in _namespaces() if name in own])
         atexit.unregister(self.close)
@@ -223,32 +199,41 @@ class Cluster:
         """Make the switch, then plug in the hosts one by one."""
         _call("ip", "netns", "add", self._switch)
         self._quieten(self._switch)
-        _call("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
-        _call("ip", "-n", self._switch, "link", "set", "br0", "up")
+        if self.shape.rtt_ms > 0:
+            addresses = [self.address(host) for host in range(self.hosts)]
+            # In the switch's namespace, so that what a crash leaves is found there.
+            within = ("ip", "netns", "exec", self._switch)
+            self._relay = RelayProcess(within, addresses, self.shape)
+        else:
+            _call("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
+            _call("ip", "-n", self._switch, "link", "set", "br0", "up")
         for host in range(self.hosts):
             self._plug(host)
 
     def _plug(self, host: int) -> None:
-        """Make one host and its cable: two token buckets, one at each end."""
+        """Make one host and its cable."""
         name, port = self.name(host), f"port{host}"
-        gso = ("gso_max_size", str(self.shape.gso))
         _call("ip", "netns", "add", name)
         self._quieten(name)
-        _call(
-            *("ip", "-n", self._switch, "link", "add", port, "type", "veth"),
-            *("peer", "name", INTERFACE, "netns", name),
-        )
-        _call("ip", "-n", self._switch, "link", "set", port, "master", "br0", "up")
+        if self._relay is not None:
+            _call(
+                *("ip", "-n", self._switch, "link", "set", port, "netns", name, "name", INTERFACE)
+            )
+        else:
+            _call(
+                *("ip", "-n", self._switch, "link", "add", port, "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", name),
+            )
+            _call("ip", "-n", self._switch, "link", "set", port, "master", "br0", "up")
+            _shape(self._switch, port, self.shape)
+        gso = ("gso_max_size", str(self.shape.gso))
         _call("ip", "-n", name, "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)
         _call("ip", "-n", name, "link", "set", "lo", "up")
         _call("ip", "-n", name, "link", "set", INTERFACE, *gso)
         _call("ip", "-n", name, "link", "set", INTERFACE, "up")
-        for where, device in ((name, INTERFACE), (self._switch, port)):
-            _call(
-                *("tc", "-n", where, "qdisc", "replace", "dev", device, "root", "tbf"),
-                *("rate", f"{self.shape.rate}bit", "burst", f"{self.shape.burst}b"),
-                *("limit", f"{self.shape.buffer}b"),
-            )
+        _shape(name, INTERFACE, self.shape)
+        if self.network.inner is not None:
+            _shape(name, "lo", self.network.inner)
 
     @staticmethod
     def _quieten(name: str) -> None:
@@ -264,14 +249,21 @@ class Cluster:
             with contextlib.suppress(ClusterError):  # an old kernel may lack one of them
                 _call("ip", "netns", "exec", name, "sh", "-c", f"echo {value} > {path}")
 
-    def environment(self, host: int) -> dict[str, str]:
-        """Variables with which a process on the host finds the others through ``env://``."""
+    def environment(self, rank: int) -> dict[str, str]:
+        """Variables that torchrun sets, with which a rank finds the others through ``env://``."""
+        host, local_rank = divmod(rank, self.network.local)
         return {
-            "RANK": str(host),
-            "WORLD_SIZE": str(self.hosts),
-            "LOCAL_RANK": "0",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.network.ranks),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.network.local),
+            "GROUP_RANK": str(host),
+            "GROUP_WORLD_SIZE": str(self.hosts),
+            "ROLE_RANK": str(rank),
+            "ROLE_WORLD_SIZE": str(self.network.ranks),
             "MASTER_ADDR": self.address(0),
             "MASTER_PORT": str(_PORT),
+            # Ranks of one host find each other at its address, which is a way over its loopback.
             "GLOO_SOCKET_IFNAME": INTERFACE,
         }
 
@@ -283,16 +275,16 @@ class Cluster:
         timeout: float = 600.0,
         echo: bool = False,
     ) -> list[Finished]:
-        """Run the same command on every host and wait for all of them.
+        """Run the same command for every rank, on its host, and wait for all of them.
 
         Args:
             command: Program and arguments.
             env: Variables to add to this process's own and to :meth:`environment`.
             timeout: Seconds after which everything is killed.
-            echo: Host 0 writes to this process's own output, as it goes.
+            echo: Rank 0 writes to this process's own output, as it goes.
 
         Returns:
-            What each host's process left behind, in the order of the hosts.
+            What each rank's process left behind, in the order of the ranks.
 
         Raises:
             ClusterError: If a process fails, or the time is up. The rest is killed first.
@@ -303,25 +295,26 @@ class Cluster:
                     stack.enter_context(tempfile.TemporaryFile()),
                     stack.enter_context(tempfile.TemporaryFile()),
                 )
-                for _ in range(self.hosts)
+                for _ in range(self.network.ranks)
             ]
             stack.callback(self._kill)
-            for host, (out, err) in enumerate(files):
-                outputs = (None, None) if echo and not host else (out, err)
-                self._running.append(self._start(host, command, dict(env or {}), *outputs))
+            for rank, (out, err) in enumerate(files):
+                outputs = (None, None) if echo and not rank else (out, err)
+                self._running.append(self._start(rank, command, dict(env or {}), *outputs))
             problem = self._wait(timeout)
             finished = [
-                Finished(host, process.wait(), _text(out), _text(err))
-                for host, (process, (out, err)) in enumerate(zip(self._running, files, strict=True))
+                Finished(rank, process.wait(), _text(out), _text(err))
+                for rank, (process, (out, err)) in enumerate(zip(self._running, files, strict=True))
             ]
         if problem is not None:
-            host, why = problem
-            raise ClusterError(f"host {host} {why}\n{finished[host].stderr[-4000:]}".rstrip())
+            rank, why = problem
+            name = f"rank {rank} on host {rank // self.network.local}"
+            raise ClusterError(f"{name} {why}\n{finished[rank].stderr[-4000:]}".rstrip())
         return finished
 
     def _start(
         self,
-        host: int,
+        rank: int,
         command: Sequence[str],
         env: dict[str, str],
         out: IO[bytes] | None,
@@ -329,8 +322,8 @@ class Cluster:
     ) -> subprocess.Popen[bytes]:
         """Start one process; ``ip netns exec`` turns into it, so the id is the one to kill."""
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name(host), *command],
-            env={**os.environ, **self.environment(host), **env},
+            ["ip", "netns", "exec", self.name(rank // self.network.local), *command],
+            env={**os.environ, **self.environment(rank), **env},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -342,10 +335,12 @@ class Cluster:
         deadline = time.monotonic() + timeout
         while True:
             codes = [process.poll() for process in self._running]
-            for host, code in enumerate(codes):
+            for rank, code in enumerate(codes):
                 if code:
                     self._kill(forget=False)
-                    return host, f"failed with exit status {code}"
+                    return rank, f"failed with exit status {code}"
+            if self._relay is not None:
+                self._relay.check()
             if None not in codes:
                 return None
             if time.monotonic() > deadline:
@@ -373,21 +368,43 @@ class Cluster:
 
         Returns:
             For each host ``tx_bytes``, ``rx_bytes`` and ``drops`` (packets dropped by the
-            buckets at both ends of its cable).
+            queues at both ends of its cable); with a delay also ``longest_queue``, the most bytes
+            that waited for the line towards the host.
         """
-        return [dict(self._count(host)) for host in range(self.hosts)]
+        towards = self._relay.counters() if self._relay is not None else None
+        found = [self._count(host) for host in range(self.hosts)]
+        if towards is None:
+            for host, counts in enumerate(found):
+                counts["drops"] += _dropped(self._switch, f"port{host}")
+            return found
+        for counts, relayed in zip(found, towards, strict=True):
+            counts["drops"] += relayed["dropped"]
+            counts["longest_queue"] = relayed["longest_queue"]
+        return found
 
-    def _count(self, host: int) -> Iterator[tuple[str, int]]:
-        """One host's counters as pairs."""
+    def _count(self, host: int) -> dict[str, int]:
+        """What the host's own end of its cable has counted."""
         show = ("-j", "-s", "link", "show", "dev", INTERFACE)
         stats = json.loads(_call("ip", "-n", self.name(host), *show))[0]["stats64"]
-        yield "tx_bytes", int(stats["tx"]["bytes"])
-        yield "rx_bytes", int(stats["rx"]["bytes"])
-        drops = 0
-        for where, device in ((self.name(host), INTERFACE), (self._switch, f"port{host}")):
-            queues = _call("tc", "-n", where, "-j", "-s", "qdisc", "show", "dev", device)
-            drops += sum(int(queue["drops"]) for queue in json.loads(queues))
-        yield "drops", drops
+        return {
+            "tx_bytes": int(stats["tx"]["bytes"]),
+            "rx_bytes": int(stats["rx"]["bytes"]),
+            "drops": int(stats["tx"]["dropped"]) + _dropped(self.name(host), INTERFACE),
+        }
+
+
+def _shape(name: str, device: str, shape: Shape) -> None:
+    """Give what a device of a namespace sends a rate and a queue."""
+    _call(
+        *("tc", "-n", name, "qdisc", "replace", "dev", device, "root", "tbf"),
+        *("rate", f"{shape.rate}bit", "burst", f"{shape.burst}b", "limit", f"{shape.buffer}b"),
+    )
+
+
+def _dropped(name: str, device: str) -> int:
+    """Packets that the queue of a namespace's device has dropped."""
+    queues = _call("tc", "-n", name, "-j", "-s", "qdisc", "show", "dev", device)
+    return sum(int(queue["drops"]) for queue in json.loads(queues))
 
 
 def _text(file: IO[bytes]) -> str:

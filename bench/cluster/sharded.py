@@ -1,7 +1,7 @@
 """Training steps of a sharded model between hosts behind slow links: FSDP2, and HSDP.
 
     sudo python bench/cluster/sharded.py --hosts 4 --rate 1gbit           # FSDP2, a rank per host
-    sudo python bench/cluster/sharded.py --hosts 2 --local 2 --rate 100mbit # HSDP, sharded in hosts
+    sudo python bench/cluster/sharded.py --topology 2x2 --rate 100mbit    # HSDP, sharded in hosts
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
 All methods make the same step in turns, with a model of their own: forward, backward, update. The
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from netns import Cluster, ClusterError, Shape, check_tools
-from rounds import Method, Report, count_bytes, interleave, ring_bytes, show, summarise
+from links import ClusterError, Network, network_options
+from netns import Cluster
+from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -136,14 +135,13 @@ def make(method: Sharded, mesh: DeviceMesh, batch: int) -> Method:
     return Method(call=step, reset=lambda: None, predicted=predicted, check=check)
 
 
-def measure(local_rank: int, options: argparse.Namespace, host: int, folder: str) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Runs on each rank, and writes what it found."""
     torch.set_num_threads(1)
     if options.realtime:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
-    rank, size = host * options.local + local_rank, options.hosts * options.local
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    shape = (1, size) if options.local == 1 else (options.hosts, options.local)
+        go_first()
+    dist.init_process_group("gloo")
+    shape = (1, options.hosts) if options.local == 1 else (options.hosts, options.local)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("across", "inside"))
     methods = {
         name: make(method, mesh, options.batch)
@@ -158,7 +156,7 @@ def measure(local_rank: int, options: argparse.Namespace, host: int, folder: str
         }
         for name, method in methods.items()
     }  # fmt: skip
-    Path(folder, f"{rank}.json").write_text(json.dumps(report))
+    Path(options.folder, f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -167,24 +165,25 @@ def launch(options: argparse.Namespace, folder: str) -> Report:
     """Makes the hosts and sums up what their ranks found."""
     environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--folder", folder]
-    with Cluster(options.hosts, options.rate) as cluster:
+    network = Network.of(options)
+    with Cluster(network) as cluster:
         cluster.run(command, environment, timeout=options.timeout)
         drops = sum(count["drops"] for count in cluster.counters())
-    ranks = range(options.hosts * options.local)
-    rows = summarise([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in ranks])
-    kind = "FSDP2" if options.local == 1 else f"HSDP, {options.local} ranks per host"
-    show(rows, f"step of {kind}, {options.hosts} hosts at {options.rate}")
+    reports = [
+        json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(network.ranks)
+    ]
+    rows = summarise(reports, options.local)
+    show(rows, f"step of {'FSDP2' if options.local == 1 else 'HSDP'}, {network}")
     return {"methods": rows, "packets_dropped": drops}
 
 
 def main() -> int:
-    """Makes the hosts, or on one of them starts its ranks."""
+    """Makes the hosts, or is one of their ranks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[network_options()],
     )
-    parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--local", type=int, default=1, help="ranks per host; more than 1 is HSDP")
-    parser.add_argument("--rate", default="1gbit", help="such as 1gbit or 100mbit, each way")
     parser.add_argument("--batch", type=int, default=8, help="samples a rank and step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--methods", nargs="*", default=[], help="default: all")
@@ -193,14 +192,14 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if min(options.hosts, options.local) < 1 or options.repeats < 2:
-        parser.error("--hosts and --local must be at least 1, --repeats at least 2")
+    if options.repeats < 2:
+        parser.error("--repeats must be at least 2")
     if unknown := set(options.methods) - set(methods_of(options.local)):
         parser.error(
             f"--methods: unknown {sorted(unknown)}, have {list(methods_of(options.local))}"
         )
     if options.folder:
-        mp.spawn(measure, (options, int(os.environ["RANK"]), options.folder), options.local)
+        measure(options)
         return 0
     record: Report = {
         "command": shlex.join(["python", "bench/cluster/sharded.py", *sys.argv[1:]]),
@@ -208,8 +207,7 @@ def main() -> int:
         "machine": machine(),
     }
     try:
-        check_tools()
-        record["link"] = vars(Shape.of(options.rate))
+        record |= Network.of(options).record()
         with tempfile.TemporaryDirectory() as folder:
             record |= launch(options, folder)
     except ClusterError as error:
