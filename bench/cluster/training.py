@@ -101,18 +101,18 @@ def _power_sgd(ddp: DDP) -> None:
     ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def _compressed(codec: Any) -> Callable[[DDP], object]:
+def _compressed(codec: Any, **options: Any) -> Callable[[DDP], object]:
     import pydist
 
-    return partial(pydist.ddp.compress, codec=codec)
+    return partial(pydist.ddp.compress, codec=codec, **options)
 
 
-def _lion(aggregate: str) -> Callable[[DDP], torch.optim.Optimizer]:
+def _lion(aggregate: str, **options: Any) -> Callable[[DDP], torch.optim.Optimizer]:
     import pydist
 
     def optimizer(ddp: DDP) -> torch.optim.Optimizer:
         lion = pydist.optim.DistributedLion(
-            ddp.module.named_parameters(), lr=1e-4, aggregate=aggregate
+            ddp.module.named_parameters(), lr=1e-4, aggregate=aggregate, **options
         )
         lion.attach(ddp)
         return lion
@@ -141,6 +141,9 @@ def trainers(
         "pydist BlockInt(8)": lambda: plain(_compressed(pydist.BlockInt(bits=8))),
         "DistributedLion majority": lambda: trainer(nothing, _lion("majority")),
         "DistributedLion average": lambda: trainer(nothing, _lion("average")),
+        "levels Sign(l1)": lambda: plain(_compressed(pydist.Sign("l1"), levels="auto")),
+        "levels QSGD(4)": lambda: plain(_compressed(pydist.QSGD(bits=4), levels="auto")),
+        "levels DistributedLion": lambda: trainer(nothing, _lion("majority", levels="votes")),
         "no communication": lambda: plain(nothing, sync=False),
     }
     return {name: kinds[name]() for name in names}
@@ -152,5 +155,5 @@ HANGS = ("PowerSGD hook",)
 METHODS = (
     "fp32", "fp16 hook", "bf16 hook", "PowerSGD hook", "pydist Sign(l1)", "pydist QSGD(4)",
     "pydist BlockInt(8)", "DistributedLion majority", "DistributedLion average",
-    "no communication",
+    "levels Sign(l1)", "levels QSGD(4)", "levels DistributedLion", "no communication",
 )  # fmt: skip
