@@ -69,6 +69,25 @@ def test_every_kernel_has_a_model_or_says_why_not(model: Any) -> None:
     assert without == set(model.NO_SHARE)
 
 
+MODELLED = [
+    (kernel, f"BlockInt({bits}), blocks of {block}", dtype, 0.9)
+    for kernel in ("quantize", "dequantize")
+    for bits in (4, 8)
+    for block in (128, 512)
+    for dtype in ("float32", "bfloat16")
+] + [
+    ("ternary_sum", "8 payloads", "bits", 0.7),
+]
+
+
+@pytest.mark.parametrize("goal", MODELLED, ids=lambda goal: ", ".join(goal[:3]))
+def test_what_the_machine_code_should_reach(model: Any, goal: Any) -> None:
+    """Shares of a copy on an H100, by the counts that are committed."""
+    *row, least = goal
+    counts = model.table()[tuple(row)]
+    assert model.share(counts, model.COPIES["h100"]) >= least
+
+
 # Kernel, least bytes for an element; TB/s that its busiest pipe allows, bytes moved in times the
 # least, KB in flight per SM and the share that is read, as a review counted them by hand; what it
 # expected on an H100 (3.0) and an H200 (4.3 TB/s), which the formula meets within 15 points.

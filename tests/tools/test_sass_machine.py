@@ -205,6 +205,9 @@ def test_floats_and_nan() -> None:
     assert run("FSETP.GEU.AND P0, P1, R1, RZ, PT", R1=x).predicates[:2, :5].tolist() == [
         [True, True, True, True, False], [False, False, False, False, True]]  # fmt: skip
     assert run("FSETP.NE.AND P0, PT, R1, RZ, PT", R1=x).predicates[0, :2].tolist() == [False, False]
+    assert run("FMNMX R2, |R1|, 1, !PT", R1=x).registers[2][0] == 0x3F800000
+    most = run("FMNMX.NAN R2, |R1|, 1, !PT", R1=x).registers[2][:5]
+    assert most.tolist() == [0x7FFFFFFF, 0x3F800000, 0x3F800000, 0x40600000, 0x7F800000]
     halves = run("F2FP.BF16.F32.PACK_AB R2, R1, R1", R1=words(0x3F808000, 0x3F818000, 0x7F800001))
     assert halves.registers[2][:3].tolist() == [0x3F803F80, 0x3F823F82, 0x7FFF7FFF]
     halves = run("F2F.F16.F32 R2, R1", R1=words(0x3F801000, 0x3F803000, 0xC7000000, 0x7F800001))

@@ -102,8 +102,8 @@ def _ffma(one: Instruction, lanes: Lanes) -> Run:
 
 @operation("FMNMX")
 def _fmnmx(one: Instruction, lanes: Lanes) -> Run:
-    """The smaller or the larger; -0 is below 0, and a NaN gives way to a number."""
-    only(one)
+    """The smaller or the larger; -0 is below 0, and a NaN gives way to a number, or wins."""
+    spreads = "NAN" in only(one, "NAN")
     put, least = lanes.put(one.operands[0]), lanes.predicate(one.operands[3])
     a, b = lanes.f32(one.operands[1]), lanes.f32(one.operands[2])
 
@@ -113,7 +113,10 @@ def _fmnmx(one: Instruction, lanes: Lanes) -> Run:
         zeros = (x == 0) & (y == 0)
         low = np.where(zeros, x.view(U32) | y.view(U32), low)
         high = np.where(zeros, x.view(U32) & y.view(U32), high)
-        put(canonical(np.where(least(), low, high).view(F32)), mask)
+        found = np.where(least(), low, high).view(F32)
+        if spreads:
+            found = np.where(np.isnan(x) | np.isnan(y), F32(np.nan), found)
+        put(canonical(found), mask)
 
     return run
 

@@ -72,8 +72,10 @@ PYDIST_DEVICE Packed<kWords> load_words(const unsigned char* p, int before, int 
   return run;
 }
 
+// kWords: they may be written in words.
+template <bool kWords>
 PYDIST_DEVICE void store_codes(unsigned char* p, int bits, int unit, int room, Codes codes) {
-  if (bits == 4 && unit > 1 && room >= 4) {
+  if (bits == 4 && (kWords || unit > 1) && room >= 4) {
     *reinterpret_cast<uint32_t*>(p) = codes.low | codes.high << 16;
   } else if (bits == 8 && unit == 8 && room >= 8) {
     *reinterpret_cast<uint2*>(p) = make_uint2(codes.low, codes.high);
@@ -168,9 +170,10 @@ struct Encoder {
     return pack(0, [&](int j) { return v[j] > threshold ? 1u : 0u; });
   }
 
-  // What values are multiplied by; 0 in blocks without codes (their scale is NaN) or of zeros.
+  // What values are multiplied by; 0 in blocks of zeros, a NaN in those without codes, as their
+  // scale is.
   PYDIST_DEVICE_MEMBER float factor(float scale) const {
-    return scale > 0.0f ? (scheme == Scheme::kLevels ? top : 1.0f) / scale : 0.0f;
+    return scale == 0.0f ? 0.0f : (scheme == Scheme::kLevels ? top : 1.0f) / scale;
   }
 };
 

@@ -39,7 +39,7 @@ template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, 3) dequantize_kernel(Rows rows, DecodeArgs a) {
   const Tiling tiling(a.format.block);
   const Ranks ranks(a, tiling);
-  for_groups(rows, tiling, [&](const Row& row, const Group& group) {
+  for_groups<false>(rows, tiling, [&](const Row& row, const Group& group) {
     T* out = device_pointer<T>(row.x);
     if (aligned<16>(row.x) && ranks.in_words() && group.whole(tiling)) {
       decode_tile(OneByOne(ranks, group, tiling), out + group.begin);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     reduce_quantized_kernel(Rows rows, DecodeArgs from, EncodeArgs to, uint32_t* flags) {
   const Tiling tiling(from.format.block);
   const Ranks ranks(from, tiling);
-  encode_rows<kStochastic>(
+  encode_rows<kStochastic, false>(
       rows, to, tiling, ranks.in_words(), flags, [&](const Row&, const Group& group) {
         return Encoding<FourAhead, Nothing>{FourAhead(ranks, group, tiling), {}};
       });

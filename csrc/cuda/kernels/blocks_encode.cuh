@@ -8,29 +8,32 @@ namespace pydist::cuda {
 
 // ------------------------------------------------------------ largest magnitudes
 
-// Of a lane's values; `spoilt` is a NaN where one was not finite.
-struct Largest {
-  float most = 0.0f, spoilt = 0.0f;
+// The larger of two numbers; a NaN where one of them is.
+PYDIST_DEVICE float larger_or_nan(float a, float b) {
+#if defined(EMULATION)
+  return a > b || a != a ? a : b;
+#else
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#endif
+}
 
-  PYDIST_DEVICE_MEMBER void add(const Run& v) {
+// The bits of the largest of a lane's; from kInfBits on where one of the values is not finite.
+PYDIST_DEVICE uint32_t largest_of_run(const Run& v) {
+  float most = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      most = fmaxf(most, fabsf(v[j]));  // of a number and NaN, the number
-      spoilt = __fmaf_rn(v[j], 0.0f, spoilt);
-    }
-  }
-  PYDIST_DEVICE_MEMBER uint32_t bits() const {
-    return spoilt == 0.0f ? float_bits(most) : kInfBits;
-  }
-};
+  for (int j = 0; j < kRun; ++j) most = larger_or_nan(most, fabsf(v[j]));
+  return float_bits(most);
+}
 
-// The largest of `lanes` neighbouring lanes, on all of them.
-PYDIST_DEVICE uint32_t largest_of_lanes(uint32_t largest, int lanes) {
+PYDIST_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The largest of all lanes, on all of them.
+PYDIST_DEVICE uint32_t largest_of_lanes(uint32_t largest) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance; distance /= 2) {
-    if (distance >= lanes) continue;
-    const uint32_t other = __shfl_xor_sync(kAllLanes, largest, distance);
-    largest = other > largest ? other : largest;
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, distance));
   }
   return largest;
 }
@@ -108,10 +111,11 @@ struct Output {
     __shared__ __align__(16) float tiles[kBlockWarps * kTileElements];
     return tiles + threadIdx.x / kWarpSize * kTileElements;
   }
-  // The scale of one of the blocks of a group.
+  // The scale of one of the blocks of a group. kWords: payloads may be written in words.
+  template <bool kWords>
   PYDIST_DEVICE_MEMBER void put_scale(const Group& group, int k, float scale) const {
     unsigned char* out = args.scales + group.message + 4 * (group.index + k);
-    if (unit(group) > 1) {
+    if (kWords || unit(group) > 1) {
       *reinterpret_cast<uint32_t*>(out) = float_bits(scale);
     } else {
       store_word_bytes(out, float_bits(scale));
@@ -119,100 +123,88 @@ struct Output {
   }
 };
 
-// A number for each step: that of the block which the lane has there.
-template <typename T>
-struct BySteps {
-  T of[kSteps];
-};
-
-PYDIST_DEVICE BySteps<uint32_t> largest_of_blocks(const Tile& v, const Tiling& tiling) {
-  BySteps<uint32_t> largest;
-  if (tiling.joined()) {
-    Largest all;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) all.add(v[s]);
-    largest.of[0] = largest_of_lanes(all.bits(), kWarpSize);
+// The bits of the largest magnitude of the block that this lane looks after.
+PYDIST_DEVICE uint32_t largest_of_tile(const Tile& v, const Tiling& tiling) {
+  const uint32_t first = largest_of_run(v[0]), second = largest_of_run(v[1]);
+  uint32_t own = larger(first, second), other = own;
+  if (!tiling.joined()) {
+    own = tiling.own_step() == 0 ? first : second;
+    other = tiling.own_step() == 0 ? second : first;
   }
+  own = larger(own, __shfl_xor_sync(kAllLanes, other, 1));
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    if (tiling.joined()) {
-      largest.of[s] = largest.of[0];
-    } else {
-      Largest own;
-      own.add(v[s]);
-      largest.of[s] = largest_of_lanes(own.bits(), tiling.lanes());
-    }
+  for (int distance = 2; distance < kWarpSize; distance *= 2) {
+    if (distance >= tiling.lanes()) break;
+    own = larger(own, __shfl_xor_sync(kAllLanes, own, distance));
   }
-  return largest;
+  return own;
 }
 
-PYDIST_DEVICE BySteps<float> sums_of_blocks(const Tile& v, Norm norm, const Output& out,
-                                            const BySteps<uint32_t>& largest) {
-  BySteps<float> sums = {};
+// The sum of the terms of the block that this lane looks after.
+PYDIST_DEVICE float sum_of_tile(const Tile& v, Norm norm, const Output& out, uint32_t largest) {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) put_terms(out.room() + s * kWarpRun, v[s], norm, largest.of[s]);
+  for (int s = 0; s < kSteps; ++s) {
+    put_terms(out.room() + s * kWarpRun, v[s], norm, out.tiling.of_step(largest, s));
+  }
   __syncwarp();
+  float own = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < out.tiling.group(); ++k) {
     const float sum =
         add_lanes(add_rows(0.0f, out.room() + k * out.tiling.block, out.tiling.block));
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) sums.of[s] = out.tiling.place(s) == k ? sum : sums.of[s];
+    own = out.tiling.place(out.tiling.own_step()) == k ? sum : own;
   }
   __syncwarp();  // the next tile's terms come after all were read
-  return sums;
+  return own;
 }
 
-// The blocks of a whole tile. Source has run<true>(step, values), or load(tile) for all steps. All
-// lanes call it together; returns whether all is finite.
+// The blocks of a whole tile. Source has tile(values). All lanes call it together; returns whether
+// what this lane looks after is finite.
 template <bool kStochastic, typename Source, typename Kept>
 PYDIST_DEVICE bool encode_tile(const Source& source, const Output& out, const Row& row,
                                const Group& group, const Kept& kept) {
   const BlockFormat& f = out.args.format;
+  const Tiling& tiling = out.tiling;
   Tile v;
   source.tile(v);
-  const BySteps<uint32_t> largest = largest_of_blocks(v, out.tiling);
-  BySteps<float> sums = {};
-  if (averaged(f)) sums = sums_of_blocks(v, f.norm, out, largest);
+  const uint32_t largest = largest_of_tile(v, tiling);
+  const float sum = averaged(f) ? sum_of_tile(v, f.norm, out, largest) : 0.0f;
+  const float own_scale = scale_of(f, largest, sum, tiling.block);
+  if (tiling.first_of_block()) {
+    out.put_scale<true>(group, tiling.place(tiling.own_step()), own_scale);
+  }
   const Encoder encoder(out.args);
+  const float own_factor = encoder.factor(own_scale);
   const int64_t at = group.message + group.index * block_bytes(f);
   unsigned char* codes = out.args.codes + at + encoder.bits * lane_id();
-  float scale = 0.0f, factor = 0.0f;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    if (s == 0 || !out.tiling.joined()) {
-      scale = scale_of(f, largest.of[s], sums.of[s], out.tiling.block);
-      factor = encoder.factor(scale);
-      if ((lane_id() & (out.tiling.lanes() - 1)) == 0) {
-        out.put_scale(group, out.tiling.place(s), scale);
-      }
-    }
-    const bool finite = largest.of[s] < kInfBits;
+    const float factor = tiling.of_step(own_factor, s);
+    const bool finite = factor >= 0.0f;  // and not a NaN
     const int64_t element = group.begin + s * kWarpRun + kRun * lane_id();
     Codes run =
         encoder.encode<kStochastic>(v[s], factor, draws_of<kStochastic>(out.args, row, element));
     if (!finite) run = {0, 0};
-    store_codes(codes + s * kWarpSize * encoder.bits, encoder.bits, out.unit(group), kRun, run);
+    store_codes<true>(codes + s * kWarpSize * encoder.bits, encoder.bits, out.unit(group), kRun,
+                      run);
+    const auto scale = [&] { return tiling.of_step(own_scale, s); };
     kept.template step<true>(s * kWarpRun, v[s], run, scale, finite);
   }
-  bool finite = true;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) finite = finite && largest.of[s] < kInfBits;
-  return finite;
+  return largest < kInfBits;
 }
 
 // ------------------------------------------------------------ any block
 
 template <typename Source>
 PYDIST_DEVICE uint32_t largest_of_block(const Source& source, int n) {
-  Largest largest;
+  uint32_t largest = 0;
 #pragma unroll 1
   for (int begin = 0; begin < n; begin += kWarpRun) {
     Run v;
     source.run(begin + kRun * lane_id(), v);
-    largest.add(v);
+    largest = larger(largest, largest_of_run(v));
   }
-  return largest_of_lanes(largest.bits(), kWarpSize);
+  return largest_of_lanes(largest);
 }
 
 template <typename Source>
@@ -241,7 +233,7 @@ PYDIST_DEVICE bool encode_block(const Source& source, const Output& out, const R
   float sum = 0.0f;
   if (averaged(a.format)) sum = sum_of_block(source, block.n, a.format.norm, largest, out.room());
   const float scale = scale_of(a.format, largest, sum, block.n);
-  if (lane_id() == 0) out.put_scale(block, 0, scale);
+  if (lane_id() == 0) out.put_scale<false>(block, 0, scale);
   const Encoder encoder(a);
   const float factor = encoder.factor(scale);
   const int64_t at = block.index * block_bytes(a.format), left = a.code_bytes - at;
@@ -256,8 +248,8 @@ PYDIST_DEVICE bool encode_block(const Source& source, const Output& out, const R
     const int count = block.n - i < kRun ? block.n - i : kRun;
     run = first_codes(run, encoder.bits, finite && count > 0 ? count : 0);
     unsigned char* codes = a.codes + block.message + at + byte;
-    store_codes(codes, encoder.bits, out.unit(block), room - byte, run);
-    kept.template step<false>(begin, v, run, scale, finite);
+    store_codes<false>(codes, encoder.bits, out.unit(block), room - byte, run);
+    kept.template step<false>(begin, v, run, [&] { return scale; }, finite);
   }
   return finite;
 }
@@ -272,18 +264,18 @@ struct Encoding {
 };
 
 struct Nothing {
-  template <bool kWhole>
-  PYDIST_DEVICE_MEMBER void step(int, const Run&, Codes, float, bool) const {}
+  template <bool kWhole, typename Scale>
+  PYDIST_DEVICE_MEMBER void step(int, const Run&, Codes, const Scale&, bool) const {}
 };
 
 // Encodes the blocks of this warp; make(row, blocks) gives the Encoding of such,
 // of whole tiles too if `tiles`.
-template <bool kStochastic, typename Make>
+template <bool kStochastic, bool kApart, typename Make>
 PYDIST_DEVICE void encode_rows(const Rows& rows, const EncodeArgs& a, const Tiling& tiling,
                                bool tiles, uint32_t* flags, const Make& make) {
   const Output out = {a, tiling};
   bool finite = true;
-  for_groups(rows, tiling, [&](const Row& row, const Group& group) {
+  for_groups<kApart>(rows, tiling, [&](const Row& row, const Group& group) PYDIST_INLINED {
     const int64_t addresses = row.x | row.momentum | row.momentum_out;
     if (tiles && out.unit(group) > 1 && group.whole(tiling) && aligned<16>(addresses)) {
       const auto [source, kept] = make(row, group);

@@ -23,9 +23,10 @@ template <typename T, bool kStochastic>
 __global__ void __launch_bounds__(kBlockThreads, 3)
     quantize_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {
   const Tiling tiling(a.format.block);
-  encode_rows<kStochastic>(rows, a, tiling, true, flags, [](const Row& row, const Group& group) {
-    return Encoding<Runs<Plain<T>>, Nothing>{{plain<T>(row.x, group.begin, group.n)}, {}};
-  });
+  encode_rows<kStochastic, true>(
+      rows, a, tiling, true, flags, [](const Row& row, const Group& group) {
+        return Encoding<Runs<Plain<T>>, Nothing>{{plain<T>(row.x, group.begin, group.n)}, {}};
+      });
 }
 
 // What values are less what was sent becomes their residual, where R holds it. A block that is not
@@ -37,8 +38,8 @@ struct Rest {
   const Decoder& decoder;
   bool vector;
 
-  template <bool kWhole>
-  PYDIST_DEVICE_MEMBER void step(int begin, const Run& p, Codes codes, float scale,
+  template <bool kWhole, typename Scale>
+  PYDIST_DEVICE_MEMBER void step(int begin, const Run& p, Codes codes, const Scale& scale,
                                  bool finite) const {
     if (!old.x) return;
     const int i = begin + kRun * lane_id();
@@ -46,7 +47,7 @@ struct Rest {
     bool fits = true;
 #pragma unroll
     for (int j = 0; j < kRun; ++j) rest[j] = -0.0f;
-    decoder.add(codes, scale, rest);
+    decoder.add(codes, scale(), rest);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
       rest[j] = p[j] - rest[j];
@@ -83,13 +84,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     quantize_feedback_kernel(Rows rows, EncodeArgs a, uint32_t* flags) {
   const Tiling tiling(a.format.block);
   const Decoder decoder(a.format, tiling.lanes());
-  encode_rows<kStochastic>(rows, a, tiling, true, flags, [&](const Row& row, const Group& group) {
-    const Plain<R> old = residual_of<R>(row, group.begin, group.n);
-    R* residual = device_pointer<R>(row.momentum_out) + group.begin;
-    using Source = Runs<Compensated<T, R>>;
-    return Encoding<Source, Rest<R>>{{{plain<T>(row.x, group.begin, group.n), old}},
-                                     {old, residual, decoder, aligned<16>(row.momentum_out)}};
-  });
+  encode_rows<kStochastic, false>(
+      rows, a, tiling, true, flags, [&](const Row& row, const Group& group) {
+        const Plain<R> old = residual_of<R>(row, group.begin, group.n);
+        R* residual = device_pointer<R>(row.momentum_out) + group.begin;
+        using Source = Runs<Compensated<T, R>>;
+        return Encoding<Source, Rest<R>>{{{plain<T>(row.x, group.begin, group.n), old}},
+                                         {old, residual, decoder, aligned<16>(row.momentum_out)}};
+      });
 }
 
 template <typename T>

@@ -35,6 +35,21 @@ struct Tiling {
   PYDIST_DEVICE_MEMBER int place(int step) const {
     return (kWarpSize * step + lane_id()) >> afresh(log_lanes);
   }
+
+  // A lane looks after one block, though it has runs of two: where a tile is of several, an even
+  // lane after the one of step 0, an odd lane after that of step 1.
+  PYDIST_DEVICE_MEMBER int own_step() const { return joined() ? 0 : lane_id() % kSteps; }
+  // Whether no lane before this one looks after the same block.
+  PYDIST_DEVICE_MEMBER bool first_of_block() const {
+    return (lane_id() & (joined() ? kWarpSize - 1 : lanes() - kSteps)) == 0;
+  }
+  // What was found of the block that this lane has in a step. All lanes call it together.
+  PYDIST_DEVICE_MEMBER float of_step(float own, int step) const {
+    return __shfl_sync(kAllLanes, own, (lane_id() & -kSteps) + step);
+  }
+  PYDIST_DEVICE_MEMBER uint32_t of_step(uint32_t own, int step) const {
+    return __shfl_sync(kAllLanes, own, (lane_id() & -kSteps) + step);
+  }
 };
 
 // Blocks of a row that a warp takes at a time: their places and elements.
@@ -60,17 +75,31 @@ struct Group {
   }
 };
 
-// Calls body(row, group) for the groups of this warp. `words` of rows count blocks.
-template <typename Body>
+// Of a lambda that is called in two places.
+#define PYDIST_INLINED __attribute__((always_inline))
+
+// Calls body(row, group) for the groups of this warp. `words` of rows count blocks. kApart: twice
+// the code, half of it for the launch's own row, whose fields are constants and need no registers.
+template <bool kApart, typename Body>
 PYDIST_DEVICE void for_groups(const Rows& rows, const Tiling& tiling, const Body& body) {
   const auto group = [&] { return afresh(tiling.group()); };
-  for_chunks(rows, group, tiling.block, [&](const Row& row, int64_t start) {
+  const auto take = [&](const Row& row, int64_t start) PYDIST_INLINED {
     const int64_t begin = start * tiling.block;
     const int most = tiling.group() * tiling.block;
     const int64_t rest = row.n - begin;
     const int n = static_cast<int>(rest < most ? rest : most);
     body(row, Group{row.message, row.word + start, begin, n});
-  });
+  };
+  if constexpr (kApart) {
+    if (!rows.table) {
+      const int64_t warp = static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarpSize;
+      const int64_t warps = static_cast<int64_t>(gridDim.x) * kBlockWarps;
+      int64_t start = warp * group();
+      for (; start < rows.words; start += warps * group()) take(rows.only, start);
+      return;
+    }
+  }
+  for_chunks(rows, group, tiling.block, take);
 }
 
 // Launches kernel(rows, args...), a warp a group, if there are any.

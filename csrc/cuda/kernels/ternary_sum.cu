@@ -4,6 +4,21 @@
 namespace pydist::cuda {
 namespace {
 
+// The words of a lane to their places. kWords: the memory is aligned.
+template <bool kWords>
+PYDIST_DEVICE void store_planes(const Fields& words, const PlanePlaces& places,
+                                unsigned char* sums) {
+#pragma unroll
+  for (int j = 0; j < kLaneBytes; ++j) {
+    if (places.at[j] < 0 || places.beyond[j]) continue;
+    if constexpr (kWords) {
+      *reinterpret_cast<uint32_t*>(sums + places.at[j]) = words[j];
+    } else {
+      store_word_bytes(sums + places.at[j], words[j]);
+    }
+  }
+}
+
 // Up to 15 ranks. The four words of a lane are transposed twice, within their nibbles and between
 // the lanes of a unit: then a lane holds four words of the planes.
 PYDIST_DEVICE void sum_narrow(const TernarySource& a, bool even, const uint32_t* table,
@@ -17,10 +32,12 @@ PYDIST_DEVICE void sum_narrow(const TernarySource& a, bool even, const uint32_t*
     transpose_nibbles(fields);
     unsigned char* sums = out + (first + unit) * places.unit_bytes;
 #pragma unroll
-    for (int j = 0; j < kLaneBytes; ++j) {
-      const uint32_t word = transpose_bits<kNibble>(fields[j], lane);
-      const bool held = unit < units && places.at[j] >= 0 && !places.beyond[j];
-      if (held) store_word(sums + places.at[j], word);
+    for (int j = 0; j < kLaneBytes; ++j) fields[j] = transpose_bits<kNibble>(fields[j], lane);
+    if (unit >= units) continue;
+    if (aligned<4>(reinterpret_cast<int64_t>(out))) {
+      store_planes<true>(fields, places, sums);
+    } else {
+      store_planes<false>(fields, places, sums);
     }
   }
 }

@@ -19,6 +19,8 @@ Codec = BlockInt | QSGD
 CODECS: tuple[Codec, ...] = (
     BlockInt(4, block=512),
     BlockInt(8, block=512),
+    BlockInt(4, block=128),
+    BlockInt(8, block=128),
     BlockInt(3, block=128),  # codes that cross bytes, and many scales
     QSGD(4, block=512),
 )
