@@ -53,25 +53,25 @@ class Stats:
         self.raw_bytes += ring_bytes(flat.numel() * flat.element_size(), ranks)
         self._sent = [layout] if first else [*self._sent, layout]
 
-    def step_over(self, sent: Sequence[tuple[Sending, BucketCoder]]) -> bool | Tensor:
-        """Counts a step that is complete, by what was sent and what encoded it.
+    def step_over(self, sent: Sequence[tuple[Sending, BucketCoder, Tensor]]) -> bool | Tensor:
+        """Counts a step that is complete: what was sent, what encoded it, and the bucket.
 
         Returns:
             Whether any rank's gradients were not finite; on CUDA a tensor that says so.
         """
         self.steps += 1
         self.layouts, seconds = self._sent, self.seconds.copy()
-        for sending, coder in sent:
+        for sending, coder, _ in sent:
             self.wire_bytes += sending.call.bytes_sent
             self.inside_bytes += sending.call.inside_bytes
             seconds.update(coder.seconds)
         self.seconds = seconds
         if not sent:
             return False
-        coders = [coder for _, coder in sent]
-        if any(not isinstance(x.codec, RawRows) for coder in coders for x in coder.plan.sections):
-            self._sizes = [_size(coder) for coder in coders]
-        flags = torch.cat([sending.flagged.not_finite for sending, _ in sent])
+        sections = [section for _, coder, _ in sent for section in coder.plan.sections]
+        if any(not isinstance(section.codec, RawRows) for section in sections):
+            self._sizes = [_size(coder, flat) for _, coder, flat in sent]
+        flags = torch.cat([sending.flagged.not_finite for sending, _, _ in sent])
         bad = (flags & wire.FLAG_NON_FINITE).amax()
         if bad.is_cuda:  # no wait for the device; summary() waits
             self._non_finite = self._non_finite + bad.long()
@@ -162,7 +162,7 @@ class Stats:
         )
 
 
-def _size(coder: BucketCoder) -> BucketSize:
-    flat, plan = coder.flat, coder.plan
+def _size(coder: BucketCoder, flat: Tensor) -> BucketSize:
+    plan = coder.plan
     size = plan.message_bytes(plan.units)
     return BucketSize(flat.numel() * flat.element_size(), size, len(plan.parts))

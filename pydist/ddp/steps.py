@@ -407,7 +407,7 @@ class Steps:
             step_of, self._step_of = self._step_of, StepOf()
             for one in sent:
                 one.sending.call.wait()
-            bad = self.stats.step_over([(one.sending, one.encoded.coder) for one in sent])
+            bad = self.stats.step_over([(one.sending, one.encoded.coder, one.flat) for one in sent])
             self.kept.loaded = False
             self._last_finite = not isinstance(bad, Tensor) and not bad
             self._drop_damage(bad)
