@@ -128,7 +128,9 @@ def run_step(options: argparse.Namespace) -> Report:
     """
     together = [name for name in options.methods if name not in HANGS]
     alone = [[name] for name in options.methods if name in HANGS]
-    rows, failed, drops, network = {}, {}, 0, Network.of(options)
+    rows: dict[str, Report] = {}
+    failed: dict[str, str] = {}
+    drops, network = 0, Network.of(options)
     for names in [together, *alone] if together else alone:
         settings = argparse.Namespace(**{**vars(options), "methods": names})
         if names is not together:
