@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
     sent = [b["tx_bytes"] - a["tx_bytes"] for a, b in zip(before, after, strict=True)]
     print(f"{network}: {seconds:.1f} s; sent, in MB, by each host:")
     print("  " + "  ".join(f"{size / 1e6:.2f}" for size in sent))
+    if dropped := sum(b["drops"] - a["drops"] for a, b in zip(before, after, strict=True)):
+        print(f"  {dropped} packets found a queue full and were dropped")
 
 
 def main() -> int:

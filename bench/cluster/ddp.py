@@ -12,20 +12,16 @@ or add ``--realtime``, or what is measured is how long ranks wait for a turn on 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from links import ClusterError, Network, network_options
+from command import at_least, common_options, launch, measured, work
+from links import ClusterError, Network
 from netns import Cluster
 from probe import probe
-from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
+from rounds import Method, Report, ring_bytes, show, summarise
 from training import HANGS, METHODS, parameters, trainers
 
 # ---------------------------------------------------------------- what runs on each host
@@ -111,61 +107,14 @@ def step_methods(options: argparse.Namespace) -> dict[str, Method]:
     }
 
 
-def method_worker(options: argparse.Namespace) -> Report:
-    """Measure all methods on this host."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    make = step_methods if options.task == "step" else reduce_methods
-    methods = make(options)
-    times = interleave(methods, options.repeats)
-    report: Report = {
-        name: {"times": times[name], "check": method.check(), "predicted": method.predicted}
-        for name, method in methods.items()
-    }
-    for name, method in methods.items():
-        report[name]["sent"] = count_bytes(method)
-    dist.barrier()
-    dist.destroy_process_group()
-    return report
-
-
-def work(settings: str) -> int:
-    """Entry of the process on each host: measure, print the findings as JSON."""
-    options = argparse.Namespace(**json.loads(settings))
-    if options.realtime:
-        go_first()
-    print(json.dumps(method_worker(options)))
-    return 0
-
-
 # ---------------------------------------------------------------- what starts and sums up
-
-
-def launch(cluster: Cluster, options: argparse.Namespace) -> list[Report]:
-    """Run the task's worker on all hosts and return what each found."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(Path(__file__).resolve()), "worker", json.dumps(vars(options))]
-    env = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        # The addresses have no names, and torch would warn of that once a connection.
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    }
-    finished = cluster.run(command, env, timeout=options.timeout)
-    if finished[0].stderr:
-        print(finished[0].stderr.rstrip(), file=sys.stderr)
-    return [json.loads(host.stdout) for host in finished]
 
 
 def run_all_reduce(options: argparse.Namespace) -> Report:
     """Launch, sum up and show the all-reduce benchmark."""
     network = Network.of(options)
     with Cluster(network) as cluster:
-        rows = summarise(launch(cluster, options), options.local)
+        rows = summarise(launch(cluster, __file__, options), options.local)
         drops = sum(count["drops"] for count in cluster.counters())
     show(rows, f"all-reduce of {options.numel:,}, {network}")
     return {"methods": rows, "packets_dropped": drops}
@@ -179,14 +128,16 @@ def run_step(options: argparse.Namespace) -> Report:
     """
     together = [name for name in options.methods if name not in HANGS]
     alone = [[name] for name in options.methods if name in HANGS]
-    rows, failed, drops, network = {}, {}, 0, Network.of(options)
+    rows: dict[str, Report] = {}
+    failed: dict[str, str] = {}
+    drops, network = 0, Network.of(options)
     for names in [together, *alone] if together else alone:
         settings = argparse.Namespace(**{**vars(options), "methods": names})
         if names is not together:
             settings.timeout = options.patience
         with Cluster(network) as cluster:
             try:
-                rows |= summarise(launch(cluster, settings), options.local)
+                rows |= summarise(launch(cluster, __file__, settings), options.local)
             except ClusterError as error:
                 if names is together:
                     raise
@@ -203,6 +154,7 @@ def run_goodput(options: argparse.Namespace) -> Report:
     return probe(Network.of(options), realtime=options.realtime)
 
 
+MAKERS = {"all-reduce": reduce_methods, "step": step_methods}
 TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "all-reduce": run_all_reduce,
     "step": run_step,
@@ -210,38 +162,21 @@ TASKS: dict[str, Callable[[argparse.Namespace], Report]] = {
 }
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not too small."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}")
-        return value
-
-    return number
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmarks on hosts made of network namespaces.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{all-reduce,step,goodput}")
-    common = argparse.ArgumentParser(add_help=False, parents=[network_options()])
-    common.add_argument("--json", metavar="FILE", help="write all figures here")
-    common.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
-    common.add_argument(
-        "--realtime", action="store_true", help="let the ranks go before other programs"
-    )
+    common = common_options()
     reduce = tasks.add_parser("all-reduce", parents=[common], help="one tensor, gloo and pydist")
-    reduce.add_argument("--numel", type=_at_least(1), default=4 * 1024 * 1024)
-    reduce.add_argument("--repeats", type=_at_least(2), default=20)
+    reduce.add_argument("--numel", type=at_least(1), default=4 * 1024 * 1024)
+    reduce.add_argument("--repeats", type=at_least(2), default=20)
     reduce.add_argument(
         "--codecs", nargs="*", default=[], choices=sorted(CODECS), metavar="CODEC",
         help="mean in these codecs too: " + ", ".join(CODECS),
     )  # fmt: skip
     step = tasks.add_parser("step", parents=[common], help="a DDP training step, torch and pydist")
-    step.add_argument("--batch", type=_at_least(1), default=8, help="samples a host and step")
-    step.add_argument("--repeats", type=_at_least(2), default=20)
+    step.add_argument("--batch", type=at_least(1), default=8, help="samples a host and step")
+    step.add_argument("--repeats", type=at_least(2), default=20)
     step.add_argument("--bucket-cap-mb", type=float, default=25.0, help="of every DDP model")
     step.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     step.add_argument(
@@ -254,27 +189,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one task; returns the exit status."""
-    if arguments[:1] == ["worker"]:  # how `launch` calls this file on each host
-        return work(arguments[1])
-    from pydist.bench.machine import machine
-
+    if arguments[:1] == ["worker"]:  # how `launch` calls this file for each rank
+        return work(arguments[1], lambda options: MAKERS[options.task](options))
     options = parse(arguments)
-    record: Report = {
-        "command": shlex.join(["python", "bench/cluster/ddp.py", *arguments]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-    }
-    try:
-        record |= Network.of(options).record()
-        record |= TASKS[options.task](options)
-    except ClusterError as error:
-        print(f"ddp.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    if options.json:
-        Path(options.json).write_text(json.dumps(record, indent=2) + "\n")
-    return 0
+    return measured(__file__, options, arguments, TASKS[options.task])
 
 
 if __name__ == "__main__":

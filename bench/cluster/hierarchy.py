@@ -3,95 +3,85 @@
     sudo python bench/cluster/hierarchy.py --topology 2x2 --rate 1gbit --rtt-ms 10
 
 Hosts are network namespaces (``netns.py``); the ranks of one talk over its loopback, which is fast.
-Every method runs once a round, the slowest rank counts, and ratios are those of a round to gloo's
-all-reduce; bytes are those that a host's interface sent.
+All methods run in turns and the slowest rank counts; bytes are those that a host's interface sent.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from links import ClusterError, Network, network_options
+from command import at_least, common_options, launch, measured, work
+from links import Network
 from netns import Cluster
-from rounds import sent_bytes
+from rounds import Method, Report, ring_bytes, show, summarise
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import pydist
 
 
-def methods_of(numel: int, local: int) -> dict[str, Callable[[], object]]:
+def methods_of(options: argparse.Namespace) -> dict[str, Method]:
     """What is compared; each on a tensor of its own."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // local, local))
+    mesh = init_device_mesh("cpu", (options.hosts, options.local))
     codec, inner = pydist.QSGD(4), pydist.BlockInt(8)
-    xs = [torch.randn(numel) for _ in range(5)]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    start = torch.randn(options.numel, generator=generator)
+
+    def method(reduce: Callable[[Tensor], object], predicted: float | None = None) -> Method:
+        x = start.clone()
+        return Method(
+            call=lambda: reduce(x),
+            reset=lambda: x.copy_(start),
+            predicted=predicted,
+            check=lambda: float(x.double().sum()),
+        )
+
+    def across(payload: float) -> float:
+        return ring_bytes(options.hosts, payload)
+
+    quantized = codec.payload_bytes(options.numel)
     return {
-        "gloo fp32, flat": lambda: dist.all_reduce(xs[0].div_(dist.get_world_size())),
-        "QSGD(4), flat": lambda: pydist.all_reduce(xs[1], codec),
-        "Raw inside, QSGD(4) across": lambda: pydist.all_reduce(xs[2], codec, group=mesh),
-        "BlockInt(8) inside, QSGD(4) across": lambda: pydist.all_reduce(
-            xs[3], codec, group=mesh, inner=inner
+        "gloo fp32, flat": method(
+            dist.all_reduce, ring_bytes(dist.get_world_size(), 4 * options.numel)
         ),
-        "Raw inside and across": lambda: pydist.all_reduce(xs[4], pydist.Raw(), group=mesh),
+        "QSGD(4), flat": method(lambda x: pydist.all_reduce(x, codec)),
+        "Raw inside, QSGD(4) across": method(
+            lambda x: pydist.all_reduce(x, codec, group=mesh), across(quantized)
+        ),
+        "BlockInt(8) inside, QSGD(4) across": method(
+            lambda x: pydist.all_reduce(x, codec, group=mesh, inner=inner), across(quantized)
+        ),
+        "Raw inside and across": method(
+            lambda x: pydist.all_reduce(x, pydist.Raw(), group=mesh), across(4 * options.numel)
+        ),
     }
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Runs on each rank; the first prints."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    methods = methods_of(options.numel, options.local)
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    sent: dict[str, int] = {}
-    for turn in range(options.repeats + 1):  # the first makes connections
-        for name, run in methods.items():
-            dist.barrier()
-            before, start = sent_bytes(), time.perf_counter()
-            run()
-            took = torch.tensor([time.perf_counter() - start])
-            dist.barrier()
-            sent[name] = sent_bytes() - before
-            dist.all_reduce(took, op=dist.ReduceOp.MAX)
-            if turn:
-                times[name].append(float(took))
-    if dist.get_rank() == 0:
-        base = times["gloo fp32, flat"]
-        for name, took in times.items():
-            ratio = statistics.median(b / t for b, t in zip(base, took, strict=True))
-            print(
-                f"{name:36} {1e3 * statistics.median(took):8.1f} ms  {ratio:5.1f}x  "
-                f"{sent[name] / 1e6:7.2f} MB a host"
-            )
-    dist.destroy_process_group()
+def run(options: argparse.Namespace) -> Report:
+    """Make the hosts, sum up and show what their ranks found."""
+    network = Network.of(options)
+    with Cluster(network) as cluster:
+        rows = summarise(launch(cluster, __file__, options), options.local)
+        drops = sum(count["drops"] for count in cluster.counters())
+    show(rows, f"all-reduce of {options.numel:,}, {network}")
+    return {"methods": rows, "packets_dropped": drops}
 
 
-def main() -> int:
-    """Makes the hosts, or is one of their ranks."""
+def main(arguments: Sequence[str]) -> int:
+    """Makes the hosts, or is one of their ranks; returns the exit status."""
+    if arguments[:1] == ["worker"]:
+        return work(arguments[1], methods_of)
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], parents=[network_options(hosts=2, local=2)]
+        description=(__doc__ or "").splitlines()[0], parents=[common_options(hosts=2, local=2)]
     )
-    parser.add_argument("--numel", type=int, default=4 * 1024 * 1024)
-    parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args()
-    if "RANK" in os.environ:
-        measure(options)
-        return 0
-    try:
-        network = Network.of(options)
-        print(network)
-        with Cluster(network) as cluster:
-            cluster.run([sys.executable, __file__, *sys.argv[1:]], echo=True)
-    except ClusterError as error:
-        print(f"hierarchy.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--numel", type=at_least(1), default=4 * 1024 * 1024)
+    parser.add_argument("--repeats", type=at_least(2), default=10)
+    return measured(__file__, parser.parse_args(arguments), arguments, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

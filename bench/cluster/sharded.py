@@ -11,27 +11,23 @@ slowest rank counts; bytes are those that a host's interface sent, beside the pr
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from links import ClusterError, Network, network_options
+from command import at_least, common_options, launch, measured, work
+from links import Network
 from netns import Cluster
-from rounds import Method, Report, count_bytes, go_first, interleave, ring_bytes, show, summarise
+from rounds import Method, Report, ring_bytes, show, summarise
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import WIDTHS, model_of
 
 import pydist
-from pydist.bench.machine import machine
 
 Codec = Any
 BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
@@ -135,88 +131,46 @@ def make(method: Sharded, mesh: DeviceMesh, batch: int) -> Method:
     return Method(call=step, reset=lambda: None, predicted=predicted, check=check)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Runs on each rank, and writes what it found."""
-    torch.set_num_threads(1)
-    if options.realtime:
-        go_first()
-    dist.init_process_group("gloo")
+def all_methods(options: argparse.Namespace) -> dict[str, Method]:
+    """What was asked for, on the mesh of all ranks."""
     shape = (1, options.hosts) if options.local == 1 else (options.hosts, options.local)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("across", "inside"))
-    methods = {
+    return {
         name: make(method, mesh, options.batch)
         for name, method in methods_of(options.local).items()
         if not options.methods or name in options.methods
     }
-    times = interleave(methods, options.repeats)
-    report: Report = {
-        name: {
-            "times": times[name], "check": method.check(), "predicted": method.predicted,
-            "sent": count_bytes(method),
-        }
-        for name, method in methods.items()
-    }  # fmt: skip
-    Path(options.folder, f"{dist.get_rank()}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def launch(options: argparse.Namespace, folder: str) -> Report:
-    """Makes the hosts and sums up what their ranks found."""
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--folder", folder]
+def run(options: argparse.Namespace) -> Report:
+    """Make the hosts, sum up and show what their ranks found."""
     network = Network.of(options)
     with Cluster(network) as cluster:
-        cluster.run(command, environment, timeout=options.timeout)
+        rows = summarise(launch(cluster, __file__, options), options.local)
         drops = sum(count["drops"] for count in cluster.counters())
-    reports = [
-        json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(network.ranks)
-    ]
-    rows = summarise(reports, options.local)
     show(rows, f"step of {'FSDP2' if options.local == 1 else 'HSDP'}, {network}")
     return {"methods": rows, "packets_dropped": drops}
 
 
-def main() -> int:
-    """Makes the hosts, or is one of their ranks."""
+def main(arguments: Sequence[str]) -> int:
+    """Makes the hosts, or is one of their ranks; returns the exit status."""
+    if arguments[:1] == ["worker"]:
+        return work(arguments[1], all_methods)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[network_options()],
+        parents=[common_options()],
     )
-    parser.add_argument("--batch", type=int, default=8, help="samples a rank and step")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--batch", type=at_least(1), default=8, help="samples a rank and step")
+    parser.add_argument("--repeats", type=at_least(2), default=10)
     parser.add_argument("--methods", nargs="*", default=[], help="default: all")
-    parser.add_argument("--realtime", action="store_true", help="ahead of other processes")
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.repeats < 2:
-        parser.error("--repeats must be at least 2")
+    options = parser.parse_args(arguments)
     if unknown := set(options.methods) - set(methods_of(options.local)):
         parser.error(
             f"--methods: unknown {sorted(unknown)}, have {list(methods_of(options.local))}"
         )
-    if options.folder:
-        measure(options)
-        return 0
-    record: Report = {
-        "command": shlex.join(["python", "bench/cluster/sharded.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-    }
-    try:
-        record |= Network.of(options).record()
-        with tempfile.TemporaryDirectory() as folder:
-            record |= launch(options, folder)
-    except ClusterError as error:
-        print(f"sharded.py: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        Path(options.json).write_text(json.dumps(record, indent=2) + "\n")
-    return 0
+    return measured(__file__, options, arguments, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

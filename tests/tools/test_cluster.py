@@ -89,6 +89,24 @@ def test_wrong_network(arguments: dict[str, Any], message: str) -> None:
         links.Network(**arguments)
 
 
+@pytest.mark.parametrize(
+    "command", ["ddp all-reduce", "ddp step", "ddp goodput", "hierarchy", "sharded"]
+)
+def test_every_benchmark_takes_the_network(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *task = command.split()
+    main = bench_module(script).main
+    with pytest.raises(SystemExit) as ended:
+        main([*task, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--topology", "--hosts", "--rate", "--rtt-ms", "--delay-ms", "--inner-rate"):
+        assert option in text
+    assert main([*task, "--rate", "fast"]) == 2
+    assert f"{script}.py: cannot read the rate 'fast'" in capsys.readouterr().err
+
+
 def test_variables_are_those_of_torchrun() -> None:
     cluster = netns.Cluster(links.Network(hosts=3, local=2))
     found = cluster.environment(5)

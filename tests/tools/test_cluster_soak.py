@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cluster_ranks
 import pytest
+import ranks_cluster
 from test_cluster import ROOT, bench_module, links, netns
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
-RANKS = str(Path(__file__).with_name("cluster_ranks.py"))
+RANKS = str(Path(__file__).with_name("ranks_cluster.py"))
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench" / "cluster")]),
     "OMP_NUM_THREADS": "1",
@@ -44,7 +44,7 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def on_ranks(network: Any, task: str) -> list[Any]:
-    """What a task of ``cluster_ranks.py`` found on every rank."""
+    """What a task of ``ranks_cluster.py`` found on every rank."""
     with netns.Cluster(network) as cluster:
         finished = cluster.run([sys.executable, RANKS, task], ENVIRONMENT, timeout=600)
     return [json.loads(rank.stdout) for rank in finished]
@@ -54,14 +54,14 @@ def on_ranks(network: Any, task: str) -> list[Any]:
 def test_collectives_are_bit_identical_to_simulation(rtt_ms: float) -> None:
     network = links.Network(hosts=4, local=2, rate="100mbit", rtt_ms=rtt_ms)
     found = on_ranks(network, "equals_simulation")
-    assert found == [2 * 8 * len(cluster_ranks.SIZES)] * 8  # levels, codecs; ranks
+    assert found == [2 * 8 * len(ranks_cluster.SIZES)] * 8  # levels, codecs; ranks
 
 
 @pytest.mark.parametrize("rtt_ms", [0, 20])
 def test_ranks_of_a_host_talk_inside(rtt_ms: float) -> None:
     """1 MiB inside costs the link barriers alone; on all ranks, 2 · 3/4 of it, as in a ring."""
     network = links.Network(hosts=2, local=2, rate="1gbit", rtt_ms=rtt_ms, inner_rate="2gbit")
-    payload = 4 * cluster_ranks.PLAIN
+    payload = 4 * ranks_cluster.PLAIN
     with netns.Cluster(network) as cluster:
         before = cluster.counters()
         finished = cluster.run([sys.executable, RANKS, "traffic"], ENVIRONMENT, timeout=600)
