@@ -35,8 +35,9 @@ from pydist.transport import groups
 from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Coder, Worker
 from pydist.transport.communicator import Call, Communicator, own_communicator
-from pydist.transport.exchange import Exchange, Route, await_future, wait_for
+from pydist.transport.exchange import Exchange, Route, await_future
 from pydist.transport.rendezvous import meet
+from pydist.transport.streams import SideStream
 
 STAGES = ("inside: reduce-scatter", "across", "inside: all-gather")
 INSIDE, ACROSS, GATHER = range(len(STAGES))
@@ -112,11 +113,22 @@ class Grid:
         """A call is through with the stages before ``stage``: it and who waited for it go on."""
         with self._lock:
             call.at = stage
-            if stage == len(STAGES):
+            if stage < len(STAGES):
+                order = self._order[stage]
+                while order and order[0].at >= stage:
+                    order.popleft().enter(stage, self._stages[stage])
                 return
-            order = self._order[stage]
-            while order and order[0].at >= stage:
-                order.popleft().enter(stage, self._stages[stage])
+        call.end()
+
+    def fail_together(self, stage: int, error: BaseException) -> None:
+        """Ends the communicators of all stages where that of one has ended.
+
+        So the ranks of other nodes hear of a failure inside this one, and go no further than the
+        call after.
+        """
+        if self._stages[stage].is_broken:
+            for comm in self._stages:
+                comm.fail(error)
 
 
 def _check_grid(across: dist.ProcessGroup, inside: dist.ProcessGroup) -> None:
@@ -135,7 +147,7 @@ def _check_grid(across: dist.ProcessGroup, inside: dist.ProcessGroup) -> None:
     heard = meet(both, "verdict on a grid of process groups", timeout, problem)
     problems = sorted({text for roster in heard for text in roster.texts if text})
     if problems:
-        raise ValueError("group: across and inside do not form a grid: " + "; ".join(problems))
+        raise ValueError("across and inside do not form a grid: " + "; ".join(problems))
 
 
 def _ranks(group: dist.ProcessGroup) -> list[int]:
@@ -191,17 +203,16 @@ def pair(group: Levels) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     if isinstance(group, DeviceMesh):
         if group.ndim != 2:
             raise ValueError(
-                "group: a mesh must have 2 dimensions (across nodes, inside a node), "
-                f"got {group.ndim}"
+                f"a mesh must have 2 dimensions (across nodes, inside a node), got {group.ndim}"
             )
         pair: tuple[Any, ...] = (group.get_group(0), group.get_group(1))
     else:
         pair = tuple(group)
     if dist.GroupMember.NON_GROUP_MEMBER in pair:
-        raise ValueError(f"group: rank {dist.get_rank()} is not in both groups")
+        raise ValueError(f"rank {dist.get_rank()} is not in both groups (across, inside)")
     if len(pair) != 2 or not all(isinstance(x, dist.ProcessGroup) for x in pair):
         kinds = ", ".join(type(x).__name__ for x in pair)
-        raise TypeError(f"group must be two groups (across nodes, inside a node), got ({kinds})")
+        raise TypeError(f"expected two groups (across nodes, inside a node), got ({kinds})")
     return pair
 
 
@@ -300,12 +311,11 @@ class HierarchicalCall:
         self._stages, self._problem, self._known = stages, problem, known
         self._fields_across = across or {}
         self._call_groups = call_groups or new_call_groups()
-        self._exchanges: list[Exchange] = []
-
-    @property
-    def _exchange(self) -> Exchange | None:
-        """The last one that was started."""
-        return self._exchanges[-1] if self._exchanges else None
+        self._exchange: Exchange | None = None  # of the stage under way
+        self._side: SideStream | None = None  # of the last stage so far
+        self._device = None if stages is None else stages.device
+        self._error: BaseException | None = None
+        self._sent = [0] * len(STAGES)
 
     # ----------------------------------------------------------------- stages
 
@@ -338,14 +348,19 @@ class HierarchicalCall:
         with self.stream():  # on CUDA: in stream order after the stage before
             coder, route = stages.coder(stage, worker)
             group = self._call_groups[stage]
-            self._exchanges.append(Exchange(comm, coder, call, route, stages.device, group))
-        return self._exchanges[-1]
+            self._exchange = Exchange(comm, coder, call, route, stages.device, group)
+        self._side = self._exchange.stream
+        return self._exchange
 
     def _ended(self, stage: int) -> Callable[[Future[None]], None]:
         def ended(future: Future[None]) -> None:
+            exchange, self._exchange = self._exchange, None  # whose future holds this call
+            if exchange is not None:
+                self._sent[stage] = exchange.bytes_sent
             error = future.exception()
             if error is not None:
                 self._fail(error)
+                self._grid.fail_together(stage, error)
             elif stage == GATHER and self._problem is None:
                 self._finish()
             self._grid.reached(self, stage + 1)
@@ -357,7 +372,6 @@ class HierarchicalCall:
             assert self._stages is not None
             with self.stream():
                 self._stages.finish()
-            self.future.set_result(None)
         except Exception as error:
             self._fail(error)
 
@@ -365,27 +379,35 @@ class HierarchicalCall:
         """The first problem is the one that this rank raises, and tells the others."""
         if self._problem is None:
             self._problem = str(error)
-        if not self.future.done():
-            self.future.set_exception(error)
+        if self._error is None:
+            self._error = error
+
+    def end(self) -> None:
+        """Completes the future: all stages are over, and no rank waits for this one any more."""
+        self._stages = None
+        if self._error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self._error)
 
     # ----------------------------------------------------------------- the caller's side
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """On CUDA: runs a block on the stream of the last stage so far, after its kernels."""
-        return wait_for(self._exchange)
+        return contextlib.nullcontext() if self._side is None else self._side()
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the result is there (on CUDA: makes the current stream wait)."""
         await_future(self.future, self._name, timeout)
-        if self._exchange is not None:
-            self._exchange.wait(timeout)  # has ended
+        if self._side is not None and self._side.done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._side.done)
 
     @property
     def bytes_sent(self) -> int:
-        """What this rank has sent so far, headers and agreements included."""
-        return sum(exchange.bytes_sent for exchange in self._exchanges)
+        """What this rank has sent, headers and agreements included, when the call is complete."""
+        return sum(self._sent)
 
     @property
     def inside_bytes(self) -> int:
         """What of it has gone to ranks of its node."""
-        return self.bytes_sent - sum(x.bytes_sent for x in self._exchanges[ACROSS : ACROSS + 1])
+        return self._sent[INSIDE] + self._sent[GATHER]

@@ -127,4 +127,7 @@ def _find(parent: dist.ProcessGroup) -> Groups | None:
             name=f"{roster.name}/{kind} {number}", timeout=timeout,
         )  # fmt: skip
 
-    return made("across", columns), made("inside", list(nodes.values()))
+    found = made("across", columns), made("inside", list(nodes.values()))
+    for each in found:
+        weakref.finalize(parent, groups.destroy, each)
+    return found

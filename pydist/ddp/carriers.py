@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pydist.codecs import Codec, Raw
 from pydist.collectives.grid import ACROSS, INSIDE, Grid, HierarchicalCall, new_call_groups
 from pydist.collectives.hierarchical import across_worker, inside_worker
+from pydist.collectives.nodes import Groups
 from pydist.ddp.layout import Layout
 from pydist.encoding.bucket import BucketCoder
 from pydist.encoding.levels import Rows
@@ -147,11 +149,16 @@ class TwoLevels:
         return Sending(sent, stages)
 
     def refuse(self, call: Call, groups: list[CallGroup]) -> None:
-        """Takes part in all stages' agreements with a problem, so that every rank raises."""
-        grid, problem = self._grid, call.problem
-        grid.start(
-            HierarchicalCall(grid, call.name, {}, call.step, None, problem, call_groups=groups)
+        """Takes part in all stages' agreements with a problem, so that every rank raises.
+
+        Raises:
+            PydistError: What all ranks raise.
+        """
+        refusing = HierarchicalCall(
+            self._grid, call.name, {}, call.step, None, call.problem, call_groups=groups
         )
+        self._grid.start(refusing)
+        refusing.wait()
 
     def catch_up(self) -> None:
         """See :meth:`Communicator.catch_up`."""
@@ -159,6 +166,12 @@ class TwoLevels:
 
 
 Carrier = OneLevel | TwoLevels
+
+
+def place_in(levels: Groups) -> InNodes:
+    """This rank's place in two levels of groups."""
+    across, inside = levels
+    return InNodes(dist.get_rank(across), across.size(), dist.get_rank(inside), inside.size())
 
 
 class _Stages:
@@ -207,5 +220,6 @@ class _Stages:
         return self._gather.not_finite
 
     def finish(self) -> None:
-        """Puts the shares back into the bucket."""
+        """Puts the shares back into the bucket, and lets go of them."""
         self._plan.join(self._rows, self._flat)
+        del self._rows, self._row, self._encode

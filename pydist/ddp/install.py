@@ -149,8 +149,8 @@ def _same(
             tell(name, group, error)
             raise
         others = all(
-            getattr(known, name) is options[name] for name in ("scaler", "subgroup", "mesh")
-        )
+            getattr(known, name) is options[name] for name in ("scaler", "subgroup")
+        ) and bool(known.mesh == options["mesh"])
         if asked != known.options or not others:
             problem = (
                 "the model is compressed already with other arguments; call "

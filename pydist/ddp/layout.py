@@ -155,6 +155,7 @@ class Layouts:
             for name, param in zip(names, params, strict=True)
         ]
         rows, mine = None, parts
+        units = [1] * len(parts)
         if self.levels.local > 1:
             units = [
                 self.options.unit(name, param) for name, param in zip(names, params, strict=True)
@@ -167,10 +168,10 @@ class Layouts:
         fields: dict[str, Any] = {
             f"parameter {part.ordinal}": [
                 name, str(dtype), list(param.shape), repr(choice.codec), choice.feedback,
-                list(order.stride),
+                list(order.stride), unit,
             ]
-            for part, name, param, choice, order in zip(
-                parts, names, params, choices, orders, strict=True
+            for part, name, param, choice, order, unit in zip(
+                parts, names, params, choices, orders, units, strict=True
             )
         }  # fmt: skip
         digest = zlib.crc32(repr([str(dtype), *fields.items()]).encode())

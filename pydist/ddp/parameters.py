@@ -126,6 +126,10 @@ class Parameters:
             dtype, size = dtype.to_real(), (*size, 2)
         return Place(Strided.in_steps(size, contiguous(size)), torch.device("cpu"), dtype)
 
+    def tensor_of(self, ordinal: int) -> Tensor | None:
+        """A parameter; ``None`` while it is unknown."""
+        return self.tensors[ordinal] if ordinal < len(self.tensors) else None
+
     @property
     def device(self) -> torch.device:
         """Where they are; the host as long as that is unknown."""

@@ -7,6 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from pydist.codecs import Codec
 from pydist.collectives.grid import Levels, grid
 from pydist.collectives.nodes import Groups, check_levels, check_mesh, groups_of
 from pydist.ddp import local
-from pydist.ddp.carriers import Carrier, OneLevel, TwoLevels
+from pydist.ddp.carriers import Carrier, OneLevel, TwoLevels, place_in
 from pydist.ddp.optimizers import OptimizerWatch, suffer, warn_of_momentum, warn_of_variance
 from pydist.ddp.parameters import Named, Parameters
 from pydist.ddp.stats import Stats
@@ -204,10 +205,8 @@ class CompressionState:
         fields = {"world_size": ranks, **self.options.described(), **self.parameters.described()}
         compare("CompressionState", self.group, fields, self._problem(rank, ranks))
         self._levels = groups_of(self.group, self.mesh, self.options.levels)
-        place = None
+        place = None if self._levels is None else place_in(self._levels)
         if self.options.levels is not None:
-            if self._levels is not None:
-                place = self._carrier(torch.device("cpu")).levels
             compare("CompressionState", self.group, {}, self._moved(place))
         self.kept.join(rank, ranks, place)
         suffering = suffer(self.options.codecs())
@@ -274,6 +273,7 @@ class CompressionState:
         try:
             if self._steps is not None:
                 raise ValueError("the state belongs to a model already; take a copy of it")
+            check_levels(mesh, None)
             self.parameters.attach(model)
             self._check_names()
         except Exception as error:
@@ -282,7 +282,9 @@ class CompressionState:
         self.group = group
         self.scaler = self.scaler if scaler is None else scaler
         self.subgroup = self.subgroup if subgroup is None else subgroup
-        self.mesh = self.mesh if mesh is None else mesh
+        if mesh is not None:
+            self.mesh = mesh
+            self.options = self.kept.options = replace(self.options, levels="mesh")
         self._lacks = [name for name in self._lacks if getattr(self, name) is None]
         if dist.is_available() and dist.is_initialized():
             self._bind(self.parameters.device)
@@ -459,12 +461,13 @@ class CompressionState:
             alone = self._steps is None and not (dist.is_available() and dist.is_initialized())
             if alone and isinstance(state, Mapping):  # compared when it is bound
                 place = state.get("rank"), state.get("world_size")
-            if self._steps is None:
-                self.kept.levels = checkpoint.levels_of(state)  # compared when it is bound
-            memory = checkpoint.read(self.kept, state, *place)
+            levels = self.kept.levels
+            if self._steps is None:  # compared when it is bound
+                levels = checkpoint.levels_of(state)
+            memory = checkpoint.read(self.kept, state, place[0], place[1], levels)
             self.kept.load(memory)
             if self._steps is None:
-                self.kept.join(place[0], place[1], self.kept.levels)
+                self.kept.join(place[0], place[1], levels)
             else:
                 self._steps.replaced()
 

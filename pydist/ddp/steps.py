@@ -66,8 +66,14 @@ class _Encoded:
         self._steps, self._layout, self._of = steps, layout, (step_of, accumulation)
 
     def __call__(self, flat: Tensor, worker: Worker) -> BucketCoder:
-        """Prepares what is in the buffer of a layout's plan, and makes its coder."""
+        """Prepares what is in the buffer of a layout's plan, and makes its coder.
+
+        Raises:
+            PydistError: The step was abandoned (Ctrl-C): what is kept may be another's now.
+        """
         steps, options = self._steps, self._steps.kept.options
+        if not steps.is_open(self._of[0]):
+            raise PydistError("the step was abandoned")
         self.prepared = steps.prepare(self._layout, flat, *self._of)
         self.coder = BucketCoder(
             self._layout.plan, flat, worker, mean=options.op == "mean", seed=options.seed,
@@ -146,6 +152,10 @@ class Steps:
             self._finish()
         return future
 
+    def is_open(self, step_of: StepOf) -> bool:
+        """Whether a step has neither ended nor been abandoned."""
+        return step_of is self._step_of
+
     @property
     def _is_local(self) -> bool:
         return self._options.stage(self.kept.step) == LOCAL
@@ -198,7 +208,10 @@ class Steps:
             future.set_result(filled_with_nan(buffer))
             return future
         self._in_flight.append(sent)
-        sent.sending.call.future.add_done_callback(lambda _: self._complete(sent, buffer, future))
+        once = [sent]  # a future holds its callbacks, and what is sent its future
+        sent.sending.call.future.add_done_callback(
+            lambda _: self._complete(once.pop(), buffer, future)
+        )
         return future
 
     def _lay_out(
@@ -286,7 +299,7 @@ class Steps:
             self._failed(error)
             flat.fill_(float("nan"))
         # Residuals that were released must arrive; without any there is nothing to look after.
-        left = self.kept.residuals.worker or self.kept.residuals.owner
+        left = any(x.numel() for x in self.kept.residuals.tensors())
         watch = self._step_of.watch if left else None
 
         def arrived(flat: Tensor) -> None:

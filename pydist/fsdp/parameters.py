@@ -119,6 +119,9 @@ class Parameters:
         one = self._all[ordinal]
         return Place(ByShard(tuple(one.shape), one.dim, one.ranks), one.device, one.dtype)
 
+    def tensor_of(self, ordinal: int) -> None:
+        """None are kept."""
+
     def described(self) -> dict[str, Any]:
         """Name, dtype, shape and sharded dimension of all: equal on all ranks."""
         return {

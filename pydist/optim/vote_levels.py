@@ -202,10 +202,10 @@ class _Across(_Stage):
         and a tie is a tie.
         """
         rule, n = self.votes.rule, self.votes.worker.ranks
-        weights = [1 << j for j in range(self._planes)] * len(messages)
-        index = torch.tensor([i for i, weight in enumerate(weights) for _ in range(weight)])
-        planes = messages.reshape(len(weights), units * WORD)
-        votes = planes.index_select(0, index.to(planes.device))
+        planes = messages.reshape(-1, units * WORD)
+        copies = torch.tensor([1 << j for j in range(self._planes)] * len(messages), device="cpu")
+        number = len(messages) * ((1 << self._planes) - 1)
+        votes = planes.repeat_interleave(moved(copies, planes.device), dim=0, output_size=number)
         out.zero_()
         if rule.average:
             with on_device_of(messages):

@@ -21,6 +21,7 @@ from pydist.collectives.grid import Grid, HierarchicalCall, Levels, grid, new_ca
 from pydist.collectives.nodes import check_levels, check_mesh, groups_of
 from pydist.encoding.signs import VoteRule
 from pydist.errors import PydistError
+from pydist.formats import wire
 from pydist.kernels import checks
 from pydist.optim.attached import Attachment, attach
 from pydist.optim.base import Algorithm, DistributedOptimizer
@@ -134,6 +135,7 @@ class VotingOptimizer(DistributedOptimizer):
             "binarization_range": self._binarization_range,
             "algorithm": self._algorithm,
             "levels": self._levels,
+            "mesh": self._mesh is not None,
         }
 
     def _start(self, layout: Layout, params: Sequence[Tensor]) -> None:
@@ -356,6 +358,7 @@ class VotingOptimizer(DistributedOptimizer):
         *,
         in_bucket: bool = False,
     ) -> None:
+        self._grid(self.layout.device)  # at first collective: whatever becomes of the call
         ordinals = [entry.ordinal for entry in entries]
         fields["ordinals"] = zlib.crc32(repr(ordinals).encode())
         call = self._call(fields | self._checksums(ordinals), problem)
@@ -400,6 +403,7 @@ class VotingOptimizer(DistributedOptimizer):
         On two levels a stage agrees with a part of the ranks only.
         """
         comm, failed = self.communicator, Future[None]()
+        self._counters.wire_bytes += (comm.world_size - 1) * wire.HEADER_BYTES
         try:
             comm.run(lambda: comm.agree(call))
         except PydistError as error:

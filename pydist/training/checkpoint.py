@@ -13,7 +13,7 @@ Loading is all or nothing: :func:`read` checks everything and changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "version": (int,), "world_size": (int,), "rank": (int,), "step": (int,),
     "weight": (int,), "scale": (float, int, type(None)), "rescaled": (float, int),
 }  # fmt: skip
-_ENTRY = ("residual", "momentum", "owner", "owner_span", "stride", "span")
+_ENTRY = ("residual", "momentum", "owner", "owner_span", "stride", "span", "size")
 CPU = torch.device("cpu")
 
 Saved = Mapping[str, Any]
@@ -52,7 +52,7 @@ def state_dict(kept: Kept) -> dict[str, Any]:
                 values = held[ordinal]
                 entry[key] = (order.shaped(values) if span is None else values).clone()
         if span is not None:
-            entry["span"] = list(span)
+            entry |= {"span": list(span), "size": list(order.size)}
         share = memory.owner.get(ordinal)
         if share is not None:
             entry["owner"] = share.values.clone()
@@ -76,7 +76,13 @@ def state_dict(kept: Kept) -> dict[str, Any]:
 # --------------------------------------------------------------------------- in
 
 
-def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> Memory:
+def read(
+    kept: Kept,
+    saved: Saved | Sequence[Saved],
+    rank: int,
+    ranks: int,
+    levels: InNodes | None = None,
+) -> Memory:
     """Checks what was saved, and makes of it what a state takes over; changes nothing.
 
     Args:
@@ -84,6 +90,7 @@ def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> M
         saved: A rank's own state, or those of all ranks of a world of any size, in rank order.
         rank: Who takes it.
         ranks: Of how many.
+        levels: Its place on two levels.
 
     Raises:
         TypeError: Something has another type.
@@ -96,10 +103,15 @@ def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> M
                 f"state: saved by rank {one.rank} of {one.world_size}, loaded by rank "
                 f"{rank} of {ranks}: give the states of all {one.world_size} ranks"
             )
-        if one.levels != kept.levels:
+        if one.levels != levels:
             raise ValueError(
-                f"state: saved as {_described(one.levels)}, loaded as {_described(kept.levels)}: "
+                f"state: saved as {_described(one.levels)}, loaded as {_described(levels)}: "
                 f"give the states of all {one.world_size} ranks"
+            )
+        if moved := one.moved():
+            raise ValueError(
+                f"state: this rank's shares of {moved[:5]} are others now, as the blocks of their "
+                f"codecs are: give the states of all {one.world_size} ranks"
             )
         return one.memory()
     if not isinstance(saved, Sequence) or isinstance(saved, str | bytes):
@@ -115,8 +127,10 @@ def read(kept: Kept, saved: Saved | Sequence[Saved], rank: int, ranks: int) -> M
     if len({one.step for one in every}) > 1:  # loss scales differ by rank in local steps
         text = differences([{"step": one.step} for one in every], list(range(len(every))))
         raise ValueError(f"state: ranks saved at different moments: {text}")
-    same = len(every) == ranks and every[rank].levels == kept.levels
-    return every[rank].memory() if same else _shared(kept, every)
+    same = len(every) == ranks and every[rank].levels == levels
+    if same and not any(one.moved() for one in every):
+        return every[rank].memory()
+    return _shared(kept, every, 1 if levels is None else levels.local)
 
 
 def levels_of(saved: object) -> InNodes | None:
@@ -180,6 +194,19 @@ class _Rank:
         if not fits or found.nodes * found.local != self.world_size:
             raise ValueError(f"{self._where}: levels {list(found)} of {self.world_size} ranks")
         return found
+
+    def moved(self) -> list[str]:
+        """Parameters of which the rank's share would be another one now, by name."""
+        name: Callable[[int], str] = self._kept.parameters.name_of
+        return [
+            name(ordinal)
+            for ordinal, entry in self.entries.items()
+            if ordinal is not None
+            and entry.span is not None
+            and self.levels is not None
+            and (now := self._kept.share_of(ordinal, self.levels)) is not None
+            and now != entry.span
+        ]
 
     @property
     def local(self) -> int:
@@ -268,10 +295,10 @@ class _Entry:
             return place
         # A parameter that the first backward will number: its own shape counts, and is compared
         # with the parameter's as soon as that is known.
-        values = entry.get("residual", entry.get("momentum"))
+        values, whole = entry.get("residual", entry.get("momentum")), entry.get("size")
         if not isinstance(values, Tensor):
             raise TypeError(f"{self._what} has neither a residual nor a momentum")
-        size = tuple(values.shape)
+        size = tuple(values.shape) if whole is None else tuple(map(int, whole))
         return Place(Strided.in_steps(size, contiguous(size)), CPU, values.dtype)
 
     def _ordered(self, entry: Mapping[str, Any]) -> Order:
@@ -364,11 +391,16 @@ class _Entry:
         return self.order.shaped(flat)
 
 
-def _shared(kept: Kept, every: Sequence[_Rank]) -> Memory:
-    """An equal part of what all old ranks had not sent, in the unit of rank 0's."""
+def _shared(kept: Kept, every: Sequence[_Rank], local: int) -> Memory:
+    """An equal part of what all old ranks had not sent, in the unit of rank 0's.
+
+    Args:
+        kept: Of the state that is going to take it.
+        every: The old ranks.
+        local: Ranks of a new node, whose part together a new rank takes; its share is cut later.
+    """
     memory = Memory(every[0].step, every[0].scale, every[0].rescaled)
     ratios = [every[0].unit / one.unit for one in every]
-    local = 1 if kept.levels is None else kept.levels.local
     for ordinal in dict.fromkeys(ordinal for one in every for ordinal in one.entries):
         assert ordinal is not None
         held = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydist.encoding.levels import bounds_in_node
 from pydist.encoding.shares import Part
 from pydist.training.momentum import Momenta
 from pydist.training.options import Options
@@ -64,6 +66,10 @@ class Names(Protocol):
 
     def place(self, ordinal: int) -> Place | None:
         """Where what is kept of a parameter belongs; ``None`` while the parameter is unknown."""
+        ...
+
+    def tensor_of(self, ordinal: int) -> Tensor | None:
+        """The parameter; ``None`` while it is unknown."""
         ...
 
 
@@ -194,6 +200,16 @@ class Kept:
         numel = int(np.prod(order.size))
         self.residuals.turn(Part(ordinal, 0, numel), change)
         self.momenta.turn(ordinal, change)
+
+    def share_of(self, ordinal: int, levels: InNodes) -> Span | None:
+        """A rank's share of a parameter; ``None`` while the parameter is unknown."""
+        place, param = self.parameters.place(ordinal), self.parameters.tensor_of(ordinal)
+        if place is None or param is None:
+            return None
+        part = Part(ordinal, 0, math.prod(place.order.size))
+        unit = self.options.unit(self.parameters.name_of(ordinal), param)
+        first, last = bounds_in_node([part], [unit], levels.local)[0, levels.local_rank].tolist()
+        return first, last
 
     def shaped(self, ordinal: int, flat: Tensor) -> Tensor:
         """What is kept of a parameter, in its shape."""

@@ -184,5 +184,6 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     """Which tensors hold neither NaN nor infinity, bool [tensors]."""
     if not tensors:
         return torch.zeros(0, dtype=torch.bool, device="cpu")
-    norms = torch.stack([x.double() for x in torch._foreach_norm(tensors, math.inf)])
+    whole = [x if x.numel() else x.new_zeros(1) for x in tensors]  # nothing has no largest element
+    norms = torch.stack([x.double() for x in torch._foreach_norm(whole, math.inf)])
     return norms.isfinite()

@@ -141,8 +141,6 @@ class Options:
 
     def _check_levels(self) -> None:
         """Checks what belongs to two levels."""
-        if self.levels not in (None, "auto", "mesh"):
-            raise ValueError(f"levels must be 'auto' or None, got {self.levels!r}")
         if self.inner is not None:
             check_codec(self.inner)
             check_op("sum", self.inner, OPS)

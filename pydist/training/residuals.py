@@ -191,7 +191,8 @@ class Residuals:
         if held is not None and (rank == 0 or not held.whole):
             self.worker_of(part, device)
             self._leave(part, held, (held.first, held.last))
-        return self.worker.get(part.ordinal)
+        left = self.worker.get(part.ordinal)
+        return left if left is not None and left.numel() else None
 
     def turn(self, part: Part, change: Callable[[Tensor], Tensor]) -> None:
         """Brings a parameter's residuals into another order of memory.

@@ -420,6 +420,16 @@ class Communicator:
         reason.__cause__ = error
         return reason
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a call has failed, so that no other can be made."""
+        return self._breaking
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the connections because of a failure elsewhere: every rank's next call raises."""
+        if not self._breaking:
+            self._break("", error)
+
     def _earlier(self) -> PydistError:
         self._explained.wait()
         return PydistError(f"an earlier call on this process group failed: {self._broken}")

@@ -64,6 +64,7 @@ def test_equals_cpu(worlds: Worlds, device_side: bool) -> None:
 @pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
 def test_levels_equal_cpu(worlds: Worlds, device_side: bool) -> None:
     listed = [case for case in every_codec(int(device_side)) if case[0] in ("qsgd4", "mixed")]
+    listed.append(("int8", "float32", {"momentum": 0.9}, None))
     results = worlds(4).run(cases.levels_equal_cpu, 2, device_side, listed, timeout=200)
     assert all(result == results[0] for result in results), "ranks differ"
 

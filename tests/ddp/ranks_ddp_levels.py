@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import warnings
+import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from levels_oracle import LevelsOracle
@@ -26,7 +29,7 @@ from ranks_ddp import (
     local_gradients,
     memory_order,
 )
-from ranks_ddp_state import everything, setup, steps_of
+from ranks_ddp_state import everything, loss_of, setup, steps_of
 from ranks_faults import raised_by
 from ranks_hierarchy import levels
 from torch import Tensor
@@ -335,3 +338,123 @@ def wrong(rank: int, ranks: int) -> list[Any]:
         raised_by(lambda: setup(mesh=mesh, inner="int8")),
         raised_by(lambda: setup(mesh=mesh, momentum=0.9, local_after=3)),
     ]
+
+
+# --------------------------------------------------------------------------- other ways of training
+
+
+def into_local(rank: int, ranks: int, local: int, in_node: bool) -> None:
+    """With the first local step a rank's residual shares go into its gradients, and arrive."""
+    mesh = levels(ranks, local)
+    options = {"local_after": 2, "subgroup": mesh[1] if in_node else None}
+    net, ddp, state, opt = setup(Sign("l1", block=32), ddp={}, mesh=mesh, **options)
+    steps_of(net, opt, rank, range(2), ddp)
+    saved = state.state_dict()["parameters"]
+    assert any(bool(entry["residual"].any()) for entry in saved.values())
+    bare = copy.deepcopy(net)
+    opt.zero_grad()
+    bare.zero_grad()
+    loss_of(ddp, rank, 2).backward()
+    loss_of(bare, rank, 2).backward()
+    for (name, p), q in zip(net.named_parameters(), bare.parameters(), strict=True):
+        wanted = q.grad.reshape(-1).clone()
+        if (entry := saved.get(name)) is not None:
+            # What an owner had not handed out counts as this rank's own, by all ranks.
+            first, last = entry["span"]
+            wanted[first:last] += entry["residual"]
+            if "owner" in entry and (rank // local == 0 or not entry["owner_span"][2]):
+                begin, end, _ = entry["owner_span"]
+                wanted[begin:end] += entry["owner"] * ranks
+        if in_node:
+            everyone = [torch.empty_like(wanted) for _ in range(local)]
+            dist.all_gather(everyone, wanted, group=mesh[1])
+            wanted = torch.stack(everyone).mean(0)
+        assert torch.allclose(p.grad.reshape(-1), wanted, rtol=1e-5, atol=1e-6), name
+    opt.step()
+    state.stats()
+    assert not any(x.numel() for x in state.residuals.tensors())
+    steps_of(net, opt, rank, [3], ddp)
+
+
+def several_backwards(rank: int, ranks: int, local: int) -> list[bytes]:
+    """Two backwards of a step, with momentum: what was reduced before is not reduced again."""
+    mesh = levels(ranks, local)
+    net, ddp, state, opt = setup(Raw(), ddp={}, mesh=mesh, momentum=0.5)
+    opt.zero_grad()
+    loss_of(ddp, rank, 0).backward()
+    once = [p.grad.clone() for p in net.parameters()]
+    loss_of(ddp, rank, 1).backward()
+    bare = copy.deepcopy(net)
+    bare.zero_grad()
+    means = []
+    for other in range(ranks):
+        bare.zero_grad()
+        loss_of(bare, other, 1).backward()
+        means.append([p.grad.clone() for p in bare.parameters()])
+    for p, first, *rest in zip(net.parameters(), once, *means, strict=True):
+        assert torch.allclose(p.grad, first + torch.stack(rest).mean(0), atol=1e-6)
+    opt.step()
+    steps_of(net, opt, rank, [2, 3], ddp)
+    return [bits(p) for p in net.parameters()]
+
+
+def copied(rank: int, ranks: int, local: int) -> list[bytes]:
+    """A copy that is given the mesh goes on as the original; without it, it says what it lacks."""
+    mesh = levels(ranks, local)
+    net, ddp, state, opt = setup(mesh=mesh, algorithm="two_phase")
+    steps_of(net, opt, rank, range(2), ddp)
+    twin, again = copy.deepcopy(net), copy.deepcopy(state)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(copy.deepcopy(opt.state_dict()))
+    other = DDP(twin)
+    kind, message = raised_by(lambda: pydist.ddp.compress(other, copy.deepcopy(again)))
+    assert kind == "MismatchError" or "mesh" in message, (kind, message)
+    pydist.ddp.compress(other, again, mesh=(mesh[0], mesh[1]))
+    assert pydist.ddp.compress(other, again, mesh=(mesh[0], mesh[1])) is again
+    steps_of(net, opt, rank, range(2, 4), ddp)
+    steps_of(twin, optimizer, rank, range(2, 4), other)
+    assert [bits(p) for p in twin.parameters()] == [bits(p) for p in net.parameters()]
+    return [bits(p) for p in net.parameters()]
+
+
+def lets_go(rank: int, ranks: int, local: int) -> None:
+    """What a step needed is gone with it, without the garbage collector."""
+    mesh = levels(ranks, local)
+    for where in (None, mesh):
+        net, ddp, state, opt = setup(mesh=where)
+        made: list[Any] = []
+        start = type(state._steps.carrier).start
+
+        def noted(self: Any, *args: Any, _start: Any = start, _made: Any = made) -> Any:
+            sending = _start(self, *args)
+            _made.append(weakref.ref(sending.call))
+            return sending
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(state._steps.carrier), "start", noted)
+            steps_of(net, opt, rank, range(2), ddp)
+        gc.collect()
+        gc.disable()
+        try:
+            steps_of(net, opt, rank, range(2, 4), ddp)
+            state.stats()
+            dist.barrier()
+            assert made and not any(ref() is not None for ref in made)
+        finally:
+            gc.enable()
+
+
+def other_blocks(rank: int, ranks: int, local: int) -> None:
+    """A codec with other blocks: one rank's state is refused when it is loaded, all ranks' go."""
+    mesh = levels(ranks, local)
+    net, ddp, state, opt = setup(Sign("l1", block=64), mesh=mesh, algorithm="two_phase")
+    steps_of(net, opt, rank, range(2), ddp)
+    states = gathered(state, ranks)
+    net, ddp, state, opt = setup(Sign("l1", block=96), mesh=mesh, algorithm="two_phase")
+    kind, message = raised_by(lambda: state.load_state_dict(states[rank]))
+    assert kind == "ValueError" and "give the states of all" in message, message
+    state.load_state_dict(states)
+    after = mass(gathered(state, ranks))
+    for name, wanted in mass(states).items():
+        assert torch.allclose(after[name], wanted, rtol=1e-5, atol=1e-7), name
+    steps_of(net, opt, rank, range(2), ddp)

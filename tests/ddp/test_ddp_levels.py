@@ -110,6 +110,27 @@ def test_other_levels(worlds: Worlds) -> None:
     worlds(4).run(cases.regrouped, [1, 2, 4, 2, 1], {"algorithm": "two_phase"})
 
 
+@pytest.mark.parametrize("in_node", [False, True])
+def test_into_local_steps(worlds: Worlds, in_node: bool) -> None:
+    worlds(4).run(cases.into_local, 2, in_node)
+
+
+def test_several_backwards(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(4).run(cases.several_backwards, 2))
+
+
+def test_copies(worlds: Worlds) -> None:
+    same_on_all_ranks(worlds(4).run(cases.copied, 2))
+
+
+def test_lets_go(worlds: Worlds) -> None:
+    worlds(4).run(cases.lets_go, 2)
+
+
+def test_other_blocks(worlds: Worlds) -> None:
+    worlds(4).run(cases.other_blocks, 2)
+
+
 def test_divides_memory(worlds: Worlds) -> None:
     worlds(4).run(cases.divides_memory, 2)
 

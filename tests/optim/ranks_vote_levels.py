@@ -14,7 +14,6 @@ from ranks_hierarchy import levels
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import pydist
 from pydist.optim import DistributedLion, SignSGD, Signum
 from pydist.transport import exchange
 
@@ -133,6 +132,19 @@ def differs(rank: int, ranks: int, who: int) -> list[Any]:
     other = (dist.new_group([0, 1]), dist.new_group([2, 3]))[rank // 2]
     for options in ({"levels": "gradients"}, {"mesh": (other, other)}, {"mesh": "nodes"}):
         found.append(raised_by(lambda: DistributedLion(net.named_parameters(), **options)))  # noqa: B023
-    again = copy.deepcopy(optimizer)
-    assert again._levels == "votes" and pydist.optim is not None
+    again = copy.deepcopy(optimizer)  # it finds nodes itself: here one level
+    optimizer.zero_grad()
+    step()
+    wanted = [bits(p) for p in net.parameters()]
+    for p, q in zip(again.param_groups[0]["params"], net.parameters(), strict=True):
+        p.grad = q.grad
+    again.step()
+    assert [bits(p) for p in again.param_groups[0]["params"]] == wanted
     return found
+
+
+def only_one_has_a_mesh(rank: int, ranks: int) -> Any:
+    """Compared before anyone waits for the groups."""
+    mesh, net = levels(ranks, 2), Given(torch.float32)
+    options: dict[str, Any] = {"levels": "votes", "mesh": mesh if rank == 0 else None}
+    return raised_by(lambda: DistributedLion(net.named_parameters(), **options))

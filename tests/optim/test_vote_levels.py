@@ -48,6 +48,11 @@ def test_sends_less(worlds: Worlds) -> None:
         assert across == pytest.approx(0.75 * 25_050, rel=0.01)
 
 
+def test_only_one_has_a_mesh(worlds: Worlds) -> None:
+    for kind, message in worlds(4).run(cases.only_one_has_a_mesh):
+        assert kind == "MismatchError" and "mesh is" in message, f"{kind}: {message}"
+
+
 @pytest.mark.parametrize("who", [0, 3])
 def test_differs(worlds: Worlds, who: int) -> None:
     words = ("lr", "levels must be 'votes'", "mesh: ", "mesh must be a DeviceMesh")
