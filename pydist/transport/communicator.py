@@ -46,6 +46,7 @@ from pydist.transport.call_group import CallGroup
 from pydist.transport.connections import Connections, established
 from pydist.transport.failures import Failures, Report
 from pydist.transport.rendezvous import meet
+from pydist.transport.transfers import Kind
 
 __all__ = ["Call", "Communicator", "communicator", "differences"]
 
@@ -190,6 +191,10 @@ class Communicator:
             on_host = groups.backend_for(parent, "cpu") or "gloo"
             self.first = self.control = make("phase1", on_host)
             self.second = make("phase2", on_host)
+
+    def group_for(self, kind: Kind) -> dist.ProcessGroup:
+        """The group that carries the messages of a kind."""
+        return self.second if kind in (Kind.PHASE_2, Kind.CONFIRMATION) else self.first
 
     @property
     def step(self) -> int:

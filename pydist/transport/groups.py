@@ -112,6 +112,30 @@ def wait(work: dist.Work) -> None:
         raise LinkError(str(error)) from None
 
 
+def send(tensor: Tensor, target: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+    """Starts sending a message in host memory to a rank, as the group counts them.
+
+    Raises:
+        LinkError: The connections have ended.
+    """
+    try:
+        return group.send([tensor], target, tag)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None
+
+
+def receive(tensor: Tensor, source: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+    """Starts to wait for a message from a rank, which must not be longer than the memory for it.
+
+    Raises:
+        LinkError: The connections have ended.
+    """
+    try:
+        return group.recv([tensor], source, tag)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None
+
+
 def all_to_all(
     output: Tensor,
     tensor: Tensor,

@@ -146,9 +146,10 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
 def after_failures(rank: int, ranks: int) -> None:
     """What was encoded for a call that the ranks did not agree on comes back."""
     comm = communicator()
-    for _ in range(3):
-        x = torch.ones(1000 + (rank == 0))
-        with pytest.raises(pydist.MismatchError):
-            pydist.all_reduce(x, QSGD(4), step=0)
-        assert comm.buffers.in_use == 0
+    for codec in (QSGD(4), QSGD(4, entropy="elias"), Ternary()):
+        for _ in range(3):
+            x = torch.ones(1000 + (rank == 0))
+            with pytest.raises(pydist.MismatchError):
+                pydist.all_reduce(x, codec, step=0)
+            assert comm.buffers.in_use == 0, codec
     pydist.all_reduce(x[:1000], QSGD(4), step=0)
