@@ -53,6 +53,7 @@ class VariableMessages:
         assert exchange.entropy_coder is not None
         self.exchange, self.kind, self.entropy_coder = exchange, kind, exchange.entropy_coder
         self.head, self.units, self._spans, self._arriving = head, units, sent, received
+        self._rows: Tensor | None = None
         self._limits = [
             (head + least, head + most)
             for least, most in map(self.entropy_coder.bounds, range(len(received)), received)
@@ -87,9 +88,10 @@ class VariableMessages:
             [torch.cat([head, message]) for head, message in zip(heads, messages, strict=True)]
         )
 
-    def sent(self) -> Tensor:
-        """The rows: what is sent has memory of its own."""
-        return self._rows
+    def sent(self) -> Tensor | None:
+        """The rows, once: what is sent has memory of its own."""
+        rows, self._rows = self._rows, None
+        return rows
 
     def wait(self) -> Tensor:
         """All ranks' rows as they were, uint8 [n, bytes].
