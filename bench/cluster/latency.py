@@ -24,7 +24,7 @@ from links import ClusterError, Network, network_options
 from netns import Cluster
 from rounds import go_first
 
-CALLS = 16
+CALLS = 8
 
 
 def methods_of(numel: int) -> dict[str, tuple[float, Callable[[], object]]]:

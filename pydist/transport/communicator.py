@@ -45,6 +45,7 @@ from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.connections import Connections, established
 from pydist.transport.failures import Failures, Report
+from pydist.transport.link import Link, measure
 from pydist.transport.rendezvous import meet
 from pydist.transport.transfers import Kind
 
@@ -131,6 +132,7 @@ class Communicator:
     Attributes:
         device_side: Messages are exchanged by NCCL, on the device. Otherwise they are in host
             memory, have checksums, and calls are confirmed.
+        link: What was measured between the ranks; ``None`` for one rank, and on a device.
     """
 
     def __init__(self, parent: dist.ProcessGroup, device: str = "cpu") -> None:
@@ -154,6 +156,9 @@ class Communicator:
             self._connections = Connections(
                 groups.store(), roster.name, self.rank, self.world_size, before, self.timeout
             )
+            self.link: Link | None = None
+            if self.world_size > 1 and not self.device_side:
+                self.link = measure(self.first, self.rank, self.world_size)
         except Exception:
             self._destroy_groups()
             raise

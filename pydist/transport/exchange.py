@@ -34,6 +34,7 @@ from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Coder, Span, entropy_coder_of, spans
 from pydist.transport.communicator import Call, Communicator
+from pydist.transport.link import Link
 from pydist.transport.profiling import phase
 from pydist.transport.streams import SideStream
 from pydist.transport.transfers import Alone, Collective, Direct, Kind, Transfer
@@ -47,7 +48,10 @@ DEVICE_CHUNK_BYTES = 16 * 1024 * 1024
 ones would hide nothing; what bounds them is memory."""
 
 LATENCY_BYTES = 16 * 1024
-"""What a round trip costs, in bytes: below it one phase beats two."""
+"""What a phase costs, in bytes, where it was not measured: below it one phase beats two."""
+
+MOST_GATHERED_BYTES = 1024 * 1024
+"""However far apart ranks are: what is gathered takes memory, and every rank decodes all of it."""
 
 _FLAGS_AT = wire.FLAGS_AT
 _CHECKSUM = slice(wire.CHECKSUM_AT, wire.CHECKSUM_AT + 4)
@@ -90,8 +94,15 @@ class Sizes(Protocol):
     def reduced_bytes(self, units: int) -> int: ...  # noqa: D102
 
 
-def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
-    """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
+def choose_algorithm(algorithm: str, coder: Sizes, ranks: int, link: Link | None = None) -> str:
+    """Picks the cheaper algorithm, the same on all ranks.
+
+    Args:
+        algorithm: What the user asks for.
+        coder: What travels.
+        ranks: Ranks of the group.
+        link: What was measured between them. ``None``: sizes alone decide, so that the choice is
+            the same in every run. That is for owners' residuals, which it moves.
 
     Raises:
         ValueError: ``algorithm`` is unknown.
@@ -103,7 +114,10 @@ def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
     payload, reduced = coder.message_bytes(coder.units), coder.reduced_bytes(coder.units)
     gathered = (ranks - 1) * payload
     two_phase = (ranks - 1) / ranks * (payload + reduced)
-    return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
+    worth = LATENCY_BYTES
+    if link is not None:
+        worth = min(max(worth, int(link.phase_bytes)), MOST_GATHERED_BYTES)
+    return "all_gather" if gathered - two_phase <= worth else "two_phase"
 
 
 def chunk_units(coder: Coder, chunk_bytes: int | None = None) -> int:
@@ -285,7 +299,7 @@ class Exchange:
         self.chunk_bytes = DEVICE_CHUNK_BYTES if comm.device_side else CHUNK_BYTES
         cut: dict[str, object] = {"chunk_bytes": self.chunk_bytes}
         if not isinstance(route, Route):
-            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
+            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size, comm.link)
             route = ALL_REDUCE[str(cut["algorithm"])]
         self.route = route
         cut |= getattr(coder, "agreed", {})

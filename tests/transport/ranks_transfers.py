@@ -13,6 +13,7 @@ from torch import Tensor
 import pydist
 from pydist.transport import groups
 from pydist.transport.communicator import communicator
+from pydist.transport.link import Link
 from pydist.transport.transfers import Direct, Kind
 
 
@@ -97,3 +98,15 @@ def posted_ahead(rank: int, ranks: int, algorithm: str, codec: Any) -> list[tupl
         begin = len(log.events)
         pydist.all_reduce(x, codec, step=1, algorithm=algorithm)
     return list(dict.fromkeys(log.events[begin:]))
+
+
+def measured(rank: int, ranks: int) -> Link:
+    """What a communicator holds; the same bits come of any link."""
+    comm = communicator(dist.new_group())
+    assert comm.link is not None
+    x, results = torch.randn(70_000, generator=torch.Generator().manual_seed(rank)), []
+    for link in (comm.link, Link(0.0, 1.0), Link(10.0, 1e9)):
+        with mock.patch.object(communicator(), "link", link):
+            results.append(pydist.all_reduce(x.clone(), pydist.QSGD(4), step=3))
+    assert all(torch.equal(result, results[0]) for result in results)
+    return comm.link
