@@ -186,11 +186,11 @@ def all_reduce(
     """Reduces a tensor over all ranks, in place, in compressed form.
 
     1. Each rank encodes its tensor; all ranks agree on what they are about to do.
-    2. Shard i of every rank's bytes goes to rank i (``all_to_all_single``).
+    2. Shard i of every rank's bytes goes to rank i.
     3. Rank i decodes them, sums in float32 in rank order, divides once for a mean, and encodes the
        result again (votes: counts or the majority; ``Ternary``: integer sums, without loss).
-    4. The reduced shards go to everyone (``all_gather_into_tensor``) and are decoded; all ranks
-       decode the same bytes, so all hold the same bits.
+    4. The reduced shards go to everyone and are decoded; all ranks decode the same bytes, so all
+       hold the same bits.
 
     The result does not depend on the algorithm. A NaN or an infinity on any rank, or a sum beyond
     float32, makes the whole result NaN on every rank.
@@ -213,7 +213,9 @@ def all_reduce(
             makes groups of pydist's own, so all its ranks must make it.
         inner: The codec inside a node, with two levels; default ``Raw()``: the tensor's own dtype.
         algorithm: ``"two_phase"``; ``"all_gather"``: everyone gets all bytes and does step 3
-            itself; or the cheaper one: ``"auto"``. On two levels: that across nodes.
+            itself; or the faster one, by sizes and by the round trip and the rate that were
+            measured when the group's connections were made: ``"auto"``. On two levels: that
+            across nodes.
         seed: Seed of stochastic rounding and the tie hash, 0 … 2**32 - 1.
         step: Step of the random draws, the tie hash and the zero rule, an int or a tensor of one;
             ``None`` takes the number of the group's calls so far.

@@ -67,7 +67,7 @@ class BucketEliasCoder:
             found.append((owner, self.plan.slots(first, first + units, reduced=reduced)))
         return found
 
-    def bounds(self, span: Span) -> tuple[int, int]:
+    def bounds(self, row: int, span: Span) -> tuple[int, int]:
         """Fewest and most bytes of a message, of whichever owner and phase."""
         units = span[1] - span[0]
         least = most = LENGTH_BYTES * self._count
@@ -84,6 +84,10 @@ class BucketEliasCoder:
             streams = room * elias.stream_bytes(form.block, form)
             most += room * (elias.END_BYTES + SCALE_BYTES) + -(-streams // 4) * 4
         return least, most
+
+    def most(self, row: int, span: Span) -> int:
+        """Most bytes of a message: the same of all."""
+        return self.bounds(row, span)[1]
 
     def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:
         """The rows as they travel; on CUDA this waits for the device, to learn their lengths."""

@@ -71,9 +71,13 @@ class EliasCoder:
     def _coded(self, rows: IntArray, units: int) -> CodedBlocks:
         return CodedBlocks(self.blocks.form, rows, self.blocks.columns(units)[0])
 
-    def bounds(self, span: Span) -> tuple[int, int]:
-        """Fewest and most bytes of a message that arrives here."""
-        return self._coded(self.coder.arriving(0, span), 0).bounds
+    def bounds(self, row: int, span: Span) -> tuple[int, int]:
+        """Fewest and most bytes of the ``row``-th message that arrives here."""
+        return self._coded(self.coder.arriving(row, span), 0).bounds
+
+    def most(self, row: int, span: Span) -> int:
+        """Most bytes of the ``row``-th message that leaves."""
+        return self._coded(self.coder.leaving(row, span), 0).bounds[1]
 
     def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:
         """The rows as they travel; on CUDA this waits for the device, to learn their lengths."""

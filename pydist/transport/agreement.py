@@ -18,6 +18,7 @@ from torch import Tensor
 from pydist.errors import MismatchError, PydistError
 from pydist.formats import wire
 from pydist.transport import groups
+from pydist.transport.transfers import Direct, Kind
 
 DESCRIBE_SECONDS = 5.0
 """How long ranks that disagree wait for each other's descriptions."""
@@ -62,18 +63,16 @@ class Agreed:
     """An exchange of headers under way."""
 
     call: Call
-    work: dist.Work
     sent: bytes
-    received: Tensor
+    headers: Direct
 
 
 @dataclass
 class Confirmation:
     """The last exchange of a call, under way: who has decoded what."""
 
-    work: dist.Work
-    sent: Tensor
-    received: Tensor
+    sent: bytes
+    headers: Direct
     bytes_sent: int
 
 
@@ -95,6 +94,9 @@ class Agreement:
         before: The group that carries what comes before a call.
         behind: The one for what comes behind it; ``None``: nothing does.
         traffic: Counts what is sent.
+
+    Attributes:
+        number: Of agreements so far; the tags of a call's messages have the number of its own.
     """
 
     def __init__(
@@ -108,7 +110,8 @@ class Agreement:
     ) -> None:
         self._name, self.ranks, self.rank, self.world_size = name, ranks, rank, len(ranks)
         self._before, self._behind, self._traffic = before, behind, traffic
-        self._differences = 0
+        self.number = self._differences = 0
+        self._next: Direct | None = None  # receives the headers of the next call
 
     def agree(self, call: Call, meanwhile: Callable[[], object] | None = None) -> None:
         """Makes sure that all ranks make the same call, before any payload is sent.
@@ -137,25 +140,34 @@ class Agreement:
         try:
             meanwhile()
         finally:
-            groups.wait(started.work)
+            started.headers.wait()
         self.finish(started)
 
     def start(self, call: Call) -> Agreed:
         """Sends this rank's header to everyone."""
         flags = wire.FLAG_PROBLEM if call.problem else 0
         mine = wire.Header(wire.CODECS["agreement"], 0, flags, call.digest, call.step).pack()
-        everyones = mine * self.world_size
-        sent = torch.frombuffer(bytearray(everyones), dtype=torch.uint8)
-        received = torch.empty_like(sent)
-        work = groups.all_to_all(received, sent, self._before)
-        self._traffic.bytes_sent["agreement"] += (self.world_size - 1) * len(mine)
-        return Agreed(call, work, everyones, received)
+        headers = self._next or self._expect(self.number + 1)
+        self.number += 1
+        self._send(headers, mine, Kind.AGREEMENT)
+        self._next = self._expect(self.number + 1)
+        return Agreed(call, mine * self.world_size, headers)
+
+    def _expect(self, number: int) -> Direct:
+        received = torch.empty((self.world_size, wire.HEADER_BYTES), dtype=torch.uint8)
+        return Direct(received, self.rank, self._before, Kind.AGREEMENT.tag(number))
+
+    def _send(self, headers: Direct, mine: bytes, kind: Kind) -> int:
+        headers.send(torch.frombuffer(bytearray(mine), dtype=torch.uint8).view(1, -1))
+        size = (self.world_size - 1) * len(mine)
+        self._traffic.bytes_sent[kind.label] += size
+        return size
 
     def finish(self, started: Agreed) -> None:
         """Waits for the headers of all ranks, and raises as :meth:`agree` does."""
-        groups.wait(started.work)
-        if started.call.problem or started.received.numpy().tobytes() != started.sent:
-            self._raise_difference(started.call, started.received.view(self.world_size, -1))
+        received = started.headers.wait()
+        if started.call.problem or received.numpy().tobytes() != started.sent:
+            self._raise_difference(started.call, received)
 
     def _raise_difference(self, call: Call, headers: Tensor) -> None:
         for rank, header in zip(self.ranks, headers, strict=True):
@@ -219,32 +231,36 @@ class Agreement:
         sent = torch.frombuffer(
             bytearray(mine + zlib.crc32(mine).to_bytes(4, "little")), dtype=torch.uint8
         )
-        rows = sent.new_empty((self.world_size, len(sent)))
-        groups.wait(groups.all_gather(rows, sent, self._before))
+        rows = Direct(
+            sent.new_empty((self.world_size, len(sent))), self.rank, self._before, Kind.BYTES.tag(0)
+        )
+        rows.send(sent.view(1, -1))
         result = []
-        for rank, row in zip(self.ranks, rows, strict=True):
+        for rank, row in zip(self.ranks, rows.wait(), strict=True):
             data = row.numpy().tobytes()
             if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
                 raise ValueError(f"malformed message from rank {rank}: its checksum is wrong")
             result.append(data[:-4])
         return result
 
-    def confirm(self, call: Call, decoded: int) -> Confirmation | None:
+    def expect_confirmation(self) -> Direct | None:
+        """Gets ready for the others' confirmations of the call that was agreed on last."""
+        if self.world_size == 1 or self._behind is None:
+            return None
+        received = torch.empty((self.world_size, wire.HEADER_BYTES), dtype=torch.uint8)
+        return Direct(received, self.rank, self._behind, Kind.CONFIRMATION.tag(self.number))
+
+    def confirm(self, headers: Direct, call: Call, decoded: int) -> Confirmation:
         """Starts to tell all ranks that this one has decoded a call.
 
         Args:
+            headers: What :meth:`expect_confirmation` returned for the call.
             call: The call.
             decoded: Checksum of what was decoded, where it is the same on all ranks.
         """
-        if self.world_size == 1 or self._behind is None:
-            return None
         header = wire.Header(wire.CODECS["confirmation"], 0, 0, decoded, call.step).pack()
-        sent = torch.frombuffer(bytearray(header * self.world_size), dtype=torch.uint8)
-        received = torch.empty_like(sent)
-        work = groups.all_to_all(received, sent, self._behind)
-        size = (self.world_size - 1) * len(header)
-        self._traffic.bytes_sent["confirmation"] += size
-        return Confirmation(work, sent, received, size)
+        size = self._send(headers, header, Kind.CONFIRMATION)
+        return Confirmation(header * self.world_size, headers, size)
 
     def confirmed(self, confirmation: Confirmation) -> None:
         """Waits for the others' confirmations.
@@ -253,10 +269,9 @@ class Agreement:
             ValueError: A rank has decoded something else.
             LinkError: A rank has failed.
         """
-        groups.wait(confirmation.work)
-        if torch.equal(confirmation.sent, confirmation.received):
+        rows = confirmation.headers.wait().numpy()
+        if rows.tobytes() == confirmation.sent:
             return
-        rows = confirmation.received.view(self.world_size, -1).numpy()
         digests = [{"checksum": wire.unpack_header(row.tobytes())[0].digest} for row in rows]
         raise ValueError(
             "ranks decoded different bytes: " + (differences(digests, self.ranks) or "bad headers")

@@ -173,8 +173,12 @@ class EntropyCoder(Protocol):
     too.
     """
 
-    def bounds(self, span: Span) -> tuple[int, int]:
-        """Fewest and most bytes of the message of these units."""
+    def bounds(self, row: int, span: Span) -> tuple[int, int]:
+        """Fewest and most bytes of the ``row``-th message that arrives here."""
+        ...
+
+    def most(self, row: int, span: Span) -> int:
+        """Most bytes of the ``row``-th message that leaves, by the bounds where it arrives."""
         ...
 
     def pack(self, rows: Tensor, units: int, spans: Sequence[Span]) -> list[Tensor]:

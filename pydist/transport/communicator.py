@@ -45,7 +45,9 @@ from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.connections import Connections, established
 from pydist.transport.failures import Failures, Report
+from pydist.transport.link import Link, measure
 from pydist.transport.rendezvous import meet
+from pydist.transport.transfers import Kind
 
 __all__ = ["Call", "Communicator", "communicator", "differences"]
 
@@ -130,6 +132,7 @@ class Communicator:
     Attributes:
         device_side: Messages are exchanged by NCCL, on the device. Otherwise they are in host
             memory, have checksums, and calls are confirmed.
+        link: What was measured between the ranks; ``None`` for one rank, and on a device.
     """
 
     def __init__(self, parent: dist.ProcessGroup, device: str = "cpu") -> None:
@@ -153,6 +156,9 @@ class Communicator:
             self._connections = Connections(
                 groups.store(), roster.name, self.rank, self.world_size, before, self.timeout
             )
+            self.link: Link | None = None
+            if self.world_size > 1 and not self.device_side:
+                self.link = measure(self.first, self.rank, self.world_size)
         except Exception:
             self._destroy_groups()
             raise
@@ -190,6 +196,10 @@ class Communicator:
             on_host = groups.backend_for(parent, "cpu") or "gloo"
             self.first = self.control = make("phase1", on_host)
             self.second = make("phase2", on_host)
+
+    def group_for(self, kind: Kind) -> dist.ProcessGroup:
+        """The group that carries the messages of a kind."""
+        return self.second if kind in (Kind.PHASE_2, Kind.CONFIRMATION) else self.first
 
     @property
     def step(self) -> int:

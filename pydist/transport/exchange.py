@@ -2,9 +2,9 @@
 
 One exchange for every codec::
 
-    encode ─▶ all_to_all_single ─▶ reduce ─▶ all_gather_into_tensor ─▶ decode
-    local bytes   each rank owns      by the      everyone decodes the same
-                  a shard             owner, once  bytes, so replicas stay equal
+    encode ──────▶ phase 1 ──────▶ reduce ──────▶ phase 2 ──────▶ decode
+    local bytes    each rank owns  by the owner,  everyone decodes the same
+                   a shard         once           bytes, so replicas stay equal
 
 A rank sends ``(n - 1) / n * (payload + reduced payload)`` whatever the world size. Where it is
 cheaper (two ranks, or so little data that latency rules) the payloads are gathered instead and
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -25,20 +24,21 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pydist.errors import PydistError
 from pydist.formats import wire
-from pydist.transport import groups, message
+from pydist.transport import message
 from pydist.transport.agreement import Confirmation
 from pydist.transport.buffers import BufferPool
 from pydist.transport.call_group import CallGroup
 from pydist.transport.coder import Coder, Span, entropy_coder_of, spans
 from pydist.transport.communicator import Call, Communicator
+from pydist.transport.link import Link
 from pydist.transport.profiling import phase
 from pydist.transport.streams import SideStream
-from pydist.transport.variable import VariableMessages
+from pydist.transport.transfers import Alone, Collective, Direct, Kind, Transfer
+from pydist.transport.variable import VariableCollective, VariableMessages
 
 CHUNK_BYTES = 512 * 1024
 """Payload bytes per chunk: about 4 ms at 1 Gbit, so that coding hides behind the wire."""
@@ -48,7 +48,10 @@ DEVICE_CHUNK_BYTES = 16 * 1024 * 1024
 ones would hide nothing; what bounds them is memory."""
 
 LATENCY_BYTES = 16 * 1024
-"""What a round trip costs, in bytes: below it one phase beats two."""
+"""What a phase costs, in bytes, where it was not measured: below it one phase beats two."""
+
+MOST_GATHERED_BYTES = 1024 * 1024
+"""However far apart ranks are: what is gathered takes memory, and every rank decodes all of it."""
 
 _FLAGS_AT = wire.FLAGS_AT
 _CHECKSUM = slice(wire.CHECKSUM_AT, wire.CHECKSUM_AT + 4)
@@ -91,8 +94,15 @@ class Sizes(Protocol):
     def reduced_bytes(self, units: int) -> int: ...  # noqa: D102
 
 
-def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
-    """Picks the cheaper algorithm from sizes alone, so that all ranks pick the same.
+def choose_algorithm(algorithm: str, coder: Sizes, ranks: int, link: Link | None = None) -> str:
+    """Picks the cheaper algorithm, the same on all ranks.
+
+    Args:
+        algorithm: What the user asks for.
+        coder: What travels.
+        ranks: Ranks of the group.
+        link: What was measured between them. ``None``: sizes alone decide, so that the choice is
+            the same in every run. That is for owners' residuals, which it moves.
 
     Raises:
         ValueError: ``algorithm`` is unknown.
@@ -104,7 +114,10 @@ def choose_algorithm(algorithm: str, coder: Sizes, ranks: int) -> str:
     payload, reduced = coder.message_bytes(coder.units), coder.reduced_bytes(coder.units)
     gathered = (ranks - 1) * payload
     two_phase = (ranks - 1) / ranks * (payload + reduced)
-    return "all_gather" if gathered - two_phase <= LATENCY_BYTES else "two_phase"
+    worth = LATENCY_BYTES
+    if link is not None:
+        worth = min(max(worth, int(link.phase_bytes)), MOST_GATHERED_BYTES)
+    return "all_gather" if gathered - two_phase <= worth else "two_phase"
 
 
 def chunk_units(coder: Coder, chunk_bytes: int | None = None) -> int:
@@ -129,7 +142,21 @@ class Chunk:
         extra = wire.payload_bytes(self.told) if metadata is None else metadata.shape[-1]
         self.offset = wire.HEADER_BYTES + extra
         self._sent: Tensor | None = None
-        self._arriving: _Pending | VariableMessages | None = None
+        self._arriving: Transfer | None = None
+
+    def expect(self) -> None:
+        """Gets ready for phase 1."""
+        exchange, second = self.exchange, self.exchange.route.second
+        if exchange.entropy_coder is None:
+            size = self.offset + exchange.coder.message_bytes(self.shard)
+            self._arriving = exchange.expect(Kind.PHASE_1, size)
+            return
+        everything = [(self.begin, self.end)]
+        ranks = exchange.comm.world_size
+        rows = ranks if exchange.route.scatters else 1
+        sent = self._shards() if second else everything * rows
+        received = [self._mine] * ranks
+        self._arriving = exchange.variable(Kind.PHASE_1, sent, received, self.offset, self.shard)
 
     @phase("pydist.encode")
     def encode(self) -> None:
@@ -149,23 +176,18 @@ class Chunk:
         exchange.seal(sent)
 
     def drop(self) -> None:
-        """Gives back what was encoded in vain."""
+        """Gives back what nobody will send, and what was encoded in vain."""
+        if self._arriving is not None:
+            self.exchange.drop(self._arriving)
         if self._sent is not None:
             self.exchange.done(self._sent)
 
-    def announce(self) -> None:
-        """Where messages have lengths of their own, starts to send those of phase 1."""
-        if self.exchange.entropy_coder is None:
-            return
-        assert self._sent is not None
-        n = self.exchange.comm.world_size
-        everything = (self.begin, self.end)
-        sent = self._shards() if self.exchange.route.second else [everything] * len(self._sent)
-        mine = sent[self.exchange.comm.rank] if self.exchange.route.second else everything
-        variable = self.exchange.variable("phase 1", self.offset, self.shard)
-        variable.announce(self._sent, sent, [mine] * n)
-        self.exchange.done(self._sent)  # shortened into memory of its own
-        self._arriving, self._sent = variable, None
+    @property
+    def _mine(self) -> Span:
+        """The units that this rank reduces."""
+        if self.exchange.route.second:
+            return self._shards()[self.exchange.comm.rank]
+        return self.begin, self.end
 
     def _shards(self) -> list[Span]:
         """The units of every rank's shard."""
@@ -173,12 +195,9 @@ class Chunk:
 
     def send(self) -> None:
         """Issues phase 1."""
-        if isinstance(self._arriving, VariableMessages):
-            self._arriving.send()
-            return
-        assert self._sent is not None
-        send = self.exchange.scatter if self.exchange.route.scatters else self.exchange.gather
-        self._arriving, self._sent = send(self._sent), None
+        assert self._sent is not None and self._arriving is not None
+        sent, self._sent = self._sent, None
+        self.exchange.send(self._arriving, Kind.PHASE_1, sent)
 
     @phase("pydist.wait")
     def _arrived(self) -> Tensor:
@@ -186,9 +205,15 @@ class Chunk:
         assert self._arriving is not None
         arriving, self._arriving = self._arriving, None
         received = arriving.wait()
-        if isinstance(arriving, _Pending) and arriving.sent is not received:
-            self.exchange.done(arriving.sent)
+        self._release(arriving)
         return received
+
+    @phase("pydist.wait")
+    def _release(self, sending: Transfer) -> None:
+        """Gives back the memory of what was sent, once."""
+        sent = sending.sent()
+        if sent is not None:
+            self.exchange.done(sent)
 
     @phase("pydist.reduce")
     def reduce(self) -> None:
@@ -197,34 +222,39 @@ class Chunk:
             self._reduce()
 
     def _reduce(self) -> None:
-        exchange = self.exchange
+        exchange, first = self.exchange, self._arriving
         if not exchange.route.reduces:
             return
+        assert first is not None
+        second: Transfer | None = None if exchange.route.second else Alone()
+        # With the last chunk the call waits for phase 2 alone, whose receives are posted before it
+        # is needed. They have the memory that phase 1 was sent from, and the place in the queue
+        # of a chunk behind this one.
+        if second is None and self.end == exchange.coder.units:
+            self._release(first)
+            second = self._expect_second()
         received = self._arrived()
         exchange.check(received, self.told)
         if self.offset > wire.HEADER_BYTES and not (self.told and received.is_cuda):
             exchange.coder.merge_metadata(received[:, wire.HEADER_BYTES : self.offset])
-        second = exchange.route.second
-        begin, end = self._shards()[exchange.comm.rank] if second else (self.begin, self.end)
-        size = wire.HEADER_BYTES + exchange.coder.reduced_bytes(self.shard)
-        sent = exchange.room(1, size)
+        sent = exchange.room(1, wire.HEADER_BYTES + exchange.coder.reduced_bytes(self.shard))
         exchange.coder.reduce(
-            received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, begin, end,
+            received[:, self.offset :], sent[0, wire.HEADER_BYTES :], self.shard, *self._mine,
             exchange.flags,
         )  # fmt: skip
         exchange.put_header(sent, exchange.flags)
         exchange.seal(sent)
         exchange.done(received)
         del received
-        if not second:
-            self._arriving = _Pending(None, sent, sent)
-        elif exchange.entropy_coder is None:
-            self._arriving = exchange.gather(sent, second=True)
-        else:
-            self._arriving = exchange.variable("phase 2", wire.HEADER_BYTES, self.shard)
-            self._arriving.announce(sent, [(begin, end)], self._shards())
-            exchange.done(sent)
-            self._arriving.send()
+        self._arriving = second or self._expect_second()
+        exchange.send(self._arriving, Kind.PHASE_2, sent)
+
+    def _expect_second(self) -> Transfer:
+        exchange, head = self.exchange, wire.HEADER_BYTES
+        if exchange.entropy_coder is None:
+            size = head + exchange.coder.reduced_bytes(self.shard)
+            return exchange.expect(Kind.PHASE_2, size)
+        return exchange.variable(Kind.PHASE_2, [self._mine], self._shards(), head, self.shard)
 
     @phase("pydist.decode")
     def complete(self) -> None:
@@ -239,18 +269,6 @@ class Chunk:
                 exchange.coder.merge_metadata(arrived[:, wire.HEADER_BYTES : begin])
             exchange.coder.decode(arrived[:, begin:], self.shard, self.begin, self.end)
             exchange.done(received)
-
-
-class _Pending:
-    """A collective under way, and the buffers it needs."""
-
-    def __init__(self, work: dist.Work | None, received: Tensor, sent: Tensor) -> None:
-        self.work, self.received, self.sent = work, received, sent
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            groups.wait(self.work)
-        return self.received
 
 
 class Exchange:
@@ -281,7 +299,7 @@ class Exchange:
         self.chunk_bytes = DEVICE_CHUNK_BYTES if comm.device_side else CHUNK_BYTES
         cut: dict[str, object] = {"chunk_bytes": self.chunk_bytes}
         if not isinstance(route, Route):
-            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size)
+            cut["algorithm"] = choose_algorithm(route, coder, comm.world_size, comm.link)
             route = ALL_REDUCE[str(cut["algorithm"])]
         self.route = route
         cut |= getattr(coder, "agreed", {})
@@ -301,6 +319,8 @@ class Exchange:
         self.stream = SideStream(comm.stream_for(device))
         self.entropy_coder = entropy_coder_of(coder) if comm.world_size > 1 else None
         self._bytes_sent = 0  # by this rank so far, but for the agreement
+        self._number = 0  # of its agreement
+        self._confirmations: Direct | None = None
 
     # ----------------------------------------------------------------- Job
 
@@ -314,46 +334,47 @@ class Exchange:
                 for begin in range(0, units, size)
             ]
             encoded = self._agree(chunks[:1])
-            # Lengths travel while the next chunk is encoded.
-            ahead, announced = 1 if self.entropy_coder else 0, deque[Chunk]()
             for i, chunk in enumerate(chunks):
+                if i:
+                    chunk.expect()
                 if i >= encoded:
                     chunk.encode()
-                chunk.announce()
-                announced.append(chunk)
-                if len(announced) > ahead:
-                    announced[0].send()
-                    yield announced.popleft()
-            for chunk in announced:
                 chunk.send()
                 yield chunk
 
     @phase("pydist.agree")
     def _agree(self, first: list[Chunk]) -> int:
         """Agrees, and exchanges scales; returns how many chunks have been encoded meanwhile."""
-        all_scales: list[Tensor] = []
+        expected: list[tuple[Tensor, Transfer]] = []
         # Where encoding changes nothing but buffers of its own, it hides the agreement's round
         # trip. Otherwise a disagreement must leave everything as it was.
         early = first if self.coder.repeatable else []
 
         def meanwhile() -> None:
+            self._number = self.comm.agreement.number
+            self._confirmations = self.comm.agreement.expect_confirmation()
+            for chunk in first:
+                chunk.expect()
             scales = self.coder.scales()
             if scales is not None:
-                all_scales.append(scales)
-            for chunk in [] if all_scales else early:
+                size = wire.HEADER_BYTES + scales.numel()
+                expected.append((scales, self.expect(Kind.SCALES, size)))
+            for chunk in [] if expected else early:
                 chunk.encode()
 
         try:
             with self.call_group.member():
                 self.comm.agree(self.call, meanwhile)
         except PydistError:
-            for chunk in early:
+            for chunk in first:
                 chunk.drop()
+            for _, sharing in expected:
+                self.drop(sharing)
             raise
-        if not all_scales:
+        if not expected:
             return len(early)
         # Right behind the agreement, by the same thread: so it keeps its place among the calls.
-        everyones = self.share(all_scales.pop())
+        everyones = self.share(*expected.pop())
         self.coder.merge_scales(self.stream.to_device(everyones)[:, wire.HEADER_BYTES :])
         self.done(everyones)
         return 0
@@ -366,11 +387,14 @@ class Exchange:
 
     def confirm(self) -> Confirmation | None:
         """Tells the other ranks what was decoded here."""
+        if self._confirmations is None:
+            return None
         # Shares differ by rank; everything else is the same everywhere.
         same = self.route.reduces or not self.route.scatters
-        confirmation = self.comm.agreement.confirm(self.call, self._decoded if same else 0)
-        if confirmation is not None:
-            self._bytes_sent += confirmation.bytes_sent
+        confirmation = self.comm.agreement.confirm(
+            self._confirmations, self.call, self._decoded if same else 0
+        )
+        self._bytes_sent += confirmation.bytes_sent
         return confirmation
 
     def finish(self) -> None:
@@ -454,16 +478,7 @@ class Exchange:
         _, reason = wire.unpack_header(received[row, : wire.HEADER_BYTES].numpy().tobytes())
         return ValueError(f"malformed message from rank {rank}: {reason or what}")
 
-    def scatter(self, sent: Tensor) -> _Pending:
-        """Phase 1: row i goes to rank i."""
-        self._count("phase 1", sent.numel() - sent.shape[1])
-        if self.comm.world_size == 1:
-            return _Pending(None, sent, sent)
-        received = self.room(*sent.shape)
-        work = groups.all_to_all(received, sent, self.comm.first)
-        return _Pending(work, received, sent)
-
-    def share(self, scales: Tensor) -> Tensor:
+    def share(self, scales: Tensor, sharing: Transfer) -> Tensor:
         """Every rank's bytes, uint8 [ranks, bytes]; waits for them."""
         sent = self.room(1, wire.HEADER_BYTES + scales.numel())
         beside = scales.device == sent.device
@@ -473,33 +488,51 @@ class Exchange:
         if not beside:
             self.stream.to_host(sent, coded)
         self.seal(sent)
-        received = self.gather(sent, phase="scales").wait()
-        if received is not sent:
-            self.done(sent)
+        self.send(sharing, Kind.SCALES, sent)
+        received = sharing.wait()
+        if (free := sharing.sent()) is not None:
+            self.done(free)
         self.check(received)
         return received
 
-    def gather(self, sent: Tensor, *, second: bool = False, phase: str | None = None) -> _Pending:
-        """Everyone's message to everyone."""
+    # ----------------------------------------------------------------- transfers
+
+    def expect(self, kind: Kind, size: int) -> Transfer:
+        """Gets ready for messages of ``size`` bytes from all ranks."""
         n = self.comm.world_size
-        phase = phase or ("phase 2" if second else "phase 1")
-        self._count(phase, (n - 1) * sent.numel())
         if n == 1:
-            return _Pending(None, sent, sent)
-        received = self.room(n, sent.numel())
-        group = self.comm.second if second else self.comm.first
-        work = groups.all_gather(received, sent, group)
-        return _Pending(work, received, sent)
+            return Alone()
+        if self.comm.device_side:
+            return Collective(n, self.comm.group_for(kind))
+        return self.receive(kind, size)
 
-    def variable(self, phase: str, head: int, units: int) -> VariableMessages:
-        """An exchange of rows that are shortened."""
-        assert self.entropy_coder is not None
-        return VariableMessages(
-            self.comm, self.entropy_coder, phase, self.call, head, units, self._count
-        )
+    def send(self, transfer: Transfer, kind: Kind, rows: Tensor) -> None:
+        """Starts to send rows (:meth:`Transfer.send`), and counts them."""
+        if isinstance(transfer, Direct | Collective):
+            self.count(kind.label, (self.comm.world_size - 1) * rows.shape[1])
+        transfer.send(rows)
 
-    def _count(self, phase: str, size: int) -> None:
-        self.comm.traffic.bytes_sent[phase] += size
+    def drop(self, transfer: Transfer) -> None:
+        """Gives back the memory of a transfer that no rank makes."""
+        if (received := transfer.drop()) is not None:
+            self.done(received)
+
+    def receive(self, kind: Kind, size: int) -> Direct:
+        """Receives messages of at most ``size`` bytes in host memory."""
+        comm = self.comm
+        room = self.room(comm.world_size, size)
+        return Direct(room, comm.rank, comm.group_for(kind), kind.tag(self._number))
+
+    def variable(
+        self, kind: Kind, sent: list[Span], received: list[Span], head: int, units: int
+    ) -> VariableMessages:
+        """Gets ready for messages that are shortened."""
+        make = VariableCollective if self.comm.device_side else VariableMessages
+        return make(self, kind, sent, received, head, units)
+
+    def count(self, what: str, size: int) -> None:
+        """Counts bytes that this rank sends to others."""
+        self.comm.traffic.bytes_sent[what] += size
         self._bytes_sent += size
 
     @property

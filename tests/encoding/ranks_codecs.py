@@ -489,10 +489,10 @@ def damaged_parcel(
     """Rank 1 sends a message whose blocks, or whose length, are wrong in one phase."""
     group = short_group(ranks)
     codec = QSGD(4, 64, "l2", entropy="elias")
-    announce = VariableMessages.announce
+    send = VariableMessages.send
 
     def damaged(self: VariableMessages, *args: Any) -> None:
-        if self.phase == phase:
+        if self.kind.label == phase:
             pack = self.entropy_coder.pack
 
             def wrong(rows: Tensor, units: int, spans: Any) -> list[Tensor]:
@@ -504,15 +504,15 @@ def damaged_parcel(
                 return messages
 
             with mock.patch.object(self.entropy_coder, "pack", wrong):
-                announce(self, *args)
+                send(self, *args)
         else:
-            announce(self, *args)
+            send(self, *args)
 
     def call() -> None:
         x = torch.randn(1000, generator=torch.Generator().manual_seed(rank))
         pydist.all_reduce(x, codec, group=group, algorithm=algorithm)
 
-    with mock.patch.object(VariableMessages, "announce", damaged if rank == 1 else announce):
+    with mock.patch.object(VariableMessages, "send", damaged if rank == 1 else send):
         first = raised_by(call)
     second = raised_by(call)
     still_works(rank, ranks)

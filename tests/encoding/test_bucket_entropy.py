@@ -46,8 +46,9 @@ def test_rows_come_back(owners: int) -> None:
     for begin, end in ((0, coder.plan.slices), (1, 3), (coder.plan.slices - 1, coder.plan.slices)):
         rows, spans = encoded(coder, begin, end)
         messages = coder.entropy_coder.pack(rows, end - begin, spans)
-        for message, span in zip(messages, spans, strict=True):
-            least, most = coder.entropy_coder.bounds(span)
+        for row, (message, span) in enumerate(zip(messages, spans, strict=True)):
+            least, most = coder.entropy_coder.bounds(row, span)
+            assert most == coder.entropy_coder.most(row, span)
             assert least <= message.numel() <= most and message.numel() % 4 == 0
         back = torch.full_like(rows, 0x55)
         assert coder.entropy_coder.unpack(messages, back, end - begin, spans) is None

@@ -69,7 +69,8 @@ def test_messages_are_those_of_the_reference() -> None:
         for to, coder in enumerate(coders):
             table, codes = table_of(to, begin, end), units * FORM.block_bytes
             arriving = [messages[rank][to] for rank in range(RANKS)]
-            for message, row in zip(arriving, (one[to] for one in rows), strict=True):
+            for sender, message in enumerate(arriving):
+                row = rows[sender][to]
                 fixed = row.numpy()
                 if len(table):  # the reference's scales follow the last block's codes
                     size = (len(table) - 1) * FORM.block_bytes + FORM.code_bytes(int(table[-1, 1]))
@@ -82,7 +83,9 @@ def test_messages_are_those_of_the_reference() -> None:
                     assert not message.numel()
                 sent, kept = sent + message.numel(), kept + row.numel()
                 assert coder.entropy_coder is not None
-                least, most = coder.entropy_coder.bounds((begin, end))
+                least, most = coder.entropy_coder.bounds(sender, (begin, end))
+                leaves = coders[sender].entropy_coder
+                assert leaves is not None and leaves.most(to, (begin, end)) == most
                 assert least <= message.numel() <= most
             back = torch.full_like(rows[0], 0x55)
             assert coder.entropy_coder is not None

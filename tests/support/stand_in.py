@@ -317,6 +317,10 @@ def _collective(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _message(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, *args: function(_inner(tensor), *args)
+
+
 class _Tables(torch_tensors.DeviceTables):
     """Counts the tables that are copied under a name of their own."""
 
@@ -354,6 +358,8 @@ def device() -> Iterator[Counts]:
         (torch_tensors, "TABLES", _Tables(most=100_000)),
         (torch_tensors, "_floats", {}),
         (message, "_C", module),
+        (groups, "send", _message(groups.send)),
+        (groups, "receive", _message(groups.receive)),
         (groups, "all_to_all", _collective(groups.all_to_all)),
         (groups, "all_gather", _collective(groups.all_gather)),
         (Tensor, "pin_memory", _pin),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 import pydist
 from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
@@ -14,7 +16,7 @@ from pydist.encoding.choose import all_reduce_coder, reduce_scatter_coder
 from pydist.encoding.coders import ReduceCoder
 from pydist.formats import wire
 from pydist.transport import exchange
-from pydist.transport.buffers import IDLE_BYTES
+from pydist.transport.buffers import IDLE_BYTES, BufferPool
 from pydist.transport.coder import Worker
 from pydist.transport.communicator import IN_FLIGHT, communicator
 
@@ -146,9 +148,35 @@ def many_chunks(rank: int, ranks: int, calls: int, chunks: int) -> None:
 def after_failures(rank: int, ranks: int) -> None:
     """What was encoded for a call that the ranks did not agree on comes back."""
     comm = communicator()
-    for _ in range(3):
-        x = torch.ones(1000 + (rank == 0))
-        with pytest.raises(pydist.MismatchError):
-            pydist.all_reduce(x, QSGD(4), step=0)
-        assert comm.buffers.in_use == 0
+    for codec in (QSGD(4), QSGD(4, entropy="elias"), Ternary()):
+        for _ in range(3):
+            x = torch.ones(1000 + (rank == 0))
+            with pytest.raises(pydist.MismatchError):
+                pydist.all_reduce(x, codec, step=0)
+            assert comm.buffers.in_use == 0, codec
     pydist.all_reduce(x[:1000], QSGD(4), step=0)
+
+
+def given_back_once(rank: int, ranks: int) -> None:
+    """A buffer that is given back twice would serve two calls at once."""
+    pool = communicator().buffers
+    given: dict[int, tuple[Tensor, int]] = {}  # what was taken, and how often it came back
+
+    def take(rows: int, columns: int) -> Tensor:
+        taken = BufferPool.take(pool, rows, columns)
+        given[id(taken)] = taken, 0
+        return taken
+
+    def give(taken: Tensor, after: Any = None) -> None:
+        if id(taken) in given:
+            given[id(taken)] = taken, given[id(taken)][1] + 1
+        BufferPool.give(pool, taken, after)
+
+    x = torch.ones(5000)
+    with mock.patch.object(pool, "take", take), mock.patch.object(pool, "give", give):
+        for codec in (Raw(), Ternary(), QSGD(4, entropy="elias")):
+            for algorithm in ("two_phase", "all_gather"):
+                pydist.all_reduce(x, codec, step=0, algorithm=algorithm)
+            pydist.reduce_scatter(x[:2500].clone(), torch.ones(2500 * ranks), codec, step=0)
+            pydist.all_gather(torch.empty(5000 * ranks), x, codec, step=0)
+    assert given and {count for _, count in given.values()} == {1}

@@ -37,6 +37,10 @@ def test_nothing_is_lost_with_failed_calls(worlds: Worlds) -> None:
     worlds(3).run(cases.after_failures)
 
 
+def test_buffers_are_given_back_once(worlds: Worlds) -> None:
+    worlds(3).run(cases.given_back_once)
+
+
 # --------------------------------------------------------------------------- buffers
 
 
