@@ -28,7 +28,13 @@ from torch import Tensor
 
 from pydist.codecs import Codec, Raw
 from pydist.collectives.flat import check_tensor
-from pydist.collectives.hierarchical import Shares, across_worker, inside_worker
+from pydist.collectives.hierarchical import (
+    Shares,
+    across_worker,
+    by_place,
+    inside_worker,
+    part_first,
+)
 from pydist.encoding.choose import (
     all_gather_coder,
     all_reduce_coder,
@@ -99,9 +105,7 @@ def all_reduce(
     """
     dense, workers = _dense("tensors", tensors), _workers(len(tensors), step)
     if nodes is not None:
-        local, rest = divmod(len(dense), wire.as_int("nodes", nodes)) if nodes > 0 else (0, 1)
-        if rest or not local:
-            raise ValueError(f"nodes={nodes} cannot share {len(dense)} tensors evenly")
+        local = _ranks_of_a_node("tensors", dense, nodes)
         dtype = dense[0].dtype
         dense = _node_sums(dense, codec, Raw() if inner is None else inner, nodes, workers, seed)
         shares, parts = Shares(dense[0].numel(), local, unit_of(codec)), []
@@ -113,10 +117,21 @@ def all_reduce(
         result = torch.cat(parts)
         exact = all_gather([result], Raw(str(dtype)[6:]), seed=seed, step=step)
         return exact.to(dtype).view(tensors[0].shape)
-    if inner is not None:
-        raise ValueError(f"inner={inner} needs nodes")
+    _check_one_level(inner)
     result = _all_reduce(dense, codec, workers, op=op, ties=ties, seed=seed)
     return result.view(tensors[0].shape)
+
+
+def _ranks_of_a_node(name: str, dense: list[Tensor], nodes: int) -> int:
+    local, rest = divmod(len(dense), wire.as_int("nodes", nodes)) if nodes > 0 else (0, 1)
+    if rest or not local:
+        raise ValueError(f"nodes={nodes} cannot share {len(dense)} {name} evenly")
+    return local
+
+
+def _check_one_level(inner: Codec | None) -> None:
+    if inner is not None:
+        raise ValueError(f"inner={inner} needs nodes")
 
 
 def _node_sums(
@@ -136,17 +151,25 @@ def _node_sums(
         padded = [x.new_zeros(shares.padded) for x in dense[:local]]
         for x, room in zip(dense[node * local :], padded, strict=False):
             room[:n] = x.view(-1)
-        outputs = [x.new_empty(shares.share, dtype=torch.float32) for x in padded]
-        coders = [
-            reduce_scatter_coder(
-                out, x, inner, inside_worker(node, i, nodes, local, workers[0]),
-                op="sum", ties="hash", seed=seed,
-            )
-            for i, (out, x) in enumerate(zip(outputs, padded, strict=True))
-        ]  # fmt: skip
-        _reduce_scatter(coders)
-        sums.append(torch.cat(outputs)[:n])
+        sums.append(torch.cat(_inside_sums(padded, inner, node, nodes, workers[0], seed))[:n])
     return sums
+
+
+def _inside_sums(
+    data: Sequence[Tensor], inner: Codec, node: int, nodes: int, worker: Worker, seed: int
+) -> list[Tensor]:
+    """The float32 share of the sum of one node's data that each of its ranks gets."""
+    local = len(data)
+    outputs = [x.new_empty(x.numel() // local, dtype=torch.float32) for x in data]
+    coders = [
+        reduce_scatter_coder(
+            out, x, inner, inside_worker(node, i, nodes, local, worker),
+            op="sum", ties="hash", seed=seed,
+        )
+        for i, (out, x) in enumerate(zip(outputs, data, strict=True))
+    ]  # fmt: skip
+    _reduce_scatter(coders)
+    return outputs
 
 
 def _all_reduce(
@@ -172,17 +195,26 @@ def _all_reduce(
 
 @_or_arrays
 def reduce_scatter(
-    inputs: Sequence[Tensor], codec: Codec, *, op: str = "mean", seed: int = 0, step: int = 0
+    inputs: Sequence[Tensor],
+    codec: Codec,
+    *,
+    op: str = "mean",
+    seed: int = 0,
+    step: int = 0,
+    nodes: int | None = None,
+    inner: Codec | None = None,
 ) -> list[Tensor]:
     """What :func:`pydist.reduce_scatter` leaves in each rank's output.
 
     Args:
         inputs: One per worker, in rank order: same shape, dtype and device, with as many elements
-            for every worker.
+            for every worker. With ``nodes``, those of the first node come first.
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"``, ``"sum"`` or, with ``Sign(scale=None)``, ``"vote"``.
         seed: Seed of stochastic rounding and the tie hash.
         step: Step of the random draws.
+        nodes: Reduce-scatter on two levels, of so many nodes with equally many workers.
+        inner: The codec inside a node; default ``Raw()``.
 
     Returns:
         One flat tensor a worker, of the inputs' dtype.
@@ -199,28 +231,64 @@ def reduce_scatter(
             f"inputs must have a multiple of {len(inputs)} elements, got {dense[0].numel()}"
         )
     outputs = [x.new_empty(share) for x in dense]
+    options: dict[str, Any] = {"op": op, "ties": "hash", "seed": seed}
+    if nodes is not None:
+        inside = Raw() if inner is None else inner
+        _reduce_scatter(*_places(outputs, dense, codec, inside, nodes, workers[0], options))
+        return outputs
+    _check_one_level(inner)
     coders = [
-        reduce_scatter_coder(out, x, codec, worker, op=op, ties="hash", seed=seed)
+        reduce_scatter_coder(out, x, codec, worker, **options)
         for out, x, worker in zip(outputs, dense, workers, strict=True)
     ]
     _reduce_scatter(coders)
     return outputs
 
 
-def _reduce_scatter(coders: Sequence[Coder]) -> None:
-    with on_device_of(coders[0].flags):
-        _share_scales(coders)
-        for begin, end, messages in _encoded(coders, rows=len(coders)):
-            for rank, coder in enumerate(coders):
-                coder.decode(messages[:, rank], end - begin, begin, end)
-        flags = _flags(coders)
-        for coder in coders:
+def _places(
+    outputs: list[Tensor],
+    dense: list[Tensor],
+    codec: Codec,
+    inner: Codec,
+    nodes: int,
+    worker: Worker,
+    options: dict[str, Any],
+) -> Iterator[list[Coder]]:
+    """The coders across nodes, place by place, of what the nodes have summed."""
+    local, numel = _ranks_of_a_node("inputs", dense, nodes), outputs[0].numel()
+    check_codec(codec)
+    data, sums = [by_place(x, nodes, local) for x in dense], []
+    for j in range(nodes):
+        mine = data[j * local : (j + 1) * local]
+        sums.append(_inside_sums(mine, inner, j, nodes, worker, options["seed"]))
+    for i in range(local):
+        first = part_first(i, numel, codec)
+        peers = [across_worker(j, nodes, local, first, worker) for j in range(nodes)]
+        yield [
+            reduce_scatter_coder(outputs[j * local + i], sums[j][i], codec, peer, **options)
+            for j, peer in enumerate(peers)
+        ]
+
+
+def _reduce_scatter(*groups: Sequence[Coder]) -> None:
+    """Runs the coders of each group against each other; what is not finite, all groups tell."""
+    everyone = [coder for coders in groups for coder in coders]
+    with on_device_of(everyone[0].flags):
+        for coders in groups:
+            _share_scales(coders)
+            for begin, end, messages in _encoded(coders, rows=len(coders)):
+                for rank, coder in enumerate(coders):
+                    coder.decode(messages[:, rank], end - begin, begin, end)
+        flags = _flags(everyone)
+        for coder in everyone:
             coder.finish(flags)
 
 
 @_or_arrays
 def all_gather(inputs: Sequence[Tensor], codec: Codec, *, seed: int = 0, step: int = 0) -> Tensor:
     """What :func:`pydist.all_gather` leaves in every rank's output.
+
+    On two levels it is the same.
 
     Args:
         inputs: One per worker, in rank order: same shape, dtype and device.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pydist.collectives.flat import (
-    Work,
     all_gather,
     all_reduce,
     load_state_dict,
     reduce_scatter,
     state_dict,
 )
+from pydist.collectives.work import Work
 
 __all__ = ["Work", "all_gather", "all_reduce", "load_state_dict", "reduce_scatter", "state_dict"]

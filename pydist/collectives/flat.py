@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,61 +10,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pydist.codecs import Codec, Raw
-from pydist.collectives.grid import Grid, HierarchicalCall, Levels, counter_of_grid, grid
-from pydist.collectives.hierarchical import AllReduce, Plan
+from pydist.collectives.grid import Levels, counter_of_grid, grid
+from pydist.collectives.hierarchical import AllReduce, Plan, ReduceScatter
+from pydist.collectives.relay import AllGather
+from pydist.collectives.work import Work, start, start_on_levels
 from pydist.encoding.choose import (
     all_gather_coder,
     all_reduce_coder,
     check_codec,
     reduce_scatter_coder,
 )
-from pydist.errors import PydistError
-from pydist.formats import wire
-from pydist.kernels import checks
-from pydist.kernels.torch_tensors import check_storage, dense_of, written
+from pydist.encoding.coders import GatherCoder
+from pydist.kernels.torch_tensors import check_storage, dense_of
 from pydist.transport.coder import Coder, Worker
-from pydist.transport.communicator import Call, Communicator, communicator, counter_of
-from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Exchange, Route, choose_algorithm
-
-
-class Work:
-    """A collective under way, as ``torch.distributed`` hands it out with ``async_op=True``."""
-
-    def __init__(
-        self, exchange: Exchange | HierarchicalCall, tensor: Tensor, dense: Tensor
-    ) -> None:
-        self._exchange, self._tensor = exchange, tensor
-        self._dense: Tensor | None = dense
-
-    def is_completed(self) -> bool:
-        """Whether the result is there."""
-        return self._exchange.future.done()
-
-    def wait(self, timeout: float | None = None) -> Tensor:
-        """Waits for the result (on CUDA: makes the current stream wait).
-
-        Args:
-            timeout: Seconds; ``None`` waits as long as the process group does.
-
-        Returns:
-            The tensor that was given, now holding the result.
-
-        Raises:
-            PydistError: The call failed; on every rank where ranks disagree.
-            TimeoutError: It took longer than ``timeout``.
-        """
-        self._exchange.wait(timeout)
-        if self._dense is not None:
-            written(self._tensor.detach(), self._dense)
-            self._dense = None
-        return self._tensor
-
-
-def _step_of(step: int | Tensor) -> int:
-    value: Any = step.item() if isinstance(step, Tensor) else step
-    number = wire.as_int("step", value)
-    checks.check_step(number)
-    return number
+from pydist.transport.communicator import communicator, counter_of
+from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, choose_algorithm
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -82,8 +40,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     check_storage(name, tensor)
 
 
-def _check_pair(output: Tensor, data: Tensor, whole: str, ranks: int) -> None:
-    """Raises unless ``whole``, of output and input, has the other's elements for every rank."""
+def _dense_pair(output: Tensor, data: Tensor, whole: str, worker: Worker) -> tuple[Tensor, Tensor]:
+    """Output and input of a scatter or a gather, checked and contiguous.
+
+    Args:
+        output: The output.
+        data: The input.
+        whole: Which of them, ``"output"`` or ``"input"``, has the other's elements for every rank.
+        worker: This rank.
+    """
     check_tensor("output", output)
     check_tensor("input", data)
     if output.device != data.device:
@@ -92,11 +57,15 @@ def _check_pair(output: Tensor, data: Tensor, whole: str, ranks: int) -> None:
         )
     sizes = {"output": output.numel(), "input": data.numel()}
     part = "input" if whole == "output" else "output"
-    if sizes[whole] != ranks * sizes[part]:
+    if sizes[whole] != worker.ranks * sizes[part]:
         raise ValueError(
-            f"{whole} must have {ranks} x {sizes[part]} elements ({part} for each rank), "
+            f"{whole} must have {worker.ranks} x {sizes[part]} elements ({part} for each rank), "
             f"got {sizes[whole]}"
         )
+    dense, data = dense_of("output", output.detach()), data.detach().contiguous()
+    large, small = (dense, data) if whole == "output" else (data, dense)
+    _check_apart(large, small, worker.rank)
+    return dense, data
 
 
 def _check_apart(large: Tensor, small: Tensor, rank: int) -> None:
@@ -107,67 +76,6 @@ def _check_apart(large: Tensor, small: Tensor, rank: int) -> None:
     in_place = small.dtype == large.dtype and at == begin + rank * size
     if size and at < end and begin < at + size and not in_place:
         raise ValueError("output and input overlap in memory")
-
-
-@torch.inference_mode(False)  # what a call makes outlives the caller's modes
-def _start(
-    name: str,
-    comm: Communicator,
-    step: int | Tensor | None,
-    fields: dict[str, Any],
-    prepare: Callable[[Worker], tuple[Coder, Tensor, Tensor]],
-    route: Route | str,
-    async_op: bool,
-) -> Tensor | Work:
-    """Submits a collective.
-
-    Args:
-        name: What the user called.
-        comm: The group's communicator.
-        step: As the user gave it.
-        fields: What must be equal on all ranks; ``prepare`` may add to it.
-        prepare: Checks the arguments; returns the coder, the tensor that the user gave for the
-            result, and the dense one that the coder writes.
-        route: See :class:`pydist.transport.exchange.Exchange`.
-        async_op: Return at once.
-    """
-    number, comm.step = comm.step, comm.step + 1  # counted on all ranks, whatever comes of it
-    try:
-        number = number if step is None else _step_of(step)
-        coder, result, dense = prepare(
-            Worker(comm.rank, comm.world_size, number, torch.get_num_threads())
-        )
-        exchange = Exchange(comm, coder, Call(name, fields, number), route, dense.device)
-    except Exception as error:
-        # The other ranks are about to wait for this one: they are told, then this one raises.
-        refuse(comm, Call(name, {}, number, problem=str(error)))
-        raise
-    comm.submit(exchange)
-    work = Work(exchange, result, dense)
-    return work if async_op else work.wait()
-
-
-@torch.inference_mode(False)
-def _start_hierarchical(
-    name: str,
-    where: Grid,
-    step: int | Tensor | None,
-    fields: dict[str, Any],
-    prepare: Callable[[], tuple[Plan, Tensor]],
-    async_op: bool,
-) -> Tensor | Work:
-    """Submits an all-reduce on two levels; ``prepare`` returns the plan and the user's tensor."""
-    number, where.step = where.step, where.step + 1
-    try:
-        number = number if step is None else _step_of(step)
-        plan, result = prepare()
-        call = HierarchicalCall(where, name, fields, number, AllReduce(where, plan))
-    except Exception as error:
-        where.start(HierarchicalCall(where, name, {}, number, None, str(error)))
-        raise
-    where.start(call)
-    work = Work(call, result, plan.tensor)
-    return work if async_op else work.wait()
 
 
 def all_reduce(
@@ -238,31 +146,44 @@ def all_reduce(
     }  # fmt: skip
     options: dict[str, Any] = {"op": op, "ties": ties, "seed": seed}
 
-    def plan() -> tuple[Plan, Tensor]:
+    def checked() -> Tensor:
         check_tensor("tensor", tensor)
-        dense = dense_of("tensor", tensor.detach())
-        check_codec(inside)
-        coder = all_reduce_coder(dense.view(-1)[:0], codec, Worker(0, 1, 0), **options)
-        choose_algorithm(algorithm, coder, 1)
-        fields.update(inner=repr(inside), numel=tensor.numel(), dtype=str(tensor.dtype))
-        return Plan(dense, codec, inside, options, algorithm, torch.get_num_threads()), tensor
+        fields.update(numel=tensor.numel(), dtype=str(tensor.dtype))
+        return dense_of("tensor", tensor.detach())
 
     if isinstance(group, DeviceMesh | tuple):
-        inside = Raw() if inner is None else inner
         where = grid(group, _device_of(tensor))
-        return _start_hierarchical("all_reduce", where, step, fields, plan, async_op)
+
+        def stages(worker: Worker) -> tuple[AllReduce, Tensor, Tensor]:
+            dense, inside = checked(), _inner_of(inner, fields)
+            coder = all_reduce_coder(dense.view(-1)[:0], codec, Worker(0, 1, 0), **options)
+            choose_algorithm(algorithm, coder, 1)
+            plan = Plan(dense, codec, inside, options, worker.threads)
+            return AllReduce(where, plan, algorithm), tensor, dense
+
+        return start_on_levels("all_reduce", where, step, fields, stages, async_op)
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
-        if inner is not None:
-            raise ValueError(f"inner={inner} needs a group of two levels: a 2-D mesh or a tuple")
-        check_tensor("tensor", tensor)
-        dense = dense_of("tensor", tensor.detach())
-        coder = all_reduce_coder(dense, codec, worker, op=op, ties=ties, seed=seed)
-        fields.update(numel=tensor.numel(), dtype=str(tensor.dtype))
-        return coder, tensor, dense
+        _check_one_level(inner)
+        dense = checked()
+        return all_reduce_coder(dense, codec, worker, **options), tensor, dense
 
     comm = communicator(group, _device_of(tensor))
-    return _start("all_reduce", comm, step, fields, prepare, algorithm, async_op)
+    return start("all_reduce", comm, step, fields, prepare, algorithm, async_op)
+
+
+def _inner_of(inner: Codec | None, fields: dict[str, Any]) -> Codec:
+    """The codec inside a node, checked, and noted among what must be equal on all ranks."""
+    inside = Raw() if inner is None else inner
+    check_codec(inside)
+    fields["inner"] = repr(inside)
+    return inside
+
+
+def _check_one_level(inner: Codec | None) -> None:
+    """Raises ValueError where a codec inside nodes was given, and no nodes."""
+    if inner is not None:
+        raise ValueError(f"inner={inner} needs a group of two levels: a 2-D mesh or a tuple")
 
 
 def reduce_scatter(
@@ -271,7 +192,8 @@ def reduce_scatter(
     codec: Codec,
     *,
     op: str = "mean",
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Levels | None = None,
+    inner: Codec | None = None,
     seed: int = 0,
     step: int | Tensor | None = None,
     async_op: bool = False,
@@ -282,6 +204,14 @@ def reduce_scatter(
     order and divides once for a mean. Nothing is encoded again. Every share has blocks of its own,
     whatever its length. A NaN or an infinity on any rank makes all shares NaN.
 
+    **On two levels**, with ``group`` as for :func:`all_reduce`, ranks count node by node: share i
+    is for rank i % L of node i // L, with L ranks per node. The ranks of a node first sum with
+    ``inner``, in float32: each the shares of all ranks that have its place in their nodes. These
+    ranks then reduce-scatter the nodes' sums with ``codec``. A mean divides once, by the number of
+    all ranks; in a vote each node has one voice, and sums and means of ``Sign(scale=None)`` are
+    those of the nodes' voices. Each rank sends 1 / L of the compressed bytes between nodes. A
+    node's sum beyond float32 makes all shares NaN, too.
+
     Args:
         output: float32, float16 or bfloat16, any shape; overwritten with this rank's share.
         input: The same number of elements for every rank, one behind the other; may be of
@@ -289,7 +219,8 @@ def reduce_scatter(
         codec: Such as ``pydist.QSGD(bits=4)``.
         op: ``"mean"`` or ``"sum"`` of what the ranks encoded; ``"vote"``, with
             ``Sign(scale=None)``: ±1, the sign most ranks have.
-        group: Process group; default the world.
+        group: Process group, or two levels of them; default the world.
+        inner: The codec inside a node, with two levels; default ``Raw()``: the input's own dtype.
         seed: Seed of stochastic rounding and the tie hash, 0 … 2**32 - 1.
         step: As in :func:`all_reduce`.
         async_op: Return at once, with a :class:`Work`.
@@ -299,23 +230,38 @@ def reduce_scatter(
 
     Raises:
         TypeError: A tensor or the codec is of another type; the other ranks raise PydistError.
-        ValueError: Another argument is out of range, the lengths do not fit, or the tensors
-            overlap otherwise.
+        ValueError: Another argument is out of range, the lengths do not fit, the tensors
+            overlap otherwise, or the two levels do not form a grid.
         MismatchError: Ranks disagree; raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
-    comm = communicator(group, _device_of(output))
     fields: dict[str, Any] = {"codec": repr(codec), "op": op, "seed": seed}
+    options: dict[str, Any] = {"op": op, "ties": "hash", "seed": seed}
+
+    def checked(worker: Worker) -> tuple[Tensor, Tensor]:
+        dense, data = _dense_pair(output, input, "input", worker)
+        fields.update(numel=input.numel(), dtype=str(input.dtype), output_dtype=str(output.dtype))
+        return dense, data
+
+    if isinstance(group, DeviceMesh | tuple):
+        where = grid(group, _device_of(output))
+
+        def stages(worker: Worker) -> tuple[ReduceScatter, Tensor, Tensor]:
+            (dense, data), inside = checked(worker), _inner_of(inner, fields)
+            empty = dense.view(-1)[:0], data.view(-1)[:0]
+            reduce_scatter_coder(*empty, codec, Worker(0, 1, 0), **options)  # checks the arguments
+            plan = Plan(dense, codec, inside, options, worker.threads)
+            return ReduceScatter(where, plan, data), output, dense
+
+        return start_on_levels("reduce_scatter", where, step, fields, stages, async_op)
 
     def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
-        _check_pair(output, input, "input", comm.world_size)
-        dense, data = dense_of("output", output.detach()), input.detach().contiguous()
-        _check_apart(data, dense, comm.rank)
-        coder = reduce_scatter_coder(dense, data, codec, worker, op=op, ties="hash", seed=seed)
-        fields.update(numel=input.numel(), dtype=str(input.dtype), output_dtype=str(output.dtype))
-        return coder, output, dense
+        _check_one_level(inner)
+        dense, data = checked(worker)
+        return reduce_scatter_coder(dense, data, codec, worker, **options), output, dense
 
-    return _start("reduce_scatter", comm, step, fields, prepare, REDUCE_SCATTER, async_op)
+    comm = communicator(group, _device_of(output))
+    return start("reduce_scatter", comm, step, fields, prepare, REDUCE_SCATTER, async_op)
 
 
 def all_gather(
@@ -323,7 +269,7 @@ def all_gather(
     input: Tensor,
     codec: Codec,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Levels | None = None,
     seed: int = 0,
     step: int | Tensor | None = None,
     async_op: bool = False,
@@ -333,13 +279,18 @@ def all_gather(
     Every rank encodes its tensor and decodes what all have sent, its own bytes too, so that all
     ranks hold the same bits. A NaN or an infinity on any rank makes everything NaN.
 
+    **On two levels**, with ``group`` as for :func:`all_reduce`, ranks count node by node, and the
+    result is, bit for bit, that of one level. The ranks that have one place in all nodes gather
+    their bytes; the ranks of a node then hand each other what has arrived, encoded as it is. Each
+    rank receives 1 / L of the bytes from other nodes, with L ranks per node.
+
     Args:
         output: float32, float16 or bfloat16, any shape, with room for every rank's tensor, one
             behind the other; overwritten.
         input: The same number of elements on every rank; may be of another of these dtypes, or
             this rank's place in ``output``.
         codec: Such as ``pydist.BlockInt(bits=8)``; ``Sign(scale=None)`` gives ±1.
-        group: Process group; default the world.
+        group: Process group, or two levels of them; default the world.
         seed: Seed of stochastic rounding, 0 … 2**32 - 1.
         step: As in :func:`all_reduce`.
         async_op: Return at once, with a :class:`Work`.
@@ -349,29 +300,30 @@ def all_gather(
 
     Raises:
         TypeError: A tensor or the codec is of another type; the other ranks raise PydistError.
-        ValueError: Another argument is out of range, the lengths do not fit, or the tensors
-            overlap otherwise.
+        ValueError: Another argument is out of range, the lengths do not fit, the tensors
+            overlap otherwise, or the two levels do not form a grid.
         MismatchError: Ranks disagree; raised on every rank.
         PydistError: Another rank has a problem, or the exchange failed.
     """
-    comm = communicator(group, _device_of(output))
     fields: dict[str, Any] = {"codec": repr(codec), "seed": seed}
 
-    def prepare(worker: Worker) -> tuple[Coder, Tensor, Tensor]:
-        _check_pair(output, input, "output", comm.world_size)
-        dense, data = dense_of("output", output.detach()), input.detach().contiguous()
-        _check_apart(dense, data, comm.rank)
+    def prepare(worker: Worker) -> tuple[GatherCoder, Tensor, Tensor]:
+        dense, data = _dense_pair(output, input, "output", worker)
         coder = all_gather_coder(dense, data, codec, worker, seed=seed)
         fields.update(numel=input.numel(), dtype=str(input.dtype), output_dtype=str(output.dtype))
         return coder, output, dense
 
-    return _start("all_gather", comm, step, fields, prepare, ALL_GATHER, async_op)
+    if isinstance(group, DeviceMesh | tuple):
+        where = grid(group, _device_of(output))
 
+        def stages(worker: Worker) -> tuple[AllGather, Tensor, Tensor]:
+            coder, result, dense = prepare(worker)
+            return AllGather(where, coder), result, dense
 
-def refuse(comm: Communicator, call: Call) -> None:
-    """Takes part in a call's agreement with a problem, so that all ranks raise."""
-    with contextlib.suppress(PydistError):
-        comm.refuse(call).result()
+        return start_on_levels("all_gather", where, step, fields, stages, async_op)
+
+    comm = communicator(group, _device_of(output))
+    return start("all_gather", comm, step, fields, prepare, ALL_GATHER, async_op)
 
 
 def _device_of(tensor: Tensor) -> torch.device:

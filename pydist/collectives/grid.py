@@ -1,10 +1,13 @@
 """Two levels of process groups, and the order in which calls go through them.
 
-A call is three collectives one after the other, each on groups of its own::
+A call is three collectives one after the other, each on groups of its own. An all-reduce::
 
     inside   reduce-scatter   rank l of a node gets share l of the node's sum
     across   all-reduce       the ranks l of all nodes reduce their shares, compressed
     inside   all-gather       the node's ranks put the shares together, bit for bit
+
+A call without data for a stage sends flags there (:class:`pydist.collectives.hierarchical.Flags`),
+so that the ranks of a node agree in every stage, whatever each of them has called.
 
 **Order.** A stage starts when the one before it has ended, which is at another moment on every
 rank. So each stage has a communicator of its own and gets the calls in the order in which they were
@@ -39,7 +42,7 @@ from pydist.transport.exchange import Exchange, Route, await_future
 from pydist.transport.rendezvous import meet
 from pydist.transport.streams import SideStream
 
-STAGES = ("inside: reduce-scatter", "across", "inside: all-gather")
+STAGES = ("inside, first", "across", "inside, last")
 INSIDE, ACROSS, GATHER = range(len(STAGES))
 
 
@@ -62,6 +65,8 @@ class Grid:
         local: Ranks of each.
         node: This rank's node.
         local_rank: Its place in it.
+        ranks: Number of all ranks.
+        rank: This rank's number among them, counted node by node.
         step: Number of calls so far; that of all devices of these groups.
 
     Raises:
@@ -74,6 +79,7 @@ class Grid:
         _check_grid(across, inside)
         self.nodes, self.local = across.size(), inside.size()
         self.node, self.local_rank = dist.get_rank(across), dist.get_rank(inside)
+        self.ranks, self.rank = self.nodes * self.local, self.node * self.local + self.local_rank
         self._counter = counter
         self._stages = tuple(own_communicator(group, device) for group in (inside, across, inside))
         self._lock = threading.RLock()

@@ -1,7 +1,8 @@
-"""All-reduce on two levels: sums inside a node, compressed across nodes, gathered inside.
+"""All-reduce and reduce-scatter on two levels: sums inside a node, compressed across nodes.
 
-The stages of a call are those of :mod:`pydist.collectives.grid`; here a tensor is cut into shares
-of equal length, whole blocks, one for each rank of a node.
+The stages of a call are those of :mod:`pydist.collectives.grid`. For an all-reduce a tensor is cut
+into shares of equal length, whole blocks, one for each rank of a node; what becomes of them across
+nodes is gathered inside. A reduce-scatter has a part for every rank of every node.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from pydist.codecs import Codec, Raw
 from pydist.collectives.grid import ACROSS, INSIDE, Grid
 from pydist.encoding.choose import all_gather_coder, all_reduce_coder, reduce_scatter_coder, unit_of
-from pydist.transport.coder import Coder, Worker
+from pydist.encoding.rows import Job, fill_nan
+from pydist.formats import wire
+from pydist.transport.coder import BareCoder, Coder, Worker
 from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Route
 
 
@@ -67,11 +70,10 @@ class Plan:
     """What a call does.
 
     Attributes:
-        tensor: Contiguous; read, then overwritten.
+        tensor: Contiguous; overwritten.
         codec: The codec across nodes.
         inner: The codec inside a node.
         options: ``op``, ``ties`` and ``seed``.
-        algorithm: That across nodes.
         threads: CPU threads of the kernels.
     """
 
@@ -79,15 +81,25 @@ class Plan:
     codec: Codec
     inner: Codec
     options: dict[str, Any]
-    algorithm: str
     threads: int
+
+    def inside_coder(self, grid: Grid, sums: Tensor, data: Tensor, worker: Worker) -> Coder:
+        """The coder of the reduce-scatter inside a node: the sum of its ranks' data."""
+        inside = inside_worker(grid.node, grid.local_rank, grid.nodes, grid.local, worker)
+        return reduce_scatter_coder(sums, data, self.inner, inside, **self.options | {"op": "sum"})
 
 
 class AllReduce:
-    """The stages of an all-reduce (:class:`pydist.collectives.grid.Stages`)."""
+    """The stages of an all-reduce (:class:`pydist.collectives.grid.Stages`).
 
-    def __init__(self, grid: Grid, plan: Plan) -> None:
-        self._grid, self._plan = grid, plan
+    Args:
+        grid: The groups.
+        plan: What to do; the tensor is read, too.
+        algorithm: That across nodes.
+    """
+
+    def __init__(self, grid: Grid, plan: Plan, algorithm: str) -> None:
+        self._grid, self._plan, self._algorithm = grid, plan, algorithm
         self.device, self.threads = plan.tensor.device, plan.threads
         x = plan.tensor.view(-1)
         self._shares = Shares(x.numel(), grid.local, unit_of(plan.codec))
@@ -100,16 +112,11 @@ class AllReduce:
     def coder(self, stage: int, worker: Worker) -> tuple[Coder, Route | str]:
         """The coder of a stage."""
         if stage == INSIDE:
-            return self._scatter(worker), REDUCE_SCATTER
+            coder = self._plan.inside_coder(self._grid, self._share, self._padded, worker)
+            return coder, REDUCE_SCATTER
         if stage == ACROSS:
-            return self._across(worker), self._plan.algorithm
+            return self._across(worker), self._algorithm
         return self._gather(worker), ALL_GATHER
-
-    def _scatter(self, worker: Worker) -> Coder:
-        grid, plan = self._grid, self._plan
-        inside = inside_worker(grid.node, grid.local_rank, grid.nodes, grid.local, worker)
-        options = {**plan.options, "op": "sum"}
-        return reduce_scatter_coder(self._share, self._padded, plan.inner, inside, **options)
 
     def _across(self, worker: Worker) -> Coder:
         grid, shares = self._grid, self._shares
@@ -130,3 +137,96 @@ class AllReduce:
         flat = self._plan.tensor.view(-1)
         if self._shares.padded != flat.numel():
             flat.copy_(self._padded[: flat.numel()])
+
+
+# --------------------------------------------------------------------------- reduce-scatter
+
+
+def part_first(place: int, numel: int, codec: Codec) -> int:
+    """Place of a part's first element among those that a node's ranks get, for draws and ties.
+
+    Each begins with a block of its own: no two draw alike, and parts of whole blocks are those of a
+    flat call of the nodes.
+    """
+    unit = unit_of(codec)
+    return place * -(-numel // unit) * unit
+
+
+def by_place(data: Tensor, nodes: int, local: int) -> Tensor:
+    """Parts [nodes, local, part] as [local, nodes, part]; copied where it must be."""
+    return data.view(nodes, local, data.numel() // (nodes * local)).transpose(0, 1).contiguous()
+
+
+class ReduceScatter:
+    """The stages of a reduce-scatter (:class:`pydist.collectives.grid.Stages`).
+
+    Inside, rank l gets the node's sum of the parts of all ranks with place l; across, these ranks
+    reduce-scatter the parts. What is not finite at one place is told to all in the last stage.
+
+    Args:
+        grid: The groups.
+        plan: What to do; its tensor is this rank's part.
+        data: A part for every rank, node by node; contiguous.
+    """
+
+    def __init__(self, grid: Grid, plan: Plan, data: Tensor) -> None:
+        self._grid, self._plan = grid, plan
+        self.device, self.threads = data.device, plan.threads
+        self._data = by_place(data, grid.nodes, grid.local)
+        self._sums = data.new_empty(data.numel() // grid.local, dtype=torch.float32)
+
+    def coder(self, stage: int, worker: Worker) -> tuple[Coder, Route | str]:
+        """The coder of a stage."""
+        grid, plan = self._grid, self._plan
+        if stage == INSIDE:
+            return plan.inside_coder(grid, self._sums, self._data, worker), REDUCE_SCATTER
+        if stage == ACROSS:
+            first = part_first(grid.local_rank, plan.tensor.numel(), plan.codec)
+            node = across_worker(grid.node, grid.nodes, grid.local, first, worker)
+            self._scatter = reduce_scatter_coder(
+                plan.tensor, self._sums, plan.codec, node, **plan.options
+            )
+            return self._scatter, REDUCE_SCATTER
+        self._flags = Flags(self.device, self._scatter.not_finite)
+        return self._flags, ALL_GATHER
+
+    def finish(self) -> None:
+        """Makes the part NaN where something was not finite, at whatever place."""
+        fill_nan(self._plan.tensor, self._flags.not_finite)
+
+
+class Flags(BareCoder):
+    """Headers without data: the flags of all ranks.
+
+    Args:
+        device: Where the call's data is.
+        known: int32, the flags that this rank knows of; ``None``: none so far.
+
+    Attributes:
+        not_finite: int32, the flags of all ranks; known when the call is complete.
+    """
+
+    codec, bits = wire.CODECS["raw"], 0
+    units, unit_bytes = 1, 4
+
+    def __init__(self, device: torch.device, known: Tensor | None = None) -> None:
+        self._job = Job(Worker(0, 1, 0), False, 0, device)
+        self.flags, self.all_flags = self._job.flags, self._job.all_flags
+        if known is not None:
+            self.flags.copy_(known.amax())
+        self.not_finite = self.flags
+
+    def message_bytes(self, units: int) -> int:
+        """No bytes."""
+        return 0
+
+    reduced_bytes = message_bytes
+
+    def encode(self, shards: Tensor, units: int, begin: int, end: int) -> None:
+        """Nothing but the header, which is the exchange's."""
+
+    decode = encode
+
+    def finish(self, flags: Tensor) -> None:
+        """Keeps the flags of all ranks."""
+        self.not_finite = self._job.merged(flags)

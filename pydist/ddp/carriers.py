@@ -123,7 +123,7 @@ class TwoLevels:
     def __init__(self, grid: Grid, inner: Codec | None, seed: int) -> None:
         self.key = self._grid = grid
         self._inner, self._seed = inner or Raw(), seed
-        self.ranks = grid.nodes * grid.local
+        self.ranks = grid.ranks
         self.levels = InNodes(grid.node, grid.nodes, grid.local_rank, grid.local)
 
     def messages_on(self, device: torch.device) -> torch.device:

@@ -151,7 +151,7 @@ def all_reduce_coder(
 
 def reduce_scatter_coder(
     output: Tensor, data: Tensor, codec: Codec, worker: Worker, *, op: str, ties: str, seed: int
-) -> Coder:
+) -> ScatterCoder:
     """The coder of a reduce-scatter of ``data`` into ``output``."""
     n = output.numel()
     coding = _checked(data, codec, worker, n, op=op, ties=ties, seed=seed)

@@ -17,10 +17,10 @@ from pydist.encoding.rows import OWN, WEIGHT, Job, RowCodec, dtype_of, fill_nan
 from pydist.encoding.ternary import TernaryRows
 from pydist.formats import wire
 from pydist.formats.wire import IntArray
-from pydist.transport.coder import EntropyCoder, NoScales, Span, Worker, spans
+from pydist.transport.coder import BareCoder, EntropyCoder, Span, Worker, spans
 
 
-class PlanCoder(NoScales):
+class PlanCoder(BareCoder):
     """What all three share: sizes, scalers, one row of a message at a time.
 
     Args:
@@ -36,8 +36,6 @@ class PlanCoder(NoScales):
         not_finite: int32, the flags of all ranks; known when the call is complete.
     """
 
-    repeatable = True
-    usage = None
     entropy_coder: EntropyCoder | None = None
 
     def __init__(
@@ -58,13 +56,6 @@ class PlanCoder(NoScales):
         self.agreed = rows.agreed
         self.message_bytes, self.reduced_bytes = rows.row_bytes, rows.reduced_bytes
         self.not_finite = self.flags
-
-    def metadata(self) -> Tensor | None:
-        """No metadata bytes."""
-        return None
-
-    def merge_metadata(self, all_metadata: Tensor) -> None:
-        """Nothing to merge."""
 
     def arriving(self, row: int, span: Span) -> IntArray:
         """Rows of the ``row``-th message that arrives here, in a span of units."""
@@ -149,12 +140,6 @@ class PlanCoder(NoScales):
         rows = self.plan.addressed(part, out)
         self.rows.attach(self.job, rows, self.plan.segment[part])
         return self.plan.cut(rows, *span, (out.element_size(), 0))
-
-    def reduce(
-        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
-    ) -> None:
-        """Of an all-reduce alone."""
-        raise NotImplementedError
 
     def finish(self, flags: Tensor) -> None:
         """Overwrites the result with NaN where any rank's input was not finite."""

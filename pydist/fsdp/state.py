@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pydist.codecs import Codec, TopK, is_custom
-from pydist.collectives.flat import refuse
+from pydist.collectives.work import refuse
 from pydist.encoding.plans import Residuals as Places
 from pydist.encoding.plans import Shards
 from pydist.encoding.shares import Part

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pydist.collectives.flat import refuse
+from pydist.collectives.work import refuse
 from pydist.errors import PydistError
 from pydist.optim import replicas
 from pydist.optim.checkpoint import SAVED_BY

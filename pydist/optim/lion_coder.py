@@ -25,7 +25,7 @@ from pydist.kernels.launch import launch
 from pydist.kernels.lion import LionOptions, lion_apply_args
 from pydist.kernels.torch_tensors import moved, on_device_of
 from pydist.optim.layout import any_rank_has, in_order, memory_of, which_has
-from pydist.transport.coder import NoScales, Worker, spans
+from pydist.transport.coder import BareCoder, Worker, spans
 
 
 @dataclass
@@ -80,7 +80,7 @@ def dtype_name(x: Tensor) -> str:
     return str(x.dtype)[6:]
 
 
-class LionCoder(NoScales):
+class LionCoder(BareCoder):
     """The votes of a list of parameters.
 
     Every rank also says which of the parameters it has a gradient for (one bit each); a parameter
@@ -100,7 +100,6 @@ class LionCoder(NoScales):
     codec = SignRows.number
     unit_bytes = SignRows.unit_bytes
     repeatable = False  # packing moves the momenta
-    usage = None
 
     def __init__(self, entries: Sequence[Entry], rule: VoteRule, scalars: Scalars) -> None:
         self.entries = list(entries)

@@ -25,7 +25,7 @@ from pydist.kernels.signs import count_votes
 from pydist.kernels.torch_tensors import moved, on_device_of
 from pydist.optim.layout import any_rank_has, which_has
 from pydist.optim.lion_coder import LionCoder
-from pydist.transport.coder import Coder, NoScales, Worker, spans
+from pydist.transport.coder import BareCoder, Coder, Worker, spans
 from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Route
 
 WORD = wire.WORD_BYTES
@@ -88,7 +88,7 @@ class _Share:
             yield min(first + begin, last), last
 
 
-class _Stage(NoScales):
+class _Stage(BareCoder):
     """What the coders of all stages share; a unit is a word of each message.
 
     Args:
@@ -97,8 +97,6 @@ class _Stage(NoScales):
     """
 
     codec = SignRows.number
-    repeatable = True
-    usage = None
 
     def __init__(self, share: _Share, planes: int) -> None:
         votes = share.votes
@@ -114,19 +112,6 @@ class _Stage(NoScales):
         return units * self._planes * WORD
 
     reduced_bytes = message_bytes
-
-    def metadata(self) -> Tensor | None:
-        """No metadata bytes."""
-        return None
-
-    def merge_metadata(self, all_metadata: Tensor) -> None:
-        """Nothing to merge."""
-
-    def reduce(
-        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
-    ) -> None:
-        """Of the stage between nodes alone."""
-        raise NotImplementedError
 
     def finish(self, flags: Tensor) -> None:
         """Keeps the flags of all ranks for the next stage."""

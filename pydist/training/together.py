@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
-from pydist.collectives.flat import refuse
+from pydist.collectives.work import refuse
 from pydist.transport.communicator import Call, communicator
 
 P = ParamSpec("P")

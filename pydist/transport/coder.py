@@ -197,8 +197,24 @@ def entropy_coder_of(coder: Coder) -> EntropyCoder | None:
     return getattr(coder, "entropy_coder", None)
 
 
-class NoScales:
-    """A coder that can encode at once."""
+class BareCoder:
+    """What most coders do without: scales, metadata, usage words, a second phase."""
+
+    repeatable = True
+    usage: Usage | None = None
+
+    def metadata(self) -> Tensor | None:
+        """No metadata bytes."""
+        return None
+
+    def merge_metadata(self, all_metadata: Tensor) -> None:
+        """Nothing to merge."""
+
+    def reduce(
+        self, messages: Tensor, out: Tensor, units: int, begin: int, end: int, flags: Tensor
+    ) -> None:
+        """Of an all-reduce alone."""
+        raise NotImplementedError
 
     def scales(self) -> Tensor | None:
         """No bytes."""

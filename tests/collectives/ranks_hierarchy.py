@@ -251,7 +251,8 @@ def no_grid(rank: int, ranks: int, kind: str) -> tuple[str, str]:
 
 def wrong(rank: int, ranks: int) -> None:
     """What no rank can use; nobody waits for anybody."""
-    pair, x = levels(ranks, 2), torch.ones(8)
+    pair, x, y = levels(ranks, 2), torch.ones(8), torch.ones(2)
+    gather, scatter = pydist.all_gather, pydist.reduce_scatter
     line = init_device_mesh("cpu", (ranks,))
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: pydist.all_reduce(x, QSGD(4), group=line), ValueError, "2 dimensions .* got 1"),
@@ -265,8 +266,13 @@ def wrong(rank: int, ranks: int) -> None:
         (lambda: pydist.all_reduce(x, QSGD(4), group=pair, algorithm="x"), ValueError, "algorith"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=pair, seed=-1), ValueError, "seed must be"),
         (lambda: pydist.all_reduce(x, QSGD(4), group=pair, step=-1), ValueError, "step must be"),
-        (lambda: pydist.all_gather(x, x[:2], QSGD(4), group=pair), TypeError, "one process group"),
-        (lambda: pydist.reduce_scatter(x, x, QSGD(4), group=pair), TypeError, "one process group"),
+        (lambda: gather(x, x[:3], QSGD(4), group=pair), ValueError, "output must have 4 x 3"),
+        (lambda: scatter(x[:3], x, QSGD(4), group=pair), ValueError, "input must have 4 x 3"),
+        (lambda: scatter(x[1:3], x, QSGD(4), group=pair), ValueError, "overlap"),
+        (lambda: scatter(y, x, QSGD(4), group=pair, op="vote"), ValueError, "op='vote'"),
+        (lambda: scatter(y, x, QSGD(4), group=pair, inner=3), TypeError, "codec .* got int"),
+        (lambda: scatter(y, x, QSGD(4), inner=Raw()), ValueError, "inner=Raw.* two levels"),
+        (lambda: scatter(y, x, QSGD(4), group=line), ValueError, "2 dimensions .* got 1"),
     ]  # fmt: skip
     for call, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -9,6 +9,7 @@ from unittest import mock
 
 import ranks_codecs
 import ranks_hierarchy
+import ranks_parts
 import torch.distributed as dist
 
 from pydist import QSGD, BlockInt, Raw, Sign, Ternary, TopK
@@ -78,4 +79,7 @@ def two_levels(rank: int, ranks: int, device: str, on_device: bool) -> list[byte
         return made
 
     with mock.patch.object(hierarchy, "own_communicator", own):
-        return ranks_hierarchy.equals_simulation(rank, ranks, 2, [1003], ["float32"], None, device)
+        found = ranks_hierarchy.equals_simulation(rank, ranks, 2, [1003], ["float32"], None, device)
+        few = ([1003], None, OF_EACH_KIND, device)
+        ranks_parts.scatters_equal_simulation(rank, ranks, 2, *few)
+        return found + ranks_parts.gathers_equal_one_level(rank, ranks, 2, *few)

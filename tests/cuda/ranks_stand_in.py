@@ -78,6 +78,14 @@ def groups_of(ranks: int, device_side: bool) -> tuple[Any, Any]:
     return plain, other
 
 
+def levels_of(ranks: int, local: int, device_side: bool) -> tuple[Any, Any]:
+    """The same of two levels."""
+    plain, other = levels(ranks, local), levels(ranks, local)
+    for comm in grid(other, "cuda")._stages:
+        comm.device_side = device_side
+    return plain, other
+
+
 def equals_cpu(
     rank: int, ranks: int, device_side: bool, cases: list[tuple[Any, ...]]
 ) -> list[list[bytes]]:
@@ -101,9 +109,7 @@ def levels_equal_cpu(
     """The same on two levels."""
     results: list[list[bytes]] = []
     for name, dtype, options, chunk in cases:
-        plain, other = levels(ranks, local), levels(ranks, local)
-        for comm in grid(other, "cuda")._stages:
-            comm.device_side = device_side
+        plain, other = levels_of(ranks, local, device_side)
         made = None, CODECS[name], getattr(torch, dtype)
         with warnings.catch_warnings(), chunks_of(chunk), stand_in.device():
             warnings.simplefilter("ignore")
@@ -139,14 +145,15 @@ def counted(
 
 
 def collectives(
-    rank: int, ranks: int, device_side: bool, codecs: list[str], dtypes: list[str]
+    rank: int, ranks: int, device_side: bool, codecs: list[str], dtypes: list[str], local: int = 0
 ) -> list[list[bytes]]:
-    """All collectives of some codecs: the bits of the CPU."""
+    """All collectives of some codecs, on two levels where nodes have ranks: the CPU's bits."""
     results = []
     for number, name in enumerate(codecs):
         codec = CODECS[name]
         dtype = getattr(torch, dtypes[number % len(dtypes)])
-        plain, other = groups_of(ranks, device_side)
+        made = levels_of(ranks, local, device_side) if local else groups_of(ranks, device_side)
+        plain, other = made
         generator = torch.Generator().manual_seed(10 * number + rank)
         whole = torch.randn(ranks * 1001, generator=generator).to(dtype)
         with chunks_of(700), stand_in.device():

@@ -99,3 +99,10 @@ def test_collectives(worlds: Worlds, device_side: bool) -> None:
     names = [name for name, codec in ranks_ddp.CODECS.items() if not isinstance(codec, dict)]
     args = (device_side, names[int(device_side) :: 3], list(DTYPES))
     worlds(3).run(cases.collectives, *args, timeout=200)
+
+
+@pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
+def test_collectives_on_levels(worlds: Worlds, device_side: bool) -> None:
+    names = [name for name, codec in ranks_ddp.CODECS.items() if not isinstance(codec, dict)]
+    args = (device_side, names[int(device_side) :: 4], list(DTYPES), 2)
+    worlds(4).run(cases.collectives, *args, timeout=200)
