@@ -26,7 +26,7 @@ def test_equals_simulation(worlds: Worlds, ranks: int, local: int) -> None:
 
 
 def test_equals_simulation_in_many_chunks(worlds: Worlds) -> None:
-    same_on_all_ranks(worlds(4).run(cases.equals_simulation, 2, [20_003], ["float32"], 2000))
+    same_on_all_ranks(worlds(4).run(cases.equals_simulation, 2, [6_003], ["float32"], 700))
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(3, 3), (4, 2), (4, 1)])
