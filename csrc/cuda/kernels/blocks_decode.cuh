@@ -94,9 +94,8 @@ struct Reduced {
     const int count = static_cast<int>(ranks.args->ranks);
     uint32_t largest = 0;
     constexpr int kAhead = kWordsAhead > kWords ? kWordsAhead / kWords : 1;  // ranks
-    int r = 0;
 #pragma unroll 1
-    do {  // there is a rank
+    for (int r = 0; r < count; r += kAhead) {
       Sent<kCount, kWords> ahead[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
@@ -122,8 +121,7 @@ struct Reduced {
           }
         }
       }
-      r += kAhead;
-    } while (r < count);
+    }
     return largest;
   }
 
