@@ -55,17 +55,22 @@ struct Reduced {
     int step_bytes, bytes[2], scale[2];  // from step to step; of codes that there are; of the scale
   };
 
-  // What a rank sent for kCount steps; of a whole tile in words, all of it.
-  template <int kCount, bool kWhole, int kWords>
+  // What a rank sent for kCount steps; of a whole tile in words, all of it. kNibbles: of one block
+  // of four bits, whose codes are words of their own and whose scale is one.
+  template <int kCount, bool kWhole, int kWords, bool kNibbles>
   PYDIST_DEVICE_MEMBER Sent<kCount, kWords> sent(const Place& at) const {
     Sent<kCount, kWords> sent;
     const bool in_words = kWhole || ranks.in_words();
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      const unsigned char* run = at.codes + s * at.step_bytes;
-      const unsigned char* scale = at.scales + (kWhole ? at.scale[s] : 0);
+      const unsigned char* run = at.codes + s * (kNibbles ? 4 * kWarpSize : at.step_bytes);
+      const unsigned char* scale = at.scales + (kWhole && !kNibbles ? at.scale[s] : 0);
       sent.codes[s] = in_words ? load_words<kWords, kWhole>(run, before, at.bytes[s])
                                : load_bytes<kWords>(run, at.bytes[s]);
+      if (kNibbles && s > 0) {
+        sent.scale[s] = sent.scale[0];
+        continue;
+      }
       sent.scale[s] =
           bits_float(in_words ? *reinterpret_cast<const uint32_t*>(scale) : load_word_bytes(scale));
     }
@@ -89,7 +94,7 @@ struct Reduced {
   }
 
   // v[s][j] += all ranks' values; returns the bits of the largest scale.
-  template <int kWords, int kCount, bool kWhole>
+  template <int kWords, int kCount, bool kWhole, bool kNibbles = false>
   PYDIST_DEVICE_MEMBER uint32_t add_ranks(Place at, Run (&v)[kCount]) const {
     const int count = static_cast<int>(ranks.args->ranks);
     uint32_t largest = 0;
@@ -99,7 +104,7 @@ struct Reduced {
       Sent<kCount, kWords> ahead[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        if (r + k < count) ahead[k] = sent<kCount, kWhole, kWords>(at);
+        if (r + k < count) ahead[k] = sent<kCount, kWhole, kWords, kNibbles>(at);
         at.codes += ranks.args->stride;
         at.scales += ranks.args->stride;
       }
@@ -111,7 +116,8 @@ struct Reduced {
           const float scale = ahead[k].scale[s];
           const uint32_t magnitude = float_bits(scale) & kAbsMask;
           largest = magnitude > largest ? magnitude : largest;
-          const Codes run = ahead[k].codes[s].codes(ranks.decoder.f.bits, 8 * before);
+          const Codes run =
+              ahead[k].codes[s].codes(ranks.decoder.f.bits, kNibbles ? 0 : 8 * before);
           if constexpr (kWords == 1) {
             ranks.decoder.add_from_lanes(run, scale, v[s]);
           } else if constexpr (kWords == 2) {
@@ -136,7 +142,9 @@ struct Reduced {
     const Place at = place<kCount, kWhole>(step);
     const bool in_lanes = ranks.decoder.width != 0 && one_word(ranks.decoder.f.bits);
     uint32_t largest;
-    if (kWhole && in_lanes) {
+    if (kWhole && kWordsAhead > 2 && in_lanes && ranks.decoder.f.bits == 4 && tiling.joined()) {
+      largest = add_ranks<1, kCount, kWhole, true>(at, v);
+    } else if (kWhole && in_lanes) {
       largest = add_ranks<1, kCount, kWhole>(at, v);
     } else if (kWhole && kWordsAhead > 2 && ranks.decoder.f.bits == 8) {
       largest = add_ranks<2, kCount, kWhole>(at, v);
