@@ -163,7 +163,7 @@ class Prepared:
         """What is encoded of a parameter, without its residual."""
         if self.advanced is None:
             return gradient
-        return self.advanced.values[part.ordinal]
+        return self.advanced.values.get(part.ordinal, gradient)
 
     def take(self) -> None:
         """Takes over the new momenta, once."""

@@ -97,7 +97,7 @@ class Momenta:
         on_device = used if isinstance(used, Tensor) else None
         flags: Sequence[Any] = list(used)
         for part, is_used, narrow in zip(parts, flags, with_residual, strict=True):
-            if on_device is None and not is_used:
+            if not part.numel or (on_device is None and not is_used):
                 continue
             gradient = flat[part.offset : part.offset + part.numel]
             dtype = self.dtype_for(gradient.dtype)
@@ -127,6 +127,9 @@ class Momenta:
             result.kept = dict(item for item, is_finite in pairs if is_finite)
         else:
             result.kept = stored
+            if len(stored) < len(parts):  # without the parts that are empty
+                there = [flag for part, flag in zip(parts, flags, strict=True) if part.numel]
+                on_device = torch.stack(there) if there else on_device[:0]
             result.keeps = dict(zip(stored, (finite & on_device).unbind(), strict=True))
         return result
 
@@ -184,6 +187,5 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     """Which tensors hold neither NaN nor infinity, bool [tensors]."""
     if not tensors:
         return torch.zeros(0, dtype=torch.bool, device="cpu")
-    whole = [x if x.numel() else x.new_zeros(1) for x in tensors]  # nothing has no largest element
-    norms = torch.stack([x.double() for x in torch._foreach_norm(whole, math.inf)])
+    norms = torch.stack([x.double() for x in torch._foreach_norm(tensors, math.inf)])
     return norms.isfinite()
