@@ -31,7 +31,7 @@ def test_equals_reference(worlds: Worlds, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equals_reference_in_many_chunks(worlds: Worlds, ranks: int) -> None:
     # 53 words a chunk: no multiple of the ranks, and more chunks than may be in flight.
-    args = ([1001, 100_003], ["float32"], 53)
+    args = ([1001, 15_003], ["float32"], 53)
     same_on_all_ranks(worlds(ranks).run(cases.equals_reference, *args))
 
 

@@ -19,7 +19,13 @@ GRIDS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2)]  # ranks, ranks of a no
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
-@pytest.mark.parametrize(("ranks", "local"), GRIDS)
+IN_CI = [(2, 1), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local"),
+    [grid if grid in IN_CI else pytest.param(*grid, marks=pytest.mark.soak) for grid in GRIDS],
+)
 def test_equals_simulation(worlds: Worlds, ranks: int, local: int) -> None:
     sizes = [0, 33, 1001] if ranks == 4 else [257]
     same_on_all_ranks(worlds(ranks).run(cases.equals_simulation, local, sizes, DTYPES, None))

@@ -57,11 +57,13 @@ BUCKETS = 3
 @pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
 def test_equals_cpu(worlds: Worlds, device_side: bool) -> None:
     turn = int(device_side)
-    results = worlds(2).run(cases.equals_cpu, device_side, every_codec(turn)[turn::3], timeout=200)
+    results = worlds(2).run(cases.equals_cpu, device_side, every_codec(turn)[turn::5], timeout=200)
     assert all(result == results[0] for result in results), "ranks differ"
 
 
-@pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
+@pytest.mark.parametrize(
+    "device_side", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["nccl", "gloo"]
+)
 def test_levels_equal_cpu(worlds: Worlds, device_side: bool) -> None:
     listed = [case for case in every_codec(int(device_side)) if case[0] in ("qsgd4", "mixed")]
     listed.append(("int8", "float32", {"momentum": 0.9}, None))
@@ -101,8 +103,10 @@ def test_collectives(worlds: Worlds, device_side: bool) -> None:
     worlds(3).run(cases.collectives, *args, timeout=200)
 
 
-@pytest.mark.parametrize("device_side", [True, False], ids=["nccl", "gloo"])
+@pytest.mark.parametrize(
+    "device_side", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["nccl", "gloo"]
+)
 def test_collectives_on_levels(worlds: Worlds, device_side: bool) -> None:
     names = [name for name, codec in ranks_ddp.CODECS.items() if not isinstance(codec, dict)]
-    args = (device_side, names[int(device_side) :: 4], list(DTYPES), 2)
+    args = (device_side, names[int(device_side) :: 6], list(DTYPES), 2)
     worlds(4).run(cases.collectives, *args, timeout=200)
