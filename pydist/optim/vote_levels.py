@@ -188,7 +188,8 @@ class _Across(_Stage):
         """
         rule, n = self.votes.rule, self.votes.worker.ranks
         planes = messages.reshape(-1, units * WORD)
-        copies = torch.tensor([1 << j for j in range(self._planes)] * len(messages), device="cpu")
+        weights = [1 << j for j in range(self._planes)] * len(messages)
+        copies = torch.tensor(weights, dtype=torch.int64, device="cpu")
         number = len(messages) * ((1 << self._planes) - 1)
         votes = planes.repeat_interleave(moved(copies, planes.device), dim=0, output_size=number)
         out.zero_()

@@ -154,7 +154,9 @@ class Agreement:
         return Agreed(call, mine * self.world_size, headers)
 
     def _expect(self, number: int) -> Direct:
-        received = torch.empty((self.world_size, wire.HEADER_BYTES), dtype=torch.uint8)
+        received = torch.empty(
+            (self.world_size, wire.HEADER_BYTES), dtype=torch.uint8, device="cpu"
+        )
         return Direct(received, self.rank, self._before, Kind.AGREEMENT.tag(number))
 
     def _send(self, headers: Direct, mine: bytes, kind: Kind) -> int:
@@ -247,7 +249,9 @@ class Agreement:
         """Gets ready for the others' confirmations of the call that was agreed on last."""
         if self.world_size == 1 or self._behind is None:
             return None
-        received = torch.empty((self.world_size, wire.HEADER_BYTES), dtype=torch.uint8)
+        received = torch.empty(
+            (self.world_size, wire.HEADER_BYTES), dtype=torch.uint8, device="cpu"
+        )
         return Direct(received, self.rank, self._behind, Kind.CONFIRMATION.tag(self.number))
 
     def confirm(self, headers: Direct, call: Call, decoded: int) -> Confirmation:

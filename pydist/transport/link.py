@@ -45,18 +45,18 @@ def measure(group: dist.ProcessGroup, rank: int, size: int) -> Link:
     """
 
     def expect(length: int) -> Direct:
-        received = torch.zeros((size, length), dtype=torch.uint8)
+        received = torch.zeros((size, length), dtype=torch.uint8, device="cpu")
         return Direct(received, rank, group, Kind.BYTES.tag(0))
 
     lengths = [SHORT] * (1 + TRIES) + [LONG] * TRIES  # the first lets the ranks begin together
     transfers, answer, took = [expect(length) for length in lengths], expect(16), []
     for transfer, length in zip(transfers, lengths, strict=True):
         start = time.perf_counter()
-        transfer.send(torch.zeros((1, length), dtype=torch.uint8))
+        transfer.send(torch.zeros((1, length), dtype=torch.uint8, device="cpu"))
         transfer.wait()
         took.append(time.perf_counter() - start)
     short, long = min(took[1 : 1 + TRIES]), min(took[1 + TRIES :])
     rate = (size - 1) * (LONG - SHORT) / max(long - short, 1e-9)
-    mine = torch.tensor([short, min(rate, FASTEST)], dtype=torch.float64)
+    mine = torch.tensor([short, min(rate, FASTEST)], dtype=torch.float64, device="cpu")
     answer.send(mine.view(torch.uint8).view(1, -1))
     return Link(*answer.wait()[0].view(torch.float64).tolist())

@@ -301,9 +301,9 @@ def test_bitsandbytes_stands_beside_equal_blocks(
                 assert f"({bits})" in case.variant and (table is None) is (bits == 4)
                 assert buffers.codes.numel() == 4096 * bits // 8
     for kernel in ("quantize", "dequantize"):
-        for bits in (4, 8):
-            name = f"{kernel} (BlockInt({bits}), blocks of 512)"
-            assert beside.pop(name) == [f"bitsandbytes, {bits} bits, blocks of 512"] * 2
+        for bits, block in ((4, 512), (8, 512), (4, 128), (8, 128)):
+            name = f"{kernel} (BlockInt({bits}), blocks of {block})"
+            assert beside.pop(name) == [f"bitsandbytes, {bits} bits, blocks of {block}"] * 2
     assert not beside, "3 bits and levels have no equal there"
 
 
