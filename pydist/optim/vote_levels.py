@@ -26,7 +26,7 @@ from pydist.kernels.torch_tensors import moved, on_device_of
 from pydist.optim.layout import any_rank_has, which_has
 from pydist.optim.lion_coder import LionCoder
 from pydist.transport.coder import BareCoder, Coder, Worker, spans
-from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Route
+from pydist.transport.exchange import ALL_GATHER, REDUCE_SCATTER, Route, choose_algorithm
 
 WORD = wire.WORD_BYTES
 
@@ -50,7 +50,8 @@ class VoteStages:
         if stage == INSIDE:
             return _Inside(self._share), REDUCE_SCATTER
         if stage == ACROSS:
-            return _Across(self._share), self._algorithm
+            across = _Across(self._share)
+            return across, choose_algorithm(self._algorithm, across, self._grid.nodes)
         return _Gather(self._share), ALL_GATHER
 
     def finish(self) -> None:

@@ -34,7 +34,7 @@ from pydist.optim.vote_levels import VoteStages
 from pydist.training.advice import Advice, BucketSize, advise
 from pydist.training.dtensor import local_of
 from pydist.transport.communicator import Call
-from pydist.transport.exchange import ALGORITHMS, Exchange
+from pydist.transport.exchange import ALGORITHMS, Exchange, choose_algorithm
 
 VoteLevels = Literal["votes"]
 AGGREGATES = ("majority", "average")
@@ -390,8 +390,10 @@ class VotingOptimizer(DistributedOptimizer):
         """A vote, ready to be started."""
         where, device = self._grid(coder.device), coder.device
         if where is None:
-            groups = self._call_groups[0]
-            return Exchange(self.communicator, coder, call, self._algorithm, device, groups)
+            groups, comm = self._call_groups[0], self.communicator
+            # By sizes alone: a step sends as many bytes in every run.
+            algorithm = choose_algorithm(self._algorithm, coder, comm.world_size)
+            return Exchange(comm, coder, call, algorithm, device, groups)
         stages = VoteStages(where, coder, self._algorithm)
         return HierarchicalCall(
             where, call.name, dict(call.fields), call.step, stages, call_groups=self._call_groups
